@@ -1,0 +1,27 @@
+"""Downtime: while the coordinator was away nobody could settle, so every deadline waits for it."""
+
+from __future__ import annotations
+
+from lumaris_coordinator.escrow.store import extend_open
+from lumaris_coordinator.store.sqlite import Connection, first
+
+
+def beat(connection: Connection, *, now: int) -> None:
+    """Note that the coordinator is up. It never goes back, so a clock set back adds no downtime."""
+    connection.execute(
+        "INSERT INTO setting (name, value) VALUES ('heartbeat', ?)"
+        " ON CONFLICT (name) DO UPDATE SET value = excluded.value"
+        " WHERE CAST(value AS INTEGER) < CAST(excluded.value AS INTEGER)",
+        (str(now),),
+    )
+
+
+def add_downtime(connection: Connection, *, now: int) -> int:
+    """At start: extend open deadlines by the seconds since the last heartbeat; how many."""
+    row = first(connection, "SELECT CAST(value AS INTEGER) FROM setting WHERE name = 'heartbeat'")
+    gap = max(0, now - int(row[0])) if row else 0
+    if gap:
+        connection.execute("INSERT INTO downtime (since, until) VALUES (?, ?)", (now - gap, now))
+        extend_open(connection, seconds=gap)
+    beat(connection, now=now)
+    return gap

@@ -1,0 +1,99 @@
+"""Rows of peers and tokens."""
+
+from __future__ import annotations
+
+from lumaris_coordinator.bounds import TOKENS_PER_PEER_MAX
+from lumaris_coordinator.store.sqlite import Connection, all_rows, first
+
+
+def use_challenge(connection: Connection, challenge: str, *, expires_at: int) -> bool:
+    """Whether the challenge was unused until now; from now on it is used."""
+    cursor = connection.execute(
+        "INSERT INTO used_challenge (challenge, expires_at) VALUES (?, ?)"
+        " ON CONFLICT (challenge) DO NOTHING",
+        (challenge, expires_at),
+    )
+    return cursor.rowcount == 1
+
+
+def next_serial(connection: Connection) -> int:
+    """The serial of the next certificate; the newest registration always holds the highest."""
+    row = first(connection, "SELECT coalesce(max(serial), 0) + 1 FROM peer")
+    return int(row[0]) if row else 1
+
+
+def account_of(connection: Connection, peer: str) -> str | None:
+    """The account that a peer owns."""
+    row = first(connection, "SELECT account FROM peer WHERE peer = ?", (peer,))
+    return str(row[0]) if row else None
+
+
+def is_full(connection: Connection, *, peers_max: int) -> bool:
+    """Whether the table of peers has reached its bound. Row numbers are dense: none is deleted."""
+    row = first(connection, "SELECT coalesce(max(rowid), 0) FROM peer")
+    return row is not None and row[0] >= peers_max
+
+
+def save_peer(
+    connection: Connection,
+    *,
+    peer: str,
+    account: str,
+    seller: bool,
+    addresses: str,
+    serial: int,
+    certificate: bytes,
+    now: int,
+    expires_at: int,
+) -> None:
+    """Insert or renew a peer. Its account never changes."""
+    connection.execute(
+        "INSERT INTO peer (peer, account, seller, addresses, serial, certificate, registered_at,"
+        " expires_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+        " ON CONFLICT (peer) DO UPDATE SET seller = excluded.seller,"
+        " addresses = excluded.addresses, serial = excluded.serial,"
+        " certificate = excluded.certificate, registered_at = excluded.registered_at,"
+        " expires_at = excluded.expires_at",
+        (peer, account, int(seller), addresses, serial, certificate, now, expires_at),
+    )
+
+
+def save_token(connection: Connection, *, token_hash: bytes, peer: str, expires_at: int) -> None:
+    """Add a token and drop the peer's oldest ones beyond the bound."""
+    connection.execute(
+        "INSERT INTO token (hash, peer, expires_at) VALUES (?, ?, ?)",
+        (token_hash, peer, expires_at),
+    )
+    connection.execute(
+        "DELETE FROM token WHERE peer = ?1 AND id NOT IN"
+        " (SELECT id FROM token WHERE peer = ?1 ORDER BY id DESC LIMIT ?2)",
+        (peer, TOKENS_PER_PEER_MAX),
+    )
+
+
+def find_token(connection: Connection, token_hash: bytes, *, now: int) -> tuple[str, str] | None:
+    """(peer, account) of an unexpired token."""
+    row = first(
+        connection,
+        "SELECT peer, account FROM token JOIN peer USING (peer)"
+        " WHERE hash = ? AND token.expires_at > ?",
+        (token_hash, now),
+    )
+    return (str(row[0]), str(row[1])) if row else None
+
+
+def sellers(connection: Connection, *, now: int, limit: int) -> list[str]:
+    """The addresses (JSON lists) of the sellers registered last whose certificate is valid."""
+    rows = all_rows(
+        connection,
+        "SELECT addresses FROM peer WHERE seller AND expires_at > ? AND addresses <> '[]'"
+        " ORDER BY registered_at DESC LIMIT ?",
+        (now, limit),
+    )
+    return [str(row[0]) for row in rows]
+
+
+def prune(connection: Connection, *, now: int) -> None:
+    """Forget expired tokens, and used challenges that could not be used again anyway."""
+    connection.execute("DELETE FROM token WHERE expires_at <= ?", (now,))
+    connection.execute("DELETE FROM used_challenge WHERE expires_at < ?", (now,))

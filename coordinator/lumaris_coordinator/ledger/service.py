@@ -1,0 +1,158 @@
+"""What accounts may ask of the ledger: their money, test credit, and whether it all adds up."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import anyio.to_thread
+
+from lumaris_coordinator.bounds import (
+    AUDIT_FAST_S,
+    AUDIT_REST_FACTOR,
+    REQUEST_CREDIT_LIFETIME_S,
+)
+from lumaris_coordinator.ledger import store
+from lumaris_coordinator.ledger.store import FEES, TEST_CREDIT, Leg
+from lumaris_coordinator.store import sqlite
+from lumaris_coordinator.store.sqlite import Connection, first
+from lumaris_protocol import codec
+from lumaris_protocol.errors import LumarisError
+from lumaris_protocol.messages.budget import CreditRequest
+
+if TYPE_CHECKING:
+    from lumaris_coordinator.context import Context
+    from lumaris_coordinator.identity.service import Caller
+
+
+class Ledger:
+    """Accounts of the peers, the fees and the world outside."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._audited: dict[str, Any] | None = None
+        self._audit_after = 0.0
+        self._auditing = anyio.Lock()
+
+    def open_accounts(self, connection: Connection) -> None:
+        """The accounts that always exist. An operation for the writer."""
+        currency = self._context.settings.currency
+        store.open_account(connection, FEES, kind="fees", currency=currency)
+        store.open_account(
+            connection, TEST_CREDIT, kind="external", currency=currency, may_negative=True
+        )
+
+    async def give_credit(self, body: bytes) -> dict[str, Any]:
+        """Test credit for a signed CreditRequest; the same nonce is the same credit.
+
+        Raises LumarisError: `credit_limit`, `not_certified`, `idempotency_mismatch`.
+        """
+        context, now = self._context, self._context.now()
+        request = codec.open_signed(body, CreditRequest, network=context.settings.network)
+        message = request.message
+        if request.signer != message.peer:
+            raise LumarisError("wrong_signer")
+        if message.coordinator != context.peer:
+            raise LumarisError("wrong_domain", "The request names another coordinator.")
+        codec.check_times(
+            issued_at=message.issued_at,
+            expires_at=message.issued_at + REQUEST_CREDIT_LIFETIME_S,
+            now=now,
+            what="credit request",
+        )
+        if message.amount_nanos == 0:
+            raise LumarisError("malformed", "A credit of nothing.")
+        return await context.store.submit(lambda connection: self._give(connection, message, now))
+
+    def _give(self, connection: Connection, message: CreditRequest, now: int) -> dict[str, Any]:
+        row = first(connection, "SELECT account FROM peer WHERE peer = ?", (message.peer,))
+        if row is None:
+            raise LumarisError("not_certified", "The peer is not registered here.")
+        account = str(row[0])
+        given = first(
+            connection,
+            "SELECT amount, txn FROM credit WHERE account = ? AND nonce = ?",
+            (account, message.nonce),
+        )
+        if given is None:
+            txn = self._give_new(connection, account, message, now)
+        elif given[0] == message.amount_nanos:
+            txn = given[1]
+        else:
+            raise LumarisError("idempotency_mismatch", "The nonce was used for another amount.")
+        return {
+            **self._summary(connection, account, message.peer),
+            "credited_nanos": message.amount_nanos,
+            "transaction": txn,
+        }
+
+    def _give_new(
+        self, connection: Connection, account: str, message: CreditRequest, now: int
+    ) -> int:
+        so_far = first(
+            connection, "SELECT coalesce(sum(amount), 0) FROM credit WHERE account = ?", (account,)
+        )
+        assert so_far is not None
+        limit = self._context.settings.test_credit_nanos
+        if so_far[0] + message.amount_nanos > limit:
+            raise LumarisError(
+                "credit_limit", f"{so_far[0]} of {limit} nanos of test credit were given before."
+            )
+        legs = [Leg(TEST_CREDIT, account, message.amount_nanos)]
+        txn = store.move(connection, kind="test_credit", ref=message.nonce, legs=legs, now=now)
+        connection.execute(
+            "INSERT INTO credit (account, nonce, amount, txn) VALUES (?, ?, ?, ?)",
+            (account, message.nonce, message.amount_nanos, txn),
+        )
+        return txn
+
+    def account(self, caller: Caller) -> dict[str, Any]:
+        """The caller's money: free, and held in open sessions."""
+        return self._summary(self._context.store.reader, caller.account, caller.peer)
+
+    def _summary(self, connection: Connection, account: str, peer: str) -> dict[str, Any]:
+        held = first(
+            connection,
+            "SELECT coalesce(sum(cap), 0), count(*) FROM escrow"
+            " WHERE buyer = ? AND state IN ('held', 'claimed')",
+            (peer,),
+        )
+        assert held is not None
+        return {
+            "account": account,
+            "peer": peer,
+            "currency": self._context.settings.currency,
+            "free_nanos": store.balance(connection, account),
+            "held_nanos": held[0],
+            "sessions_open": held[1],
+        }
+
+    def transfers(self, caller: Caller, *, after: int, limit: int) -> dict[str, Any]:
+        """A page of the caller's transfers; `next` continues after it, null at the end."""
+        found = store.transfers(
+            self._context.store.reader, caller.account, after=after, limit=limit + 1
+        )
+        page = found[:limit]
+        more = len(found) > limit
+        return {"transfers": page, "next": page[-1]["transfer"] if more else None}
+
+    async def audit(self) -> dict[str, Any]:
+        """As `store.audit`, in a thread. Computed once per state of the ledger, by one at a time,
+        and rarely when it is slow: `last_transfer` says how far it looked."""
+        async with self._auditing:
+            newest = store.last_transfer(self._context.store.reader)
+            known, begun = self._audited, time.monotonic()
+            if known is None or (known["last_transfer"] != newest and begun >= self._audit_after):
+                self._audited = known = await anyio.to_thread.run_sync(self._audit)
+                took = time.monotonic() - begun
+                rest = AUDIT_REST_FACTOR * took if took > AUDIT_FAST_S else 0.0
+                self._audit_after = begun + took + rest
+            return known
+
+    def _audit(self) -> dict[str, Any]:
+        connection = sqlite.connect(self._context.store.path, read_only=True)
+        try:
+            return store.audit(connection)
+        finally:
+            connection.close()

@@ -1,0 +1,1 @@
+"""The public log of receipts, and the files that prove one offline."""

@@ -1,0 +1,324 @@
+"""The node, wired: one visible block builds everything, and it is closed in reverse."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import trio
+from msgspec import structs
+
+from lumaris_node import api
+from lumaris_node.capability import probe
+from lumaris_node.capability.advert import AdvertPublisher, Offer
+from lumaris_node.capability.gpu import probe_gpus
+from lumaris_node.config import NodeConfig
+from lumaris_node.coordinator_link import CoordinatorLink
+from lumaris_node.desk import Desk, Terms
+from lumaris_node.executors.container import ContainerExecutor
+from lumaris_node.executors.port import Executor
+from lumaris_node.executors.wasm import WasmExecutor
+from lumaris_node.sessions import Sessions
+from lumaris_node.settle import Settler
+from lumaris_node.store import Store
+from lumaris_overlay.keyfile import load_or_create_key
+from lumaris_overlay.ports import Overlay
+from lumaris_overlay.supervisor import OverlayConfig, run_overlay
+from lumaris_protocol import coordinator_api
+from lumaris_protocol.catalog import CATALOG
+from lumaris_protocol.coordinator_api import Info, Membership
+from lumaris_protocol.errors import LumarisError
+from lumaris_protocol.keys import KeyPair, PeerId
+from lumaris_protocol.limits import CACHED_DIGESTS_MAX
+from lumaris_protocol.machines.desk import QuoteDesk
+from lumaris_protocol.messages.advert import Resources, Runtime
+from lumaris_protocol.protocols import BLOB, NEGOTIATE, SESSION
+
+log = logging.getLogger(__name__)
+
+_EXPIRE_S = 1.0
+_RENEW_SHARE = 2  # a certificate is renewed at half its life
+_RETRY_S = 30.0
+_PROBE_S = 30.0
+_DRAIN_S = 10.0
+
+
+class Node:
+    """A running node. `run` lasts until `stop` is called or the task is cancelled."""
+
+    def __init__(
+        self, state: Path, config: NodeConfig, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.state, self.config, self.clock = state, config, clock
+        self._stopping = trio.Event()
+        self._started_at = clock()
+        self.executors: dict[str, Executor] = {}
+
+    def stop(self) -> None:
+        """Begin the clean shutdown."""
+        self._stopping.set()
+
+    async def run(self, on_ready: Callable[[str, str], None]) -> None:
+        """Sell until stopped. `on_ready` gets our peer id and address when offers are out.
+
+        Raises LumarisError when it cannot start; nothing is left behind then either.
+        """
+        async with AsyncExitStack() as stack:
+            await self._build(stack)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._settler.run)
+                nursery.start_soon(self._expire_holds)
+                nursery.start_soon(self._keep_certified)
+                nursery.start_soon(self._watch_tiers)
+                nursery.start_soon(self._adverts.run)
+                nursery.start_soon(self._warm_catalog)
+                await self._serve(stack)
+                await nursery.start(self._serve_api)
+                on_ready(self._key.peer_id, ",".join(self._adverts.offer.addresses))
+                await self._stopping.wait()
+                await self._shut_down()
+                nursery.cancel_scope.cancel()
+
+    async def status(self) -> dict[str, Any]:
+        """What the owner wants to know, the sentence first."""
+        free = self._quotes.free
+        reach = await self._overlay.reachability()
+        sessions = len(self._sessions.hosts)
+        summary = await self._store.summary()
+        sentence = f"Selling: {sessions} sessions, {reach.peers} peers connected."
+        if self._settler.last_error:
+            sentence += f" Settlements wait: {self._settler.last_error}."
+        return {
+            "status": sentence,
+            "peer": self._key.peer_id,
+            "network": self._info.network,
+            "coordinator": self.config.coordinator,
+            "addresses": list(reach.addresses),
+            "peers": reach.peers,
+            "uptime_s": int(self.clock() - self._started_at),
+            "runtimes": [runtime.tier for runtime in self._adverts.offer.runtimes],
+            "total": _plain(self._quotes.total),
+            "free": _plain(free),
+            "sessions": sessions,
+            "demand": dict(self._desk.counts),
+            "currency": self._info.currency,
+            **summary,
+        }
+
+    # --- wiring ---
+
+    async def _build(self, stack: AsyncExitStack) -> None:
+        state, config = self.state, self.config
+        key = self._key = load_or_create_key(state / "node.key")
+        store = self._store = Store(state / "node.db")
+        stack.callback(store.close)
+        link = self._link = CoordinatorLink(config.coordinator)
+        stack.push_async_callback(link.aclose)
+        info = self._info = await link.info()
+        terms = Terms(info.network, info.coordinator, info.fee_bps)
+        overlay = self._overlay = await self._open_overlay(stack, key, info)
+        membership = await self._register(overlay)
+        self._certified_until = membership.expires_at
+        self._runtimes = await self._open_executors(stack, key)
+        total = await trio.to_thread.run_sync(self._capacity)
+        quotes = self._quotes = QuoteDesk(total)
+        self._adverts = AdvertPublisher(
+            overlay,
+            store,
+            key,
+            await self._offer(total, membership),
+            network=info.network,
+            free=lambda: quotes.free,
+            clock=self.clock,
+        )
+        self._desk = Desk(
+            quotes,
+            key,
+            terms,
+            store=store,
+            advert=self._adverts.current,
+            clock=self.clock,
+            changed=self._adverts.changed,
+        )
+        self._settler = Settler(link, store, key, terms, clock=self.clock)
+        self._sessions = Sessions(
+            self._desk,
+            self.executors,
+            network=info.network,
+            folder=state / "sessions",
+            store=store,
+            clock=self.clock,
+            ended=self._settler.wake,
+        )
+        await self._recover()
+
+    async def _open_overlay(self, stack: AsyncExitStack, key: KeyPair, info: Info) -> Overlay:
+        known = await self._link.call(coordinator_api.bootstrap())
+        config = OverlayConfig(
+            key_file=self.state / "node.key",
+            network=info.network,
+            coordinator_keys=frozenset({PeerId(info.coordinator)}),
+            state_dir=self.state / "overlay",
+            listen=self.config.listen,
+            bootstrap=(*self.config.bootstrap, *known.addresses),
+        )
+        return await stack.enter_async_context(run_overlay(config))
+
+    async def _open_executors(self, stack: AsyncExitStack, key: KeyPair) -> tuple[Runtime, ...]:
+        offered = self.config.accept.runtimes
+        found: list[Executor] = []
+        if "wasm" in offered:
+            found.append(WasmExecutor.open(Path(self.config.modules or self.state / "wasm")))
+        if "container" in offered:
+            found.append(ContainerExecutor(key.peer_id))
+        for executor in found:
+            stack.push_async_callback(executor.aclose)
+            self.executors[executor.tier] = executor
+            reaped = await executor.reap_orphans()
+            if reaped:
+                log.warning("reaped orphans tier=%s count=%d", executor.tier, reaped)
+        return await self._probe_tiers()
+
+    async def _probe_tiers(self) -> tuple[Runtime, ...]:
+        runtimes: list[Runtime] = []
+        for executor in self.executors.values():
+            with trio.move_on_after(_PROBE_S):
+                runtime = await executor.probe()
+                if runtime is not None:
+                    runtimes.append(runtime)
+        return tuple(runtimes)
+
+    def _capacity(self) -> Resources:
+        """What is for sale: the owner's share of what this machine really has."""
+        share = self.config.share
+        whole = probe.total_resources(self.state, gpus=probe_gpus())
+        cpu_millis = whole.cpu_millis * share.cpu_percent // 100
+        return structs.replace(
+            whole,
+            cpu_millis=min(share.cpu_threads * 1000 or cpu_millis, whole.cpu_millis),
+            memory_bytes=whole.memory_bytes * share.memory_percent // 100,
+            disk_bytes=whole.disk_bytes * share.disk_percent // 100,
+        )
+
+    async def _offer(self, total: Resources, membership: Membership) -> Offer:
+        config = self.config
+        benchmarks = await trio.to_thread.run_sync(probe.benchmarks, self.state)
+        reach = await self._overlay.reachability()
+        return Offer(
+            region=config.region,
+            total=total,
+            prices=config.price.table(),
+            lease_s_max=config.accept.lease_s_max,
+            benchmarks=benchmarks,
+            runtimes=self._runtimes,
+            cached=await self._cached(),
+            addresses=reach.addresses,
+            certificate=membership.certificate,
+        )
+
+    async def _cached(self) -> tuple[str, ...]:
+        digests: list[str] = []
+        for executor in self.executors.values():
+            digests += await executor.images()
+        return tuple(digests[:CACHED_DIGESTS_MAX])
+
+    async def _register(self, overlay: Overlay) -> Membership:
+        reach = await overlay.reachability()
+        return await self._link.register(
+            self._key, self._info, addresses=reach.addresses, clock=self.clock
+        )
+
+    async def _recover(self) -> None:
+        """Answer for what a killed predecessor left: files go, money is settled."""
+        cut_off = await self._store.recover(now=self.clock())
+        await trio.to_thread.run_sync(shutil.rmtree, self.state / "sessions", True)
+        if cut_off:
+            log.warning("sessions cut off by the last stop count=%d", cut_off)
+
+    # --- serving ---
+
+    async def _serve(self, stack: AsyncExitStack) -> None:
+        overlay = self._overlay
+        await stack.enter_async_context(overlay.serve(NEGOTIATE, self._desk.serve))
+        await stack.enter_async_context(overlay.serve(SESSION, self._sessions.serve))
+        await stack.enter_async_context(overlay.serve(BLOB, self._sessions.serve_blob))
+
+    async def _serve_api(
+        self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        await api.serve(
+            self.state / api.SOCKET_NAME,
+            status=self.status,
+            stop=self.stop,
+            task_status=task_status,
+        )
+
+    async def _expire_holds(self) -> None:
+        while True:
+            await trio.sleep(_EXPIRE_S)
+            self._desk.expire()
+
+    async def _keep_certified(self) -> None:
+        """Renew the certificate at half its life; keep trying while the coordinator is away."""
+        while True:
+            left_s = self._certified_until - self.clock()
+            await trio.sleep(max(_RETRY_S, left_s / _RENEW_SHARE))
+            try:
+                membership = await self._register(self._overlay)
+            except LumarisError as error:
+                log.warning("certificate not renewed code=%s", error.code)
+                continue
+            self._certified_until = membership.expires_at
+            self._adverts.offer.certificate = membership.certificate
+            self._adverts.changed(always=True)
+
+    async def _warm_catalog(self) -> None:
+        """Compile what buyers will most likely ask for, before the first one waits for it."""
+        executor = self.executors.get("wasm")
+        if not isinstance(executor, WasmExecutor):
+            return
+        for entry in CATALOG.values():
+            if entry.tier == "wasm" and await executor.has_image(entry.digest):
+                try:
+                    await executor.compile(entry.digest)
+                except LumarisError as error:
+                    log.warning("not compiled image=%s code=%s", entry.name, error.code)
+
+    async def _watch_tiers(self) -> None:
+        """A tier whose engine went away leaves the advert, and comes back with it."""
+        while True:
+            await trio.sleep(_PROBE_S)
+            runtimes = await self._probe_tiers()
+            cached = await self._cached()
+            offer = self._adverts.offer
+            if (runtimes, cached) != (offer.runtimes, offer.cached):
+                offer.runtimes, offer.cached = runtimes, cached
+                self._adverts.changed(always=True)
+
+    async def _shut_down(self) -> None:
+        """Withdraw the offer, end sessions with their money kept, settle what can be settled."""
+        self._quotes.accepting = False
+        with trio.move_on_after(_DRAIN_S):
+            try:
+                await self._adverts.publish(withdrawn=True)
+            except LumarisError as error:
+                log.warning("offer not withdrawn code=%s", error.code)
+            for host in self._sessions.hosts:
+                host.end("shutting_down")
+            while self._sessions.hosts:  # noqa: ASYNC110 - bounded by the drain time above
+                await trio.sleep(_EXPIRE_S / 20)
+            await self._settler.settle_all()
+
+
+def _plain(resources: Resources) -> dict[str, Any]:
+    return {
+        "cpu_millis": resources.cpu_millis,
+        "memory_bytes": resources.memory_bytes,
+        "disk_bytes": resources.disk_bytes,
+        "gpus": sum(gpu.count for gpu in resources.gpus),
+    }

@@ -1,0 +1,90 @@
+"""The node's local socket: `lumaris node status` and `lumaris node down` speak to it.
+
+It belongs to the user who runs the node (mode 0600 in a 0700 folder), so it needs no password.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import trio
+
+from lumaris_overlay.framed import FramedStream
+from lumaris_protocol.errors import LumarisError
+from lumaris_protocol.frames import Kind
+
+SOCKET_NAME: Final = "node.sock"
+_CALL_S = 5
+_SOCKET_PATH_MAX = 100  # the kernel allows 107 bytes
+
+Status = Callable[[], Awaitable[dict[str, Any]]]
+
+
+class _Call(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    call: str
+
+
+async def serve(
+    path: Path,
+    *,
+    status: Status,
+    stop: Callable[[], None],
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Answer local calls until cancelled. Raises LumarisError `already_running`, `not_writable`."""
+    if len(os.fsencode(path)) > _SOCKET_PATH_MAX:
+        raise LumarisError("config_invalid", f"The state directory's path is too long: {path}")
+    if await _answers(path):
+        raise LumarisError("already_running", f"A node already runs with {path.parent}.")
+
+    async def answer(stream: trio.SocketStream) -> None:
+        framed = FramedStream(stream)
+        try:
+            with trio.move_on_after(_CALL_S):
+                call = (await framed.expect_header(_Call)).call
+                if call == "down":
+                    await framed.send(Kind.HEADER, b"{}")
+                    stop()
+                else:
+                    await framed.send(Kind.HEADER, msgspec.json.encode(await status()))
+        except (LumarisError, trio.BrokenResourceError, trio.ClosedResourceError):
+            return
+        finally:
+            await trio.aclose_forcefully(stream)
+
+    with trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM) as sock:
+        path.unlink(missing_ok=True)
+        await sock.bind(str(path))
+        path.chmod(0o600)
+        sock.listen()
+        try:
+            task_status.started()
+            await trio.serve_listeners(answer, [trio.SocketListener(sock)])
+        finally:
+            path.unlink(missing_ok=True)
+
+
+async def call(path: Path, name: str) -> dict[str, Any]:
+    """Ask a running node. Raises LumarisError `not_running`."""
+    try:
+        with trio.fail_after(_CALL_S):
+            stream = FramedStream(await trio.open_unix_socket(str(path)))
+            try:
+                await stream.send(Kind.HEADER, msgspec.json.encode(_Call(name)))
+                return await stream.expect_header(dict)
+            finally:
+                await stream.aclose()
+    except (OSError, trio.TooSlowError, trio.BrokenResourceError):
+        raise LumarisError("not_running", f"No node answers at {path}.") from None
+
+
+async def _answers(path: Path) -> bool:
+    try:
+        await call(path, "status")
+    except LumarisError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""What this machine has and may offer: resources, benchmarks, GPUs."""

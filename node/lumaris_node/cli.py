@@ -1,0 +1,102 @@
+"""The node's command line: `node up`, `node status`, `node down` of the `lumaris` command."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from lumaris_node import api, config
+from lumaris_node.agent import Node
+from lumaris_protocol.errors import LumarisError
+
+
+def run(state: Path, **flags: Any) -> None:
+    """Sell from this machine until a signal or `down`; prints `ready PEER ADDRESS` once.
+
+    Raises LumarisError when the node cannot start.
+    """
+    _prepare(state)
+    settings = config.load(state, **flags)
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="level=%(levelname)s at=%(asctime)s %(message)s"
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    node = Node(state, settings)
+
+    def on_ready(peer: str, address: str) -> None:
+        print(f"ready {peer} {address}", flush=True)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_stop_on_signal, node)
+            await node.run(on_ready)
+            nursery.cancel_scope.cancel()
+
+    try:
+        trio.run(main)
+    except* LumarisError as group:
+        raise _first(group) from None
+
+
+def status(state: Path) -> dict[str, Any]:
+    """What the running node says of itself. Raises LumarisError `not_running`."""
+    return trio.run(api.call, state / api.SOCKET_NAME, "status")
+
+
+def down(state: Path) -> None:
+    """Ask the running node to stop, and wait until it has. Raises LumarisError `not_running`."""
+    trio.run(_down, state / api.SOCKET_NAME)
+
+
+async def _down(path: Path) -> None:
+    await api.call(path, "down")
+    with trio.move_on_after(30):
+        while path.exists():  # noqa: ASYNC110 - another process removes it
+            await trio.sleep(0.05)
+
+
+async def _stop_on_signal(node: Node) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for _ in signals:
+            node.stop()
+
+
+def _prepare(state: Path) -> None:
+    try:
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        probe = state / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise LumarisError("not_writable", f"{state}: {error.strerror}") from None
+
+
+def _first(group: BaseExceptionGroup[LumarisError]) -> LumarisError:
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m lumaris_node --state DIR [...]`: the process that `devnet` starts."""
+    parser = argparse.ArgumentParser(prog="lumaris_node")
+    parser.add_argument("--state", type=Path, required=True)
+    parser.add_argument("--coordinator")
+    parser.add_argument("--listen")
+    parser.add_argument("--region")
+    parser.add_argument("--modules", help="folder for compiled modules, shared between nodes")
+    parser.add_argument("--log-level", choices=("debug", "info", "warning"))
+    given = vars(parser.parse_args(arguments))
+    state = given.pop("state")
+    try:
+        run(state, **given)
+    except LumarisError as error:
+        print(f"error {error.code} {error.message}", file=sys.stderr)
+        return 1
+    return 0

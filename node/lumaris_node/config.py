@@ -1,0 +1,90 @@
+"""The seller's settings: what is shared, at what price, for whom. `node.toml`, then flags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, structs
+
+from lumaris_protocol.errors import LumarisError
+from lumaris_protocol.messages.advert import PriceTable, Tier
+from lumaris_protocol.money import TEST_CURRENCY, parse_credits
+
+_S_PER_HOUR = 3600
+
+Percent = Annotated[int, Meta(ge=1, le=100)]
+
+
+class Share(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How much of this machine is for sale. `cpu_threads` overrides the percentage."""
+
+    cpu_percent: Percent = 50
+    memory_percent: Percent = 50
+    disk_percent: Percent = 10
+    cpu_threads: Annotated[int, Meta(ge=0, le=4096)] = 0
+
+
+class Price(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Prices in credits, as decimal text; written per hour, metered per millisecond."""
+
+    currency: str = TEST_CURRENCY
+    start: str = "0.000001"
+    cpu_core_hour: str = "0.004"
+    memory_gib_hour: str = "0.002"
+    disk_gib_hour: str = "0"
+    gpu_hour: str = "0.3"
+
+    def table(self) -> PriceTable:
+        """The prices as they are advertised. Raises LumarisError `config_invalid`."""
+        try:
+            return PriceTable(
+                currency=self.currency,
+                start_nanos=parse_credits(self.start),
+                cpu_core_s_nanos=parse_credits(self.cpu_core_hour) // _S_PER_HOUR,
+                memory_gib_s_nanos=parse_credits(self.memory_gib_hour) // _S_PER_HOUR,
+                disk_gib_s_nanos=parse_credits(self.disk_gib_hour) // _S_PER_HOUR,
+                gpu_s_nanos=parse_credits(self.gpu_hour) // _S_PER_HOUR,
+            )
+        except ValueError as error:
+            raise LumarisError("config_invalid", f"[price] {error}") from None
+
+
+class Accept(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Which work is taken."""
+
+    runtimes: tuple[Tier, ...] = ("wasm", "container")
+    lease_s_max: Annotated[int, Meta(ge=60, le=24 * _S_PER_HOUR)] = 4 * _S_PER_HOUR
+
+
+class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """All settings of a node."""
+
+    coordinator: str = "http://127.0.0.1:24480"
+    listen: str = "127.0.0.1:0"
+    region: str = "local"
+    bootstrap: tuple[str, ...] = ()
+    modules: str = ""  # a folder of compiled wasm modules that several nodes of one user may share
+    share: Share = Share()
+    price: Price = Price()
+    accept: Accept = Accept()
+    log_level: Literal["debug", "info", "warning"] = "info"
+
+
+def load(state: Path, **flags: object) -> NodeConfig:
+    """`node.toml` of the state directory, with flags that were given on top.
+
+    Raises LumarisError `config_invalid` naming the setting.
+    """
+    path = state / "node.toml"
+    try:
+        config = msgspec.toml.decode(path.read_bytes(), type=NodeConfig)
+    except FileNotFoundError:
+        config = NodeConfig()
+    except (msgspec.MsgspecError, UnicodeDecodeError, ValueError) as error:
+        raise LumarisError("config_invalid", f"{path}: {error}") from None
+    given = {name: value for name, value in flags.items() if value is not None}
+    config = structs.replace(config, **given)
+    config.price.table()
+    return config

@@ -1,0 +1,167 @@
+"""The quote desk's shell: one stream of `/lumaris/negotiate/1` for a request and its agreement."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from lumaris_node.store import Store
+from lumaris_overlay.framed import FramedStream
+from lumaris_overlay.ports import OverlayStream
+from lumaris_overlay.tasks import StrangerLog
+from lumaris_protocol import agreements, codec, envelope
+from lumaris_protocol.agreements import Contract
+from lumaris_protocol.codec import Signed
+from lumaris_protocol.errors import LumarisError, RefusedError
+from lumaris_protocol.frames import Kind
+from lumaris_protocol.keys import KeyPair
+from lumaris_protocol.limits import QUOTE_HOLD_S_MAX, REPLY_BY_S_MAX
+from lumaris_protocol.machines.desk import Hold, QuoteDesk
+from lumaris_protocol.messages.advert import Advert
+from lumaris_protocol.messages.negotiation import Agreement, QuoteRequest
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The coordinator whose grants this node takes, and its fee."""
+
+    network: str
+    coordinator: str
+    fee_bps: int
+
+
+class Desk:
+    """Negotiates with buyers. `changed` is called whenever free capacity changes."""
+
+    def __init__(
+        self,
+        quotes: QuoteDesk,
+        key: KeyPair,
+        terms: Terms,
+        *,
+        store: Store,
+        advert: Callable[[], Signed[Advert]],
+        clock: Callable[[], float],
+        changed: Callable[[], None],
+    ) -> None:
+        self.quotes = quotes
+        self._key, self._terms, self._store = key, terms, store
+        self._advert, self._clock, self._changed = advert, clock, changed
+        self._session_keys: dict[str, KeyPair] = {}  # by quote hash, for live holds
+        self._strangers = StrangerLog(log)
+        self.counts: dict[str, int] = {}  # how requests ended, for "why do no jobs come"
+
+    async def serve(self, stream: OverlayStream) -> None:
+        """One negotiation. Every refusal is told to the buyer and counted."""
+        framed = FramedStream(stream)
+        try:
+            with trio.fail_after(REPLY_BY_S_MAX):
+                hold = await self._quote(framed, stream.peer)
+            with trio.fail_after(QUOTE_HOLD_S_MAX):
+                await self._agree(framed, hold)
+            self._count("agreed")
+        except LumarisError as error:
+            self._count(error.code)
+            self._strangers.note(stream.peer, error.code, error.message)
+            await framed.refuse(error)
+        except (trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError):
+            self._count("lapsed")
+        finally:
+            await framed.aclose()
+
+    def session_key(self, hold: Hold) -> KeyPair:
+        """The key this node signs with in the session of a hold."""
+        return self._session_keys[hold.quote.hash]
+
+    def find_contract(self, session: str) -> Hold:
+        """The agreed hold of a session. Raises RefusedError `quote_unknown`."""
+        for hold in self.quotes.holds:
+            if hold.contract is not None and hold.contract.agreement.session == session:
+                return hold
+        raise RefusedError("quote_unknown", "No agreement waits for this session.")
+
+    def release(self, hold: Hold) -> None:
+        """A session is over."""
+        self.quotes.release(hold)
+        self._session_keys.pop(hold.quote.hash, None)
+        self._changed()
+
+    def expire(self) -> None:
+        """Let lapsed holds go; called every second."""
+        before = len(self.quotes.holds)
+        self.quotes.expire(self._clock())
+        live = {hold.quote.hash for hold in self.quotes.holds}
+        self._session_keys = {name: key for name, key in self._session_keys.items() if name in live}
+        if len(live) != before:
+            self._changed()
+
+    async def _quote(self, framed: FramedStream, peer: str) -> Hold:
+        data = await framed.expect(Kind.ENVELOPE)
+        now, network = self._clock(), self._terms.network
+        request = codec.open_signed(data, QuoteRequest, network=network, signer=peer)
+        message = request.message
+        if message.seller != self._key.peer_id or message.buyer != peer:
+            raise RefusedError("wrong_domain", "The request names other parties.")
+        codec.check_times(
+            issued_at=message.issued_at, expires_at=message.expires_at, now=now, what="request"
+        )
+        agreements.open_certificate(
+            message.certificate,
+            network=network,
+            coordinators=frozenset({self._terms.coordinator}),
+            peer=peer,
+            role="buyer",
+            now=now,
+        )
+        session_key = KeyPair(os.urandom(32))
+        offer = self.quotes.offer(
+            request, self._advert(), seller_session_key=session_key.peer_id, now=now
+        )
+        quote = codec.sign(offer, self._key, network)
+        hold = self.quotes.hold(request, quote)
+        self._session_keys[quote.hash] = session_key
+        self._changed()
+        await framed.send(Kind.ENVELOPE, quote.data)
+        return hold
+
+    async def _agree(self, framed: FramedStream, hold: Hold) -> None:
+        frame = await framed.receive()
+        if frame is None:
+            raise RefusedError("quote_expired", "The buyer did not take the quote.")
+        buyer, network = hold.quote.message.buyer, self._terms.network
+        signed = codec.open_signed(frame.body, Agreement, network=network, signer=buyer)
+        found = self.quotes.find_quote(signed.message, now=self._clock())
+        if found is not hold:
+            raise RefusedError("quote_unknown", "The agreement names another quote.")
+        self._check_terms(signed.message)
+        ours = envelope.seal(
+            self._key, network, Agreement.TYPE, envelope.decode(signed.data).payload
+        )
+        contract = agreements.join(signed.data, ours, network=network)
+        await self._countersign(framed, hold, contract)
+
+    async def _countersign(self, framed: FramedStream, hold: Hold, contract: Contract) -> None:
+        """Store, then say: what we signed must survive us."""
+        self.quotes.agree(hold, contract, now=self._clock())
+        await self._store.add_session(contract, now=self._clock())
+        await framed.send(Kind.ENVELOPE, contract.by_seller)
+
+    def _check_terms(self, agreement: Agreement) -> None:
+        terms = self._terms
+        codec.check_times(
+            issued_at=agreement.issued_at,
+            expires_at=agreement.ends_at,
+            now=self._clock(),
+            what="agreement",
+        )
+        if agreement.coordinator != terms.coordinator or agreement.fee_bps != terms.fee_bps:
+            raise RefusedError("terms_changed", "The agreement names another coordinator or fee.")
+
+    def _count(self, outcome: str) -> None:
+        self.counts[outcome] = self.counts.get(outcome, 0) + 1

@@ -1,0 +1,54 @@
+"""Compiles one stranger's wasm module, alone in a process with limits: bytes in, native code out.
+
+Standard input is the module, standard output receives the compiled code. Exit status 0 is success,
+3 a module that is not accepted (its reason on standard error), anything else a failure of ours.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+
+import wasmtime
+
+from lumaris_node.executors.wasm_engine import check_module, make_engine
+
+REFUSED = 3
+# CPython, 26 MB of wasm, peaks at about 1 GB; address space also holds stacks and reservations.
+ADDRESS_BYTES_MAX = 6 * 1024**3
+CODE_BYTES_MAX = 1024**3
+CPU_S_MAX = 120
+
+
+def main() -> int:
+    """Entry point: arguments are the user to become (0 to stay) and the module's bound."""
+    uid, size_max = int(sys.argv[1]), int(sys.argv[2])
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_BYTES_MAX, ADDRESS_BYTES_MAX))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_S_MAX, CPU_S_MAX))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (CODE_BYTES_MAX, CODE_BYTES_MAX))
+    if uid:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    source = sys.stdin.buffer.read(size_max + 1)
+    try:
+        if len(source) > size_max:
+            raise ValueError("it is too large")
+        if not source.startswith(b"\0asm"):
+            raise ValueError("it is not a WebAssembly binary")
+        module = wasmtime.Module(make_engine(), source)
+        refusal = check_module(module)
+        if refusal:
+            raise ValueError(refusal)
+    except (ValueError, wasmtime.WasmtimeError) as error:
+        sys.stderr.write(str(error)[:500])
+        return REFUSED
+    sys.stdout.buffer.write(module.serialize())
+    sys.stdout.buffer.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,305 @@
+"""Running one order: stage its inputs, run it on its tier, meter it, hash what it made.
+
+The job machine says which step may follow which; every way out of here frees the sandbox.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import trio
+
+from lumaris_node.executors.port import Executor, Handle, JobLimits, JobSpec, Outcome, Stream
+from lumaris_node.executors.port import Usage as RunUsage
+from lumaris_node.workspace import Workspace
+from lumaris_protocol import ids
+from lumaris_protocol.effects import Effect
+from lumaris_protocol.errors import LumarisError
+from lumaris_protocol.limits import LOG_CHUNK_BYTES_MAX, MODULE_BYTES_MAX, PREPARE_S_MAX
+from lumaris_protocol.machines import job as job_machine
+from lumaris_protocol.machines.seller import SellerSession
+from lumaris_protocol.machines.table import Machine
+from lumaris_protocol.messages.advert import Resources
+from lumaris_protocol.messages.execution import File, Usage, WorkOrder, WorkState
+
+log = logging.getLogger(__name__)
+
+_METER_S = 0.25  # how often a running order is metered: a fraction of any voucher interval
+_MS = 1000
+
+
+class SessionPort(Protocol):
+    """What an order needs of its session."""
+
+    machine: SellerSession
+    resources: Resources
+    blobs: Path
+
+    def now(self) -> float: ...
+    def apply(self, effects: list[Effect]) -> None: ...
+    async def room(self) -> None: ...
+    async def gate(self) -> None: ...
+    async def wait_for_blob(self, sha256: str, size_bytes_max: int) -> None: ...
+
+
+@dataclass
+class _Log:
+    """One output stream: how much was sent, and its hash so far."""
+
+    offset: int = 0
+    hasher: hashlib._Hash = field(default_factory=hashlib.sha256)
+
+
+class OrderRun:
+    """One order, from `accepted` to its end."""
+
+    def __init__(
+        self, order: WorkOrder, session: SessionPort, executor: Executor, workspaces: Path
+    ) -> None:
+        self.order, self.machine = order, Machine(job_machine.JOB)
+        self._workspaces = workspaces
+        self._workspace: Workspace | None = None
+        self._session, self._executor = session, executor
+        self._logs: Mapping[str, _Log] = {"stdout": _Log(), "stderr": _Log()}
+        self._handle: Handle | None = None
+        self._stop_reason = ""
+        self._stopped = trio.CancelScope()
+        self._running_since: float | None = None
+        self._ran_s = 0.0
+        self._delivered: dict[str, str] = {}
+
+    # --- from the session ---
+
+    async def stop(self, reason: str) -> None:
+        """End the order with a reason, in whatever state it is."""
+        self._stop_reason = self._stop_reason or reason
+        if self.machine.state in ("running", "paused") and self._handle is not None:
+            await self._executor.cancel(self._handle, reason)
+        else:
+            self._stopped.cancel()
+
+    async def set_gate(self, *, is_open: bool) -> None:
+        """Freeze or continue the run as the exposure rule demands."""
+        if self._handle is None:
+            return
+        fact = "resume" if is_open else "pause"
+        if not self.machine.can(fact):
+            return
+        self.machine.take(fact)
+        if is_open:
+            await self._executor.resume(self._handle)
+            self._running_since = trio.current_time()
+        else:
+            await self._executor.pause(self._handle)
+            self._ran_s, self._running_since = self._elapsed_s(), None
+        self._tell("running" if is_open else "paused")
+
+    def delivered_path(self, sha256: str) -> Path | None:
+        """The output file of that hash, if this order delivered one."""
+        path = self._delivered.get(sha256)
+        return None if path is None or self._workspace is None else self._workspace.outputs / path
+
+    async def wipe(self) -> None:
+        """Remove the order's files."""
+        if self._workspace is not None:
+            await trio.to_thread.run_sync(self._workspace.destroy)
+
+    # --- the run ---
+
+    async def run(self) -> bool:
+        """Until the order's end; whether it was delivered (its outputs are then kept)."""
+        outcome: Outcome | None = None
+        try:
+            with self._stopped:
+                await self._prepare()
+                outcome = await self._execute()
+                if outcome.reason == "succeeded":
+                    await self._deliver(outcome)
+                    return True
+            self._fail(self._stop_reason or _reason(outcome), outcome)
+        except LumarisError as error:
+            self._fail(error.code, outcome, error.message)
+        except (OSError, trio.TooSlowError) as error:
+            log.warning("order failed job=%s error=%r", self.order.job, error)
+            self._fail("platform_error", outcome, "This machine failed the order.")
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._free(keep_outputs=self.machine.state == "succeeded")
+        return False
+
+    async def _prepare(self) -> None:
+        order, session = self.order, self._session
+        self.machine.take("prepare")
+        with trio.fail_after(PREPARE_S_MAX):
+            workspace = self._workspace = Workspace(self._workspaces, order.job)
+            missing = await self._missing()
+            if missing:
+                names = tuple(missing)
+                session.apply(session.machine.preparing(order.n, names, now=session.now()))
+            for sha256, size_bytes_max in missing.items():
+                await session.wait_for_blob(sha256, size_bytes_max)
+            if order.image in missing:
+                await self._executor.add_image(order.image, session.blobs / _hex(order.image))
+            for file in order.inputs:
+                source = session.blobs / _hex(file.sha256)
+                await trio.to_thread.run_sync(workspace.stage_file, file.path, source, file.sha256)
+            self._handle = await self._executor.prepare(self._spec(workspace))
+        self.machine.take("prepared")
+
+    async def _execute(self) -> Outcome:
+        session, handle = self._session, self._handle
+        assert handle is not None
+        await session.gate()
+        await self._executor.start(handle, self._on_output)
+        self.machine.take("start")
+        self._running_since = trio.current_time()
+        session.apply(session.machine.running(self.order.n, now=session.now()))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._meter)
+            outcome = await self._executor.wait(handle)
+            nursery.cancel_scope.cancel()
+        if self.machine.state == "paused":
+            self.machine.take("resume")  # it ended while frozen: a limit or a stop
+        if self._stop_reason:
+            return Outcome(self._stop_reason, None, outcome.usage, outcome.detail)
+        if outcome.reason == "succeeded":
+            self.machine.take("exited_zero")
+        return outcome
+
+    async def _meter(self) -> None:
+        session = self._session
+        while True:
+            await trio.sleep(_METER_S)
+            if self.machine.state == "running":
+                usage = Usage(wall_ms=int(self._elapsed_s() * _MS))
+                session.apply(session.machine.accrue(self.order.n, usage, now=session.now()))
+
+    async def _deliver(self, outcome: Outcome) -> None:
+        order, session = self.order, self._session
+        outputs = await trio.to_thread.run_sync(self._collect)
+        self._delivered = {file.sha256: file.path for file in outputs}
+        self.machine.take("collected")
+        runtime = f"{self._executor.tier}|{order.image}"
+        session.apply(
+            session.machine.delivered(
+                order.n,
+                outputs=outputs,
+                stdout=self._log_file("stdout"),
+                stderr=self._log_file("stderr"),
+                usage=_usage(outcome.usage),
+                environment=ids.digest(runtime.encode()),
+                now=session.now(),
+            )
+        )
+
+    def _collect(self) -> tuple[File, ...]:
+        bounds, workspace = self.order.limits, self._workspace
+        assert workspace is not None, "collecting follows preparing"
+        found = workspace.collect(files_max=bounds.output_files, bytes_max=bounds.disk_bytes)
+        return tuple(
+            File(path=item.path, size_bytes=item.size, sha256=item.digest) for item in found
+        )
+
+    def _fail(self, reason: str, outcome: Outcome | None, detail: str = "") -> None:
+        session = self._session
+        self.machine.take(job_machine.fact_of(reason))
+        state = self.machine.state
+        states: dict[str, WorkState] = {"failed": "failed", "killed": "killed", "error": "error"}
+        exit_status = outcome.exit_status if outcome is not None else None
+        session.apply(
+            session.machine.failed(
+                self.order.n,
+                states[state],
+                reason,
+                now=session.now(),
+                usage=_usage(outcome.usage) if outcome is not None else None,
+                exit_status=None if exit_status is None else exit_status & 0xFF,
+                detail=(detail or (outcome.detail if outcome is not None else ""))[:500],
+            )
+        )
+
+    async def _free(self, *, keep_outputs: bool) -> None:
+        if self._handle is not None:
+            await self._executor.destroy(self._handle)
+        if not keep_outputs:
+            await self.wipe()
+
+    # --- details ---
+
+    async def _on_output(self, stream: Stream, data: bytes) -> None:
+        session, state = self._session, self._logs[stream]
+        for start in range(0, len(data), LOG_CHUNK_BYTES_MAX):
+            part = data[start : start + LOG_CHUNK_BYTES_MAX]
+            await session.room()
+            session.apply(session.machine.log(self.order.n, stream, state.offset, part))
+            state.offset += len(part)
+            state.hasher.update(part)
+
+    async def _missing(self) -> dict[str, int]:
+        """Digests the buyer must send, with the most bytes each may have."""
+        missing: dict[str, int] = {}
+        if not await self._executor.has_image(self.order.image):
+            if self._executor.tier != "wasm":
+                raise LumarisError("bad_image", f"This seller does not hold {self.order.image}.")
+            missing[self.order.image] = MODULE_BYTES_MAX
+        for file in self.order.inputs:
+            if not await trio.Path(self._session.blobs / _hex(file.sha256)).exists():
+                missing[file.sha256] = file.size_bytes
+        return missing
+
+    def _spec(self, workspace: Workspace) -> JobSpec:
+        order, resources = self.order, self._session.resources
+        return JobSpec(
+            job=order.job,
+            image=order.image,
+            command=order.command,
+            environment=dict(order.environment),
+            inputs=workspace.inputs,
+            outputs=workspace.outputs,
+            limits=JobLimits(
+                cpu_millis=resources.cpu_millis,
+                memory_bytes=order.limits.memory_bytes,
+                disk_bytes=order.limits.disk_bytes,
+                wall_s=float(order.limits.wall_s),
+                fuel=order.limits.fuel,
+                log_bytes=order.limits.log_bytes,
+                output_bytes=order.limits.disk_bytes,
+                output_files=order.limits.output_files,
+            ),
+        )
+
+    def _log_file(self, stream: Stream) -> File:
+        state = self._logs[stream]
+        sha256 = f"sha256:{state.hasher.hexdigest()}"
+        return File(path=stream, size_bytes=state.offset, sha256=sha256)
+
+    def _elapsed_s(self) -> float:
+        if self._running_since is None:
+            return self._ran_s
+        return self._ran_s + trio.current_time() - self._running_since
+
+    def _tell(self, state: WorkState) -> None:
+        session = self._session
+        session.apply(session.machine.state(self.order.n, state, now=session.now()))
+
+
+def _usage(usage: RunUsage) -> Usage:
+    return Usage(
+        wall_ms=usage.wall_ms,
+        cpu_ms=usage.cpu_ms,
+        memory_peak_bytes=usage.memory_peak_bytes,
+        fuel=usage.fuel,
+    )
+
+
+def _reason(outcome: Outcome | None) -> str:
+    return "platform_error" if outcome is None else outcome.reason
+
+
+def _hex(sha256: str) -> str:
+    return sha256.removeprefix("sha256:")

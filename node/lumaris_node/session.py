@@ -1,0 +1,285 @@
+"""One session on this machine: the shell around `SellerSession`.
+
+Four tasks share it: the reader takes the buyer's envelopes, the outbox stores and sends, the runner
+works the orders one after another, the ticker ends what is over. The machine decides everything;
+nothing here touches money.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import trio
+
+from lumaris_node.executors.port import Executor
+from lumaris_node.orders import OrderRun
+from lumaris_node.store import Store
+from lumaris_overlay import blobs as blob_transfer
+from lumaris_overlay.framed import FramedStream
+from lumaris_overlay.outbox import Outbox
+from lumaris_protocol.effects import (
+    Effect,
+    KeepCloses,
+    KeepGrant,
+    KeepVoucher,
+    RunOrder,
+    SessionOver,
+    SetGate,
+    StopOrder,
+)
+from lumaris_protocol.errors import EnvelopeError, LumarisError, RefusedError
+from lumaris_protocol.frames import Kind
+from lumaris_protocol.limits import ORDERS_QUEUED_MAX
+from lumaris_protocol.machines.seller import SellerSession
+from lumaris_protocol.messages.execution import WorkOrder
+from lumaris_protocol.protocols import BlobHeader, BlobReply
+
+log = logging.getLogger(__name__)
+
+_TICK_S = 1
+_FLUSH_S = 5  # the last words of a session: a buyer that does not read them loses only them
+
+
+class SessionHost:
+    """Runs one session from its grant to its end."""
+
+    def __init__(
+        self,
+        machine: SellerSession,
+        stream: FramedStream,
+        *,
+        executor: Executor,
+        folder: Path,
+        store: Store,
+        clock: Callable[[], float],
+    ) -> None:
+        agreement = machine.contract.agreement
+        self.machine, self.resources = machine, agreement.resources
+        self.session, self.buyer = agreement.session, agreement.buyer
+        self.blobs, self._workspaces = folder / "blobs", folder / "jobs"
+        self.orders_done = 0
+        self._folder = folder
+        self._stream, self._store, self._executor = stream, store, executor
+        self._clock = clock
+        self._outbox = Outbox(stream, self._keep)
+        self._queue_in, self._queue_out = trio.open_memory_channel[WorkOrder](ORDERS_QUEUED_MAX)
+        self._stops: dict[int, str] = {}
+        self._run: OrderRun | None = None
+        self._done: dict[int, OrderRun] = {}  # delivered, kept until the buyer's word
+        self._gate_open = True
+        self._gate_opened = trio.Event()
+        self._gate_changed = trio.Event()
+        self._wanted: dict[str, tuple[int, trio.Event]] = {}
+        self._over = trio.Event()
+        self._reason = ""
+
+    def check(self, opening: bytes) -> None:
+        """Take the buyer's first word. Raises LumarisError when its grant does not hold."""
+        self.apply(self.machine.receive(opening, now=self.now()))
+
+    async def run(self) -> str:
+        """Until the session is over; the reason."""
+        for folder in (self.blobs, self._workspaces):
+            await trio.Path(folder).mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            async with trio.open_nursery() as nursery:
+                for task in (self._send, self._read, self._work, self._tick, self._gatekeeper):
+                    nursery.start_soon(task)
+                await self._over.wait()
+                with trio.move_on_after(_FLUSH_S):
+                    await self._outbox.flush()
+                nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                if not self._over.is_set():
+                    self.end("shutting_down")
+                await self._close_down()
+        return self._reason
+
+    def now(self) -> float:
+        """Wall clock, for documents."""
+        return self._clock()
+
+    def end(self, reason: str) -> None:
+        """End the session from this side."""
+        self.apply(self.machine.end(reason))
+        self._finish(reason)
+
+    def apply(self, effects: list[Effect]) -> None:
+        """Carry out a machine's decisions, in order; what stores or sends goes to the outbox."""
+        for effect in effects:
+            match effect:
+                case RunOrder(order):
+                    self._queue_in.send_nowait(order)
+                case StopOrder(n, reason):
+                    self._stops[n] = reason
+                    if self._run is not None and self._run.order.n == n:
+                        self._wake_gatekeeper()
+                case SetGate(is_open):
+                    self._gate_open = is_open
+                    self._wake_gatekeeper()
+                case SessionOver(reason):
+                    self._finish(reason)
+                case _:
+                    self._outbox.put(effect)
+
+    async def room(self) -> None:
+        """Wait for room in the outbox; keeps a flooding guest at the buyer's pace."""
+        await self._outbox.room()
+
+    async def gate(self) -> None:
+        """Wait until the exposure allows work to start."""
+        while not self._gate_open:
+            await self._gate_opened.wait()
+
+    # --- files ---
+
+    async def wait_for_blob(self, sha256: str, size_bytes_max: int) -> None:
+        """Until the buyer has sent the file; only files waited for are taken."""
+        arrived = trio.Event()
+        self._wanted[sha256] = (size_bytes_max, arrived)
+        try:
+            if not await trio.Path(self._blob(sha256)).exists():
+                await arrived.wait()
+        finally:
+            self._wanted.pop(sha256, None)
+
+    async def serve_blob(self, header: BlobHeader, stream: FramedStream) -> None:
+        """Take or give one file of this session. Raises LumarisError."""
+        if header.op == "put":
+            await self._take_blob(header, stream)
+        else:
+            await self._give_blob(header, stream)
+
+    async def _take_blob(self, header: BlobHeader, stream: FramedStream) -> None:
+        wanted = self._wanted.get(header.sha256)
+        target = self._blob(header.sha256)
+        if not await trio.Path(target).exists():
+            if wanted is None:
+                raise RefusedError("bad_input", "No order waits for this file.")
+            if header.size_bytes > wanted[0]:
+                raise RefusedError("oversize", "The file is larger than the order says.")
+            await stream.send(Kind.HEADER, _encode(BlobReply(state="ready")))
+            await blob_transfer.receive_chunks(
+                stream, target, sha256=header.sha256, size_bytes=header.size_bytes
+            )
+        if wanted is not None:
+            wanted[1].set()
+        await stream.send(Kind.HEADER, _encode(BlobReply(state="stored")))
+
+    async def _give_blob(self, header: BlobHeader, stream: FramedStream) -> None:
+        for run in self._done.values():
+            path = run.delivered_path(header.sha256)
+            if path is not None:
+                await stream.send(Kind.HEADER, _encode(BlobReply(state="ready")))
+                await blob_transfer.send_chunks(stream, path)
+                return
+        raise RefusedError("not_found", "No delivered file of that hash.")
+
+    def _blob(self, sha256: str) -> Path:
+        return self.blobs / sha256.removeprefix("sha256:")
+
+    # --- tasks ---
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                frame = await self._stream.receive()
+                if frame is None or frame.kind == Kind.REFUSAL:
+                    break
+                if frame.kind != Kind.ENVELOPE:
+                    raise EnvelopeError("malformed", "A session carries envelopes only.")
+                self.apply(self.machine.receive(frame.body, now=self.now()))
+                await self._forget_answered()
+        except LumarisError as error:
+            log.warning("refused peer=%s session=%s code=%s", self.buyer, self.session, error.code)
+            await self._stream.refuse(error)
+            self.end(error.code)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        self.end("buyer_lost")
+
+    async def _send(self) -> None:
+        try:
+            await self._outbox.run()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            self.end("buyer_lost")
+
+    async def _work(self) -> None:
+        async for order in self._queue_out:
+            stopped = self._stops.pop(order.n, "")
+            if stopped:
+                effects = self.machine.failed(order.n, "killed", stopped, now=self.now())
+                self.apply(effects)
+                continue
+            self._run = OrderRun(order, self, self._executor, self._workspaces)
+            try:
+                if await self._run.run():
+                    self._done[order.n] = self._run
+                    self.orders_done += 1
+            finally:
+                self._run = None
+
+    async def _gatekeeper(self) -> None:
+        """Passes gate changes and stops on to the running order, outside the machine's calls."""
+        while True:
+            self._gate_changed = trio.Event()
+            run = self._run
+            if self._gate_open:
+                self._gate_opened.set()
+                self._gate_opened = trio.Event()
+            if run is not None:
+                reason = self._stops.pop(run.order.n, "")
+                if reason:
+                    await run.stop(reason)
+                else:
+                    await run.set_gate(is_open=self._gate_open)
+            if not self._gate_changed.is_set():
+                await self._gate_changed.wait()
+
+    async def _tick(self) -> None:
+        while True:
+            await trio.sleep(_TICK_S)
+            self.apply(self.machine.tick(now=self.now()))
+
+    # --- the end ---
+
+    def _wake_gatekeeper(self) -> None:
+        self._gate_changed.set()
+
+    def _finish(self, reason: str) -> None:
+        if not self._over.is_set():
+            self._reason = reason
+            self._over.set()
+
+    async def _forget_answered(self) -> None:
+        """Outputs are kept only until the buyer accepted or rejected them."""
+        for n in [n for n in self._done if not self.machine.awaits_answer(n)]:
+            await self._done.pop(n).wipe()
+
+    async def _close_down(self) -> None:
+        await self._outbox.keep_rest()
+        await self._stream.aclose()
+        await trio.to_thread.run_sync(shutil.rmtree, self._folder, True)
+        await self._store.end_session(
+            self.session, self._reason, orders=self.machine.orders_accepted, now=self.now()
+        )
+
+    async def _keep(self, effect: Effect) -> None:
+        match effect:
+            case KeepGrant(data):
+                await self._store.keep_grant(self.session, data)
+            case KeepVoucher(data, total_nanos):
+                await self._store.keep_voucher(self.session, data, total_nanos)
+            case KeepCloses(by_buyer, by_seller):
+                await self._store.keep_closes(self.session, by_buyer, by_seller)
+            case _:
+                raise AssertionError(effect)
+
+
+def _encode(reply: BlobReply) -> bytes:
+    return msgspec.json.encode(reply)

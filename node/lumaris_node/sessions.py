@@ -1,0 +1,123 @@
+"""All sessions of this node: the streams that open them, their files, their end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import trio
+
+from lumaris_node.desk import Desk
+from lumaris_node.executors.port import Executor
+from lumaris_node.session import SessionHost
+from lumaris_node.store import Store
+from lumaris_overlay.framed import FramedStream
+from lumaris_overlay.ports import OverlayStream
+from lumaris_overlay.tasks import StrangerLog
+from lumaris_protocol import codec, envelope
+from lumaris_protocol.errors import LumarisError, RefusedError
+from lumaris_protocol.frames import Kind
+from lumaris_protocol.machines.seller import SellerSession
+from lumaris_protocol.messages.execution import SessionOpen
+from lumaris_protocol.protocols import BlobHeader
+
+log = logging.getLogger(__name__)
+
+_OPENING_S = 10
+_HEADER_S = 10
+
+
+class Sessions:
+    """Answers `/lumaris/session/1` and `/lumaris/blob/1`. `ended` is called after each session."""
+
+    def __init__(
+        self,
+        desk: Desk,
+        executors: Mapping[str, Executor],
+        *,
+        network: str,
+        folder: Path,
+        store: Store,
+        clock: Callable[[], float],
+        ended: Callable[[], None],
+    ) -> None:
+        self._desk, self._executors = desk, executors
+        self._network, self._folder, self._store = network, folder, store
+        self._clock, self._ended = clock, ended
+        self._hosts: dict[str, SessionHost] = {}
+        self._strangers = StrangerLog(log)
+
+    @property
+    def hosts(self) -> tuple[SessionHost, ...]:
+        """The sessions that are open now."""
+        return tuple(self._hosts.values())
+
+    async def serve(self, stream: OverlayStream) -> None:
+        """One session, from its opening to its end."""
+        framed = FramedStream(stream)
+        try:
+            with trio.fail_after(_OPENING_S):
+                opening = await framed.expect(Kind.ENVELOPE)
+            await self._run(opening, framed, stream.peer)
+        except LumarisError as error:
+            self._strangers.note(stream.peer, error.code, error.message)
+            await framed.refuse(error)
+        except (trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError):
+            log.info("session not opened peer=%s", stream.peer)
+        finally:
+            await framed.aclose()
+
+    async def _run(self, opening: bytes, framed: FramedStream, peer: str) -> None:
+        found = envelope.decode(opening)
+        if found.payload_type != SessionOpen.TYPE:
+            raise RefusedError("wrong_type", "A session begins with session_open.")
+        # Only the session's id is read before the machine has checked the signature.
+        session = codec.decode_payload(found.payload, SessionOpen).session
+        hold = self._desk.find_contract(session)
+        contract = hold.contract
+        assert contract is not None, "find_contract returns agreed holds only"
+        if peer != contract.agreement.buyer or session in self._hosts:
+            raise RefusedError("wrong_signer", "Another peer's session, or one already open.")
+        executor = self._executors.get(contract.agreement.tier)
+        if executor is None:
+            raise RefusedError("tier_unavailable")
+        host = SessionHost(
+            SellerSession(contract, self._desk.session_key(hold), network=self._network),
+            framed,
+            executor=executor,
+            folder=self._folder / session,
+            store=self._store,
+            clock=self._clock,
+        )
+        host.check(opening)
+        self._desk.quotes.granted(contract.hash, now=self._clock())
+        self._hosts[session] = host
+        reason = "platform_error"
+        try:
+            reason = await host.run()
+        finally:
+            del self._hosts[session]
+            self._desk.release(hold)
+            self._ended()
+            log.info(
+                "session over session=%s reason=%s orders=%d", session, reason, host.orders_done
+            )
+
+    async def serve_blob(self, stream: OverlayStream) -> None:
+        """One file of an open session."""
+        framed = FramedStream(stream)
+        try:
+            with trio.fail_after(_HEADER_S):
+                header = await framed.expect_header(BlobHeader)
+            host = self._hosts.get(header.session)
+            if host is None or host.buyer != stream.peer:
+                raise RefusedError("not_found", "No open session of yours has that id.")
+            await host.serve_blob(header, framed)
+        except LumarisError as error:
+            self._strangers.note(stream.peer, error.code, error.message)
+            await framed.refuse(error)
+        except (trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            log.info("transfer ended early peer=%s error=%r", stream.peer, error)
+        finally:
+            await framed.aclose()

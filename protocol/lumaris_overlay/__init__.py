@@ -1,0 +1,1 @@
+"""The peer network behind ports: adverts, the directory, streams. See `ports`."""

@@ -1,0 +1,381 @@
+"""The overlay as its clients see it: every call goes to the overlay process over a Unix socket.
+
+The process may die and come back. Calls wait a while for it; `adverts` and `serve` go on where
+they were, and the last advert of each seller that was published is published again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+
+import trio
+
+from lumaris_overlay.feed import AdvertFeed
+from lumaris_overlay.framing import FrameReader
+from lumaris_overlay.ports import (
+    AdvertEvent,
+    OverlayStream,
+    PeerInfo,
+    Reachability,
+    StreamHandler,
+)
+from lumaris_overlay.serving import HandlerTable
+from lumaris_overlay.socket import wire
+from lumaris_overlay.socket.stream import PipeStream
+from lumaris_overlay.socket.wire import Reply, Request
+from lumaris_overlay.tasks import background
+from lumaris_protocol.envelope import decode
+from lumaris_protocol.errors import EnvelopeError, LumarisError, RemoteError
+from lumaris_protocol.keys import PeerId
+
+logger = logging.getLogger(__name__)
+
+_CALL_S = 20.0
+_ATTACH_S = 10.0
+_RETRY_S = 0.05
+# A seller that a restarted overlay has not heard of again after this long is taken to have left.
+_MISSED_S = 30.0
+_OWN_MAX = 16
+
+_Lost = (EnvelopeError, OSError, trio.BrokenResourceError, trio.ClosedResourceError)
+
+
+@asynccontextmanager
+async def open_socket_overlay(path: Path) -> AsyncGenerator[SocketOverlay]:
+    """The overlay behind a socket. Raises RemoteError `unreachable` when nothing answers there."""
+    async with background() as nursery:
+        overlay = SocketOverlay(path, nursery)
+        await overlay.attach()
+        yield overlay
+
+
+class SocketOverlay:
+    """Client of the overlay process; implements `ports.Overlay`."""
+
+    def __init__(self, path: Path, nursery: trio.Nursery) -> None:
+        self._path = wire.socket_path(path)
+        self._nursery = nursery
+        self._handlers = HandlerTable()
+        self._identity = Reply()
+        self._attached = trio.Event()
+        self._own: dict[str, bytes] = {}
+
+    @property
+    def peer_id(self) -> PeerId:
+        """The peer id of the overlay process."""
+        return PeerId(self._identity.peer)
+
+    @property
+    def network(self) -> str:
+        """The network the overlay process is on."""
+        return self._identity.network
+
+    @property
+    def coordinator_keys(self) -> frozenset[PeerId]:
+        """The coordinators whose certificates the overlay process accepts."""
+        return frozenset(PeerId(key) for key in self._identity.coordinator_keys)
+
+    async def attach(self, *, timeout_s: float = _ATTACH_S) -> None:
+        """Connect and stay connected while the nursery lives. Raises RemoteError `unreachable`."""
+        self._nursery.start_soon(self._stay_attached)
+        await self._wait_attached(timeout_s)
+
+    async def ping(self) -> Reply:
+        """Who answers on the socket now. Raises RemoteError `unreachable`."""
+        return await self._call(Request("ping"), wait=False)
+
+    async def shutdown(self) -> None:
+        """Ask the overlay process to end."""
+        await self._call(Request("shutdown"), wait=False)
+
+    # --- the port ---
+
+    async def publish_advert(self, envelope: bytes) -> None:
+        """Gossip our advert. Raises EnvelopeError when it would be refused by any honest peer."""
+        await self._call(Request("publish", envelope=envelope))
+        seller = decode(envelope).signer
+        self._own.pop(seller, None)
+        self._own[seller] = envelope
+        while len(self._own) > _OWN_MAX:
+            del self._own[next(iter(self._own))]
+
+    async def connect(self, addresses: Sequence[str]) -> int:
+        """Connect to peers by address; the number that answered."""
+        return (await self._call(Request("connect", addresses=tuple(addresses)))).count
+
+    async def peers(self) -> tuple[PeerInfo, ...]:
+        """The peers the overlay process is connected to."""
+        reply = await self._call(Request("peers"))
+        return tuple(PeerInfo(PeerId(item.peer), item.addresses) for item in reply.peers)
+
+    async def reachability(self) -> Reachability:
+        """Where the overlay process can be reached."""
+        reply = await self._call(Request("reachability"))
+        return Reachability(reply.addresses, reply.count)
+
+    async def open_stream(
+        self, peer: str, protocol: str, *, addresses: Sequence[str] = ()
+    ) -> OverlayStream:
+        """A new stream to a peer. Raises RemoteError `unreachable`."""
+        request = Request("open", peer=peer, protocol=protocol, addresses=tuple(addresses))
+        if len(peer) > 64 or len(protocol) > 64:
+            raise RemoteError("unreachable", "That is not a peer id and a protocol.")
+        return await self._open_pipe(request, peer, protocol)
+
+    @asynccontextmanager
+    async def adverts(self) -> AsyncGenerator[trio.MemoryReceiveChannel[AdvertEvent]]:
+        """First every advert the directory holds, then each change; across restarts."""
+        feed = AdvertFeed(self._nursery)
+        scope = trio.CancelScope()
+
+        async def follow() -> None:
+            with scope:
+                await _AdvertFollower(self, feed).run()
+
+        async with feed.follow(()) as events:
+            self._nursery.start_soon(follow)
+            try:
+                yield events
+            finally:
+                scope.cancel()
+
+    def serve(self, protocol: str, handler: StreamHandler) -> AbstractAsyncContextManager[None]:
+        """Answer streams of a protocol while the context lasts; across restarts."""
+        return self._serve(protocol, handler)
+
+    @asynccontextmanager
+    async def _serve(self, protocol: str, handler: StreamHandler) -> AsyncGenerator[None]:
+        async with self._handlers.serve(protocol, handler):
+            pipe, reader = await self._ask(Request("serve", protocol=protocol))
+            scope = trio.CancelScope()
+
+            async def listen() -> None:
+                with scope:
+                    await self._keep_serving(protocol, pipe, reader)
+
+            self._nursery.start_soon(listen)
+            try:
+                yield
+            finally:
+                scope.cancel()
+                with trio.CancelScope(shield=True):
+                    await trio.aclose_forcefully(pipe)
+
+    # --- how ---
+
+    async def _keep_serving(
+        self, protocol: str, pipe: trio.SocketStream, reader: FrameReader
+    ) -> None:
+        while True:
+            try:
+                async with pipe:
+                    while (frame := await reader.next()) is not None:
+                        reply = wire.decode_reply(frame)
+                        self._nursery.start_soon(self._accept, reply, protocol)
+            except _Lost as error:
+                logger.info("serve protocol=%s lost=%r", protocol, error)
+            while True:
+                await self._attached.wait()
+                try:
+                    pipe, reader = await self._ask(Request("serve", protocol=protocol))
+                    break
+                except LumarisError as error:
+                    logger.info("serve protocol=%s again=%r", protocol, error)
+                    await trio.sleep(_RETRY_S)
+
+    async def _accept(self, inbound: Reply, protocol: str) -> None:
+        try:
+            stream = await self._open_pipe(
+                Request("accept", token=inbound.token), inbound.peer, protocol
+            )
+        except LumarisError as error:
+            logger.info("accept protocol=%s error=%r", protocol, error)
+            return
+        await self._handlers.answer(stream)
+
+    async def _open_pipe(self, request: Request, peer: str, protocol: str) -> PipeStream:
+        try:
+            with trio.fail_after(_CALL_S):
+                pipe = await self._dial(request)
+                try:
+                    reply = wire.decode_reply(await wire.read_header(pipe))
+                except BaseException:
+                    await trio.aclose_forcefully(pipe)
+                    raise
+        except trio.TooSlowError:
+            raise RemoteError("unreachable", "The overlay process does not answer.") from None
+        except _Lost as error:
+            raise _unreachable(error) from error
+        return PipeStream(
+            pipe,
+            peer,
+            protocol,
+            number=reply.id,
+            ended_clean=self._ended_clean,
+            reset=self._reset,
+        )
+
+    async def _ended_clean(self, number: int) -> bool:
+        try:
+            return (await self._call(Request("ended", id=number), wait=False)).clean
+        except LumarisError:
+            return False
+
+    async def _reset(self, number: int) -> None:
+        try:
+            await self._call(Request("reset", id=number), wait=False)
+        except LumarisError as error:
+            logger.debug("reset error=%r", error)
+
+    async def _call(self, request: Request, *, wait: bool = True) -> Reply:
+        """Ask and be answered. All calls may be repeated, so one cut off by a restart is."""
+        deadline = trio.current_time() + (_ATTACH_S if wait else 0.0)
+        while True:
+            try:
+                with trio.fail_after(_CALL_S):
+                    return await self._call_once(request, wait=wait)
+            except trio.TooSlowError:
+                raise RemoteError("unreachable", "The overlay process does not answer.") from None
+            except EnvelopeError as error:
+                if error.code != "truncated":
+                    raise
+                lost: Exception = error
+            except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                lost = error
+            if trio.current_time() >= deadline:
+                raise _unreachable(lost) from lost
+            await trio.sleep(_RETRY_S)
+
+    async def _call_once(self, request: Request, *, wait: bool) -> Reply:
+        pipe = await self._dial(request, wait=wait)
+        try:
+            return wire.decode_reply(await wire.reply_reader(pipe).next())
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.aclose_forcefully(pipe)
+
+    async def _ask(self, request: Request) -> tuple[trio.SocketStream, FrameReader]:
+        """Begin a call that lasts; its first reply has been read."""
+        pipe = None
+        try:
+            with trio.fail_after(_CALL_S):
+                pipe = await self._dial(request)
+                reader = wire.reply_reader(pipe)
+                wire.decode_reply(await reader.next())
+                done, pipe = pipe, None
+                return done, reader
+        except trio.TooSlowError:
+            raise RemoteError("unreachable", "The overlay process does not answer.") from None
+        except _Lost as error:
+            raise _unreachable(error) from error
+        finally:
+            if pipe is not None:
+                with trio.CancelScope(shield=True):
+                    await trio.aclose_forcefully(pipe)
+
+    async def _dial(self, request: Request, *, wait: bool = True) -> trio.SocketStream:
+        pipe = await self._open_socket(_ATTACH_S if wait else 0.0)
+        try:
+            await pipe.send_all(wire.encode(request))
+        except BaseException:
+            await trio.aclose_forcefully(pipe)
+            raise
+        return pipe
+
+    async def _open_socket(self, wait_s: float) -> trio.SocketStream:
+        """A connection; while nobody listens, nothing was asked yet and it is tried again."""
+        deadline = trio.current_time() + wait_s
+        while True:
+            try:
+                return await trio.open_unix_socket(self._path)
+            except (FileNotFoundError, ConnectionRefusedError):
+                if trio.current_time() >= deadline:
+                    raise RemoteError(
+                        "unreachable", "The overlay process is not running."
+                    ) from None
+            await trio.sleep(_RETRY_S)
+
+    async def _wait_attached(self, timeout_s: float) -> None:
+        with trio.move_on_after(timeout_s):
+            await self._attached.wait()
+            return
+        raise RemoteError("unreachable", "The overlay process is not running.")
+
+    async def _stay_attached(self) -> None:
+        first = True
+        while True:
+            try:
+                pipe = await self._dial(Request("attach"), wait=False)
+                async with pipe:
+                    reader = wire.reply_reader(pipe)
+                    self._identity = wire.decode_reply(await reader.next())
+                    self._attached.set()
+                    if not first:
+                        self._nursery.start_soon(self._publish_again)
+                    first = False
+                    await reader.next()
+            except (*_Lost, LumarisError) as error:
+                logger.debug("attach error=%r", error)
+            if self._attached.is_set():
+                self._attached = trio.Event()
+            await trio.sleep(_RETRY_S)
+
+    async def _publish_again(self) -> None:
+        for envelope in list(self._own.values()):
+            try:
+                await self._call(Request("publish", envelope=envelope))
+            except LumarisError as error:  # expired by now, or the process is gone again
+                logger.info("publish again error=%r", error)
+
+
+class _AdvertFollower:
+    """Keeps one follower told across restarts of the overlay process."""
+
+    def __init__(self, overlay: SocketOverlay, feed: AdvertFeed) -> None:
+        self._overlay = overlay
+        self._feed = feed
+        self._known: dict[PeerId, int] = {}
+
+    async def run(self) -> None:
+        missing: dict[PeerId, int] = {}
+        while True:
+            try:
+                pipe, reader = await self._overlay._ask(Request("adverts"))  # noqa: SLF001
+            except LumarisError:
+                await trio.sleep(_RETRY_S)
+                continue
+            async with background() as nursery:
+                nursery.start_soon(self._give_up_on, missing)
+                try:
+                    async with pipe:
+                        while (frame := await reader.next()) is not None:
+                            self._tell(wire.decode_reply(frame), missing)
+                except (*_Lost, LumarisError) as error:
+                    logger.info("adverts lost=%r", error)
+            missing.update(self._known)
+
+    def _tell(self, said: Reply, missing: dict[PeerId, int]) -> None:
+        seller = PeerId(said.seller)
+        missing.pop(seller, None)
+        if said.envelope is None:
+            if self._known.pop(seller, None) is not None:
+                self._feed.tell(AdvertEvent(seller, None, said.seq))
+        elif said.seq > self._known.get(seller, -1):
+            self._known[seller] = said.seq
+            self._feed.tell(AdvertEvent(seller, said.envelope, said.seq))
+
+    async def _give_up_on(self, missing: dict[PeerId, int]) -> None:
+        if not missing:
+            return
+        await trio.sleep(_MISSED_S)
+        for seller, seq in list(missing.items()):
+            if self._known.pop(seller, None) is not None:
+                self._feed.tell(AdvertEvent(seller, None, seq))
+        missing.clear()
+
+
+def _unreachable(error: Exception) -> RemoteError:
+    return RemoteError("unreachable", f"The overlay process went away ({error}).")

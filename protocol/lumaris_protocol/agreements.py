@@ -1,0 +1,161 @@
+"""The checks that make two signed documents one agreement, and a grant its cover."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lumaris_protocol import codec, envelope
+from lumaris_protocol.codec import Signed
+from lumaris_protocol.errors import EnvelopeError, RefusedError
+from lumaris_protocol.ids import derive_id, digest
+from lumaris_protocol.limits import CERTIFICATE_LIFETIME_S_MAX, SESSION_KEY_LIFETIME_S_MAX
+from lumaris_protocol.messages.advert import MembershipCertificate
+from lumaris_protocol.messages.budget import BudgetGrant
+from lumaris_protocol.messages.negotiation import Agreement, Quote, QuoteRequest
+
+
+@dataclass(frozen=True)
+class Contract:
+    """An agreement with both signatures. `hash` names its payload, which both signed."""
+
+    agreement: Agreement
+    hash: str
+    by_buyer: bytes
+    by_seller: bytes
+
+
+def join(by_buyer: bytes, by_seller: bytes, *, network: str) -> Contract:
+    """Check both signatures over the same payload. Raises EnvelopeError.
+
+    Both envelopes are verified, so a contract can be handed to a third party as it is.
+    """
+    first = codec.open_signed(by_buyer, Agreement, network=network)
+    second = codec.open_signed(by_seller, Agreement, network=network)
+    agreement = first.message
+    payload = envelope.decode(by_buyer).payload
+    if envelope.decode(by_seller).payload != payload:
+        raise EnvelopeError("terms_changed", "The two sides signed different agreements.")
+    if first.signer != agreement.buyer or second.signer != agreement.seller:
+        raise EnvelopeError("wrong_signer", "The agreement is not signed by its parties.")
+    if agreement.buyer == agreement.seller:
+        raise EnvelopeError("wrong_signer", "Buyer and seller are the same peer.")
+    if not 0 < agreement.ends_at - agreement.issued_at <= SESSION_KEY_LIFETIME_S_MAX:
+        raise EnvelopeError("malformed", "The agreement's session keys live too long.")
+    return Contract(agreement, digest(payload), first.data, second.data)
+
+
+def payload_hash(data: bytes) -> str:
+    """The agreement hash of one signed copy, before it is verified."""
+    return digest(envelope.decode(data).payload)
+
+
+def session_id(request: Signed[QuoteRequest], quote: Signed[Quote]) -> str:
+    """The session's id follows from its quote, so neither side can pick a used one."""
+    return derive_id("session", f"{request.hash}{quote.hash}".encode())
+
+
+def draft(
+    request: Signed[QuoteRequest],
+    quote: Signed[Quote],
+    *,
+    buyer_session_key: str,
+    coordinator: str,
+    fee_bps: int,
+    now: int,
+) -> Agreement:
+    """The agreement that follows from a request and its quote; the buyer signs it first."""
+    asked, offered = request.message, quote.message
+    return Agreement(
+        agreement=derive_id("agreement", quote.hash.encode()),
+        session=session_id(request, quote),
+        advert_hash=offered.advert_hash,
+        request_hash=request.hash,
+        quote_hash=quote.hash,
+        buyer=asked.buyer,
+        seller=asked.seller,
+        buyer_session_key=buyer_session_key,
+        seller_session_key=offered.seller_session_key,
+        coordinator=coordinator,
+        resources=offered.resources,
+        tier=asked.requirements.tier,
+        terms=offered.terms,
+        fee_bps=fee_bps,
+        verification=asked.verification,
+        issued_at=now,
+        start_by=offered.hold_until,
+        ends_at=now + offered.lease_s,
+    )
+
+
+def check_against_quote(
+    agreement: Agreement, request: Signed[QuoteRequest], quote: Signed[Quote]
+) -> None:
+    """The seller's check that a signed agreement repeats its quote. Raises RefusedError."""
+    expected = draft(
+        request,
+        quote,
+        buyer_session_key=agreement.buyer_session_key,
+        coordinator=agreement.coordinator,
+        fee_bps=agreement.fee_bps,
+        now=agreement.issued_at,
+    )
+    if agreement != expected:
+        raise RefusedError("terms_changed")
+
+
+def open_grant(
+    data: bytes, contract: Contract, *, network: str, coordinator: str, now: float | None
+) -> Signed[BudgetGrant]:
+    """Check that a grant covers a contract. With `now` it must also be current.
+
+    Raises EnvelopeError for bad bytes and RefusedError `grant_invalid` for another's grant.
+    """
+    grant = codec.open_signed(data, BudgetGrant, network=network, signer=coordinator)
+    message, agreement = grant.message, contract.agreement
+    if now is not None:
+        codec.check_times(
+            issued_at=message.issued_at, expires_at=message.not_after, now=now, what="budget grant"
+        )
+    covers = (
+        message.agreement_hash == contract.hash
+        and message.session == agreement.session
+        and message.buyer == agreement.buyer
+        and message.seller == agreement.seller
+        and message.currency == agreement.terms.currency
+        and message.cap_nanos >= agreement.terms.cap_nanos
+        and message.not_after >= agreement.ends_at
+        and message.settle_by >= message.not_after
+    )
+    if not covers:
+        raise RefusedError("grant_invalid")
+    return grant
+
+
+def open_certificate(
+    data: bytes,
+    *,
+    network: str,
+    coordinators: frozenset[str],
+    peer: str,
+    role: Literal["buyer", "seller"],
+    now: float,
+) -> Signed[MembershipCertificate]:
+    """Check a membership certificate of `peer` in `role`.
+
+    Raises EnvelopeError: `not_certified` when it is another peer's, another role's or not signed by
+    one of the `coordinators`; otherwise as `open_signed` and `check_times` do.
+    """
+    found = codec.open_signed(data, MembershipCertificate, network=network)
+    message = found.message
+    if found.signer not in coordinators or message.peer != peer or role not in message.roles:
+        raise EnvelopeError("not_certified", f"{peer} shows no certificate for the role {role}.")
+    if message.expires_at - message.issued_at > CERTIFICATE_LIFETIME_S_MAX:
+        raise EnvelopeError("not_certified", "The membership certificate lives too long.")
+    codec.check_times(
+        issued_at=message.issued_at,
+        expires_at=message.expires_at,
+        now=now,
+        what="membership certificate",
+    )
+    return found

@@ -1,0 +1,114 @@
+"""What a session machine asks its shell to do, in order. The machine itself never does it.
+
+`Keep*` comes before the `Send` that depends on it: what is promised is on disk before it is said.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lumaris_protocol.messages.execution import Delivery, JobEvent, WorkOrder
+
+
+@dataclass(frozen=True)
+class Send:
+    """Send this envelope to the other side."""
+
+    data: bytes
+
+
+@dataclass(frozen=True)
+class KeepGrant:
+    """Store the coordinator's grant: with it the session can be settled."""
+
+    data: bytes
+
+
+@dataclass(frozen=True)
+class KeepVoucher:
+    """Store the highest voucher."""
+
+    data: bytes
+    total_nanos: int
+
+
+@dataclass(frozen=True)
+class KeepCloses:
+    """Store both sides' co-signed end (buyer's first)."""
+
+    by_buyer: bytes
+    by_seller: bytes
+
+
+@dataclass(frozen=True)
+class RunOrder:
+    """Seller: put the order in the queue."""
+
+    order: WorkOrder
+
+
+@dataclass(frozen=True)
+class StopOrder:
+    """Seller: end an order, queued or running, with a reason code."""
+
+    n: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class SetGate:
+    """Seller: let orders run, or freeze them because the exposure is reached."""
+
+    open: bool
+
+
+@dataclass(frozen=True)
+class SessionReadied:
+    """Buyer: the seller took the grant."""
+
+
+@dataclass(frozen=True)
+class OrderChanged:
+    """Buyer: the seller reports a state of an order."""
+
+    event: JobEvent
+
+
+@dataclass(frozen=True)
+class LogArrived:
+    """Buyer: output of an order, in order and without gaps."""
+
+    n: int
+    stream: Literal["stdout", "stderr"]
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """Buyer: fetch and check the outputs, then accept or reject."""
+
+    delivery: Delivery
+
+
+@dataclass(frozen=True)
+class SessionOver:
+    """Nothing more will happen in this session; settle it."""
+
+    reason: str
+
+
+Effect = (
+    Send
+    | KeepGrant
+    | KeepVoucher
+    | KeepCloses
+    | RunOrder
+    | StopOrder
+    | SetGate
+    | SessionReadied
+    | OrderChanged
+    | LogArrived
+    | Delivered
+    | SessionOver
+)

@@ -1,0 +1,329 @@
+"""The buyer's side of one session.
+
+It signs orders and vouchers, and pays only for what can be true: never more than the agreed rate
+over the time that really passed here, never above the cap, never for an order that failed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from lumaris_protocol import merkle
+from lumaris_protocol.agreements import Contract
+from lumaris_protocol.effects import (
+    Delivered,
+    Effect,
+    KeepCloses,
+    KeepVoucher,
+    LogArrived,
+    OrderChanged,
+    Send,
+    SessionOver,
+    SessionReadied,
+)
+from lumaris_protocol.errors import LocalError, ViolationError
+from lumaris_protocol.keys import KeyPair
+from lumaris_protocol.machines.chain import ReceiveChain, SendChain, session_kinds
+from lumaris_protocol.machines.tab import Tab
+from lumaris_protocol.machines.table import Machine, Row, Table, late
+from lumaris_protocol.messages.execution import (
+    Acceptance,
+    Cancel,
+    Delivery,
+    File,
+    JobEvent,
+    Limits,
+    LogChunk,
+    Meter,
+    SessionOpen,
+    SessionReady,
+    WorkOrder,
+)
+from lumaris_protocol.messages.payment import Close, Voucher
+
+_FACTS: Final = ("session_ready", "job_event", "log_chunk", "meter", "delivery", "close")
+
+BUYER_SESSION: Final = Table(
+    "buyer session",
+    initial="granted",
+    final=("closed", "ended"),
+    rows=(
+        Row("granted", "session_ready", "open", "orders may be sent"),
+        Row("granted", "close", "ended", "the seller declined; nothing was spent"),
+        Row("granted", "over", "ended", "nothing was spent"),
+        Row("granted", "job_event", "granted", refusal="out_of_sequence"),
+        Row("granted", "log_chunk", "granted", refusal="out_of_sequence"),
+        Row("granted", "meter", "granted", refusal="out_of_sequence"),
+        Row("granted", "delivery", "granted", refusal="out_of_sequence"),
+        Row("open", "session_ready", "open", refusal="replayed"),
+        Row("open", "job_event", "open", "note the order's state"),
+        Row("open", "log_chunk", "open", "pass the output on"),
+        Row("open", "meter", "open", "voucher what is plausible"),
+        Row("open", "delivery", "open", "fetch, check, accept, voucher"),
+        Row("open", "close_sent", "closing", "voucher the rest; wait for the seller's signature"),
+        Row("open", "close", "ended", "the seller ends it: co-sign the vouchered total"),
+        Row("open", "over", "ended", "claim with our highest voucher"),
+        Row("closing", "job_event", "closing", ""),
+        Row("closing", "log_chunk", "closing", ""),
+        Row("closing", "meter", "closing", ""),
+        Row("closing", "delivery", "closing", "too late: not accepted, not paid"),
+        Row("closing", "close", "closed", "keep both signatures; settle at once"),
+        Row("closing", "over", "ended", "claim with our highest voucher"),
+        Row("closing", "session_ready", "closing", refusal="replayed"),
+        *late(("closed", "ended"), _FACTS),
+    ),
+)
+
+_TERMINAL: Final = ("failed", "killed", "error")
+# An amount is checked against our own clock; both clocks tick within this part of each other.
+_CLOCK_TOLERANCE: Final = 1.01
+
+
+@dataclass
+class _Order:
+    limits: Limits
+    sent_at: float
+    offsets: dict[str, int] = field(default_factory=lambda: {"stdout": 0, "stderr": 0})
+    delivery: Delivery | None = None
+    claimed_nanos: int = 0  # the most the seller asked for it
+    metered_nanos: int = 0  # the part of that on the tab
+
+
+class BuyerSession:
+    """One session, from the grant to its end."""
+
+    def __init__(self, contract: Contract, key: KeyPair, *, network: str, now: float) -> None:
+        agreement = contract.agreement
+        self.contract, self.terms = contract, agreement.terms
+        self.machine = Machine(BUYER_SESSION)
+        self.tab = Tab(cap_nanos=agreement.terms.cap_nanos)
+        self.orders_accepted = 0
+        self.costs: dict[int, int] = {}  # of ended orders; the shell takes them out
+        self._chain = SendChain(key, network=network, session=agreement.session, root=contract.hash)
+        self._peer = ReceiveChain(
+            agreement.seller_session_key,
+            network=network,
+            session=agreement.session,
+            root=contract.hash,
+            kinds=session_kinds(*_FACTS),
+        )
+        self._opened_at = now
+        self._orders_sent = 0
+        self._live: dict[int, _Order] = {}
+        self._our_close = b""
+
+    @property
+    def live(self) -> int:
+        """How many orders have no end yet."""
+        return len(self._live)
+
+    # --- what we want ---
+
+    def open(self, grant: bytes) -> list[Effect]:
+        """Begin: hand over the coordinator's grant."""
+        opening = self._chain.sign(SessionOpen, agreement_hash=self.contract.hash, grant=grant)
+        return [Send(opening.data)]
+
+    def order(
+        self,
+        *,
+        job: str,
+        image: str,
+        command: tuple[str, ...],
+        environment: dict[str, str],
+        inputs: tuple[File, ...],
+        limits: Limits,
+        idempotency_key: str,
+        now: float,
+    ) -> tuple[int, list[Effect]]:
+        """Order a run; its number in this session and what to send."""
+        if self.machine.state != "open":
+            raise LocalError("invalid_transition", f"The session is {self.machine.state}.")
+        n = self._orders_sent + 1
+        order = self._chain.sign(
+            WorkOrder,
+            n=n,
+            job=job,
+            image=image,
+            command=command,
+            environment=environment,
+            inputs=inputs,
+            input_root=merkle.files_root(inputs),
+            limits=limits,
+            idempotency_key=idempotency_key,
+        )
+        self._orders_sent = n  # only now: an order that cannot be signed uses up no number
+        self._live[n] = _Order(limits, now)
+        return n, [Send(order.data)]
+
+    def accept(self, n: int, *, now: float) -> list[Effect]:
+        """The outputs are here and match: owe the amount, voucher when due.
+
+        Nothing is sent or owed when the seller took the order back or ended the session meanwhile.
+        """
+        if n not in self._live or self.machine.state != "open":
+            return []
+        order = self._live[n]
+        assert order.delivery is not None, "only a delivered order can be accepted"
+        del self._live[n]
+        self.orders_accepted += 1
+        self.tab.finish(n, order.delivery.amount_nanos)
+        self.costs[n] = order.delivery.amount_nanos
+        acceptance = self._chain.sign(
+            Acceptance, n=n, accepted=True, total_nanos=self._due_delivered
+        )
+        effects: list[Effect] = [Send(acceptance.data)]
+        due = self.tab.delivered_unpaid_nanos
+        # Few signatures while orders stream through, none owed while the session idles.
+        if not self._live or 4 * due >= self.terms.exposure_nanos:
+            effects += self._voucher(self._due_delivered)
+        return effects
+
+    def reject(self, n: int, reason: str) -> list[Effect]:
+        """The delivery fails a check: it is not owed."""
+        if n not in self._live or self.machine.state != "open":
+            return []
+        del self._live[n]
+        self.costs[n] = self.tab.strike(n)
+        rejection = self._chain.sign(
+            Acceptance, n=n, accepted=False, reason=reason, total_nanos=self._due_delivered
+        )
+        return [Send(rejection.data)]
+
+    def cancel(self, n: int) -> list[Effect]:
+        """Ask the seller to stop an order."""
+        if n not in self._live or self.machine.state != "open":
+            return []
+        return [Send(self._chain.sign(Cancel, n=n).data)]
+
+    def close(self, reason: str = "closed") -> list[Effect]:
+        """End the session: voucher what was accepted and propose the co-signed end."""
+        if self.machine.state != "open":
+            return []
+        effects = self._voucher(self._due_delivered)
+        self.machine.take("close_sent")
+        self._our_close = self._close_message(reason)
+        return [*effects, Send(self._our_close)]
+
+    def lost(self, reason: str) -> list[Effect]:
+        """The seller is gone or broke the rules: no more messages in this session."""
+        if self.machine.done:
+            return []
+        self.machine.take("over")
+        return [SessionOver(reason)]
+
+    # --- what the seller says ---
+
+    def receive(self, data: bytes, *, now: float) -> list[Effect]:
+        """Take one envelope of the seller.
+
+        Raises EnvelopeError or ViolationError; the shell then calls `lost`.
+        """
+        message = self._peer.open(data).message
+        state, over = self.machine.state, self.machine.done
+        self.machine.take(message.TYPE)
+        if over:
+            return []
+        if isinstance(message, SessionReady):
+            return [SessionReadied()]
+        if isinstance(message, Close):
+            return self._on_close(message, data, closing=state == "closing")
+        if isinstance(message, JobEvent):
+            return self._on_event(message)
+        if isinstance(message, LogChunk):
+            return self._on_log(message)
+        if isinstance(message, Meter):
+            return self._on_meter(message, now)
+        assert isinstance(message, Delivery)
+        return self._on_delivery(message, now)
+
+    def _on_event(self, message: JobEvent) -> list[Effect]:
+        if message.n not in self._live:
+            return []  # an order we gave up on: its end was on the way
+        if message.state in _TERMINAL:
+            del self._live[message.n]
+            self.costs[message.n] = self.tab.strike(message.n)
+        return [OrderChanged(message)]
+
+    def _on_log(self, message: LogChunk) -> list[Effect]:
+        order = self._live.get(message.n)
+        if order is None:
+            return []
+        if message.offset != order.offsets[message.stream]:
+            raise ViolationError("out_of_sequence", "A part of the log is missing.")
+        order.offsets[message.stream] += len(message.data)
+        if sum(order.offsets.values()) > order.limits.log_bytes:
+            raise ViolationError("oversize", "The log is longer than the order allows.")
+        return [LogArrived(message.n, message.stream, message.data)]
+
+    def _on_meter(self, message: Meter, now: float) -> list[Effect]:
+        if message.n not in self._live or self.machine.state != "open":
+            return []
+        self._check_amount(message.n, message.amount_nanos, now)
+        self._live[message.n].metered_nanos = self._live[message.n].claimed_nanos
+        self.tab.accrue(message.n, message.amount_nanos)
+        return self._voucher(self.tab.vouchered_nanos + self.tab.unpaid_nanos)
+
+    def _on_delivery(self, message: Delivery, now: float) -> list[Effect]:
+        order = self._live.get(message.n)
+        if order is None or self.machine.state != "open":
+            return []
+        if order.delivery is not None:
+            raise ViolationError("replayed", f"Order {message.n} was delivered before.")
+        self._check_amount(message.n, message.amount_nanos, now)
+        if message.output_root != merkle.files_root(message.outputs) or message.exit_status != 0:
+            raise ViolationError("output_mismatch", "The delivery contradicts itself.")
+        logged = (message.stdout.size_bytes, message.stderr.size_bytes)
+        if logged != (order.offsets["stdout"], order.offsets["stderr"]):
+            raise ViolationError("output_mismatch", "The delivered log is not the one sent.")
+        if sum(file.size_bytes for file in message.outputs) > order.limits.disk_bytes:
+            raise ViolationError("oversize", "The outputs are larger than the order allows.")
+        order.delivery = message
+        return [Delivered(message)]
+
+    def _on_close(self, message: Close, data: bytes, *, closing: bool) -> list[Effect]:
+        if message.total_nanos != self.tab.vouchered_nanos:
+            return [SessionOver("terms_changed" if closing else message.reason)]
+        if closing:
+            return [KeepCloses(self._our_close, data), SessionOver("closed")]
+        ours = self._close_message(message.reason)
+        return [KeepCloses(ours, data), Send(ours), SessionOver(message.reason)]
+
+    # --- inside ---
+
+    @property
+    def _due_delivered(self) -> int:
+        """Everything that must be vouchered for accepted orders."""
+        return self.tab.vouchered_nanos + self.tab.delivered_unpaid_nanos
+
+    def _check_amount(self, n: int, amount_nanos: int, now: float) -> None:
+        """Orders of a session run one at a time, so time bounds each order and their sum."""
+        rate, start = self.terms.rate_nanos_per_s * _CLOCK_TOLERANCE, self.terms.start_nanos
+        order_max = start + rate * (now - self._live[n].sent_at)
+        session_max = start * self._orders_sent + rate * (now - self._opened_at)
+        order = self._live[n]
+        order.claimed_nanos = max(order.claimed_nanos, amount_nanos)
+        # Deliveries that wait for our word are not on the tab yet, but their time has passed.
+        waiting = sum(live.claimed_nanos - live.metered_nanos for live in self._live.values())
+        owed = self.tab.vouchered_nanos + self.tab.unpaid_nanos + waiting
+        if amount_nanos > order_max or owed > session_max:
+            raise ViolationError("overcharged")
+        if amount_nanos > self.terms.cap_nanos:
+            raise ViolationError("over_cap")
+
+    def _voucher(self, total_nanos: int) -> list[Effect]:
+        total = min(total_nanos, self.terms.cap_nanos)
+        if total <= self.tab.vouchered_nanos:
+            return []
+        self.tab.voucher(total)
+        voucher = self._chain.sign(Voucher, total_nanos=total)
+        return [KeepVoucher(voucher.data, total), Send(voucher.data)]
+
+    def _close_message(self, reason: str) -> bytes:
+        return self._chain.sign(
+            Close,
+            total_nanos=self.tab.vouchered_nanos,
+            orders_accepted=self.orders_accepted,
+            reason=reason,
+        ).data

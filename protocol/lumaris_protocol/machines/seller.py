@@ -1,0 +1,378 @@
+"""The seller's side of one session.
+
+The shell feeds it the buyer's envelopes (`receive`) and what happens to orders on this machine, and
+carries out the effects. It enforces the two rules that keep the seller from working for nothing: an
+order runs only under a grant, and work stops while the unpaid amount is at the agreed exposure.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from lumaris_protocol import agreements, merkle, pricing
+from lumaris_protocol.agreements import Contract
+from lumaris_protocol.codec import Signed
+from lumaris_protocol.effects import (
+    Effect,
+    KeepCloses,
+    KeepGrant,
+    KeepVoucher,
+    RunOrder,
+    Send,
+    SessionOver,
+    SetGate,
+    StopOrder,
+)
+from lumaris_protocol.errors import LumarisError, ViolationError
+from lumaris_protocol.keys import KeyPair
+from lumaris_protocol.limits import ORDERS_QUEUED_MAX
+from lumaris_protocol.machines.chain import ReceiveChain, SendChain, session_kinds
+from lumaris_protocol.machines.tab import Tab
+from lumaris_protocol.machines.table import Machine, Row, Table, late
+from lumaris_protocol.messages.base import SessionMessage
+from lumaris_protocol.messages.execution import (
+    Acceptance,
+    Cancel,
+    Delivery,
+    File,
+    JobEvent,
+    LogChunk,
+    Meter,
+    SessionOpen,
+    SessionReady,
+    Usage,
+    WorkOrder,
+    WorkState,
+)
+from lumaris_protocol.messages.payment import Close, Voucher
+
+_FACTS: Final = ("session_open", "work_order", "acceptance", "voucher", "cancel", "close")
+
+SELLER_SESSION: Final = Table(
+    "seller session",
+    initial="agreed",
+    final=("closed", "ended"),
+    rows=(
+        Row("agreed", "session_open", "open", "keep the grant; say ready"),
+        Row("agreed", "work_order", "agreed", refusal="grant_invalid"),
+        Row("agreed", "acceptance", "agreed", refusal="grant_invalid"),
+        Row("agreed", "voucher", "agreed", refusal="grant_invalid"),
+        Row("agreed", "cancel", "agreed", refusal="grant_invalid"),
+        Row("agreed", "close", "closed", "co-sign nothing spent"),
+        Row("agreed", "over", "ended", "give the capacity back"),
+        Row("open", "session_open", "open", refusal="replayed"),
+        Row("open", "work_order", "open", "queue it"),
+        Row("open", "acceptance", "open", "put it on the tab, or strike it off"),
+        Row("open", "voucher", "open", "keep it; open the gate when enough is paid"),
+        Row("open", "cancel", "open", "stop the order"),
+        Row("open", "close", "closed", "co-sign when the totals agree"),
+        Row("open", "over", "ended", "settle with the highest voucher"),
+        *late(("closed", "ended"), _FACTS),
+    ),
+)
+
+# How long a frozen order waits for a voucher before the session ends.
+PAY_WAIT_S: Final = 30
+
+
+class SellerSession:
+    """One session, from the countersigned agreement to its end."""
+
+    def __init__(self, contract: Contract, key: KeyPair, *, network: str) -> None:
+        agreement = contract.agreement
+        self.contract, self.terms = contract, agreement.terms
+        self.machine = Machine(SELLER_SESSION)
+        self.tab = Tab(cap_nanos=agreement.terms.cap_nanos)
+        self.orders_accepted = 0
+        self._network = network
+        self._chain = SendChain(key, network=network, session=agreement.session, root=contract.hash)
+        self._peer = ReceiveChain(
+            agreement.buyer_session_key,
+            network=network,
+            session=agreement.session,
+            root=contract.hash,
+            kinds=session_kinds(*_FACTS),
+        )
+        self._last_n = 0
+        self._live: dict[int, WorkOrder] = {}
+        self._delivered: dict[int, int] = {}  # amounts waiting for the buyer's word
+        self._keys_seen: set[str] = set()
+        self._metered: dict[int, int] = {}  # what the buyer was told of orders without an end
+        self._gate_open = True
+        self._gate_shut_at = 0.0
+        self._metered_at = 0.0
+
+    # --- what the buyer says ---
+
+    def receive(self, data: bytes, *, now: float) -> list[Effect]:
+        """Take one envelope of the buyer.
+
+        Raises EnvelopeError, ViolationError, or RefusedError for a grant that does not cover the
+        agreement; the shell then refuses, and ends the session.
+        """
+        signed = self._peer.open(data)
+        message = signed.message
+        if isinstance(message, SessionOpen) and self.machine.state == "agreed":
+            self._check_grant(message, now)  # before the state moves: a bad one opens nothing
+        over = self.machine.done
+        self.machine.take(message.TYPE)
+        if over:
+            return []
+        if isinstance(message, SessionOpen):
+            return self._on_open(message, now)
+        if isinstance(message, WorkOrder):
+            return self._on_order(message, now)
+        if isinstance(message, Acceptance):
+            return self._on_acceptance(message, now)
+        if isinstance(message, Voucher):
+            return self._on_voucher(message, signed, now)
+        if isinstance(message, Cancel):
+            return [StopOrder(message.n, "cancelled")] if message.n in self._live else []
+        assert isinstance(message, Close)
+        return self._on_close(message, data)
+
+    def _check_grant(self, message: SessionOpen, now: float) -> None:
+        agreement = self.contract.agreement
+        agreements.open_grant(
+            message.grant,
+            self.contract,
+            network=self._network,
+            coordinator=agreement.coordinator,
+            now=now,
+        )
+
+    def _on_open(self, message: SessionOpen, now: float) -> list[Effect]:
+        self._metered_at = now
+        ready = self._chain.sign(SessionReady, agreement_hash=self.contract.hash)
+        return [KeepGrant(message.grant), Send(ready.data)]
+
+    def _on_order(self, order: WorkOrder, now: float) -> list[Effect]:
+        if order.n != self._last_n + 1:
+            raise ViolationError("out_of_sequence", f"Order {self._last_n + 1} is missing.")
+        self._last_n = order.n
+        reason = self._why_not(order, now)
+        if reason:
+            return self._event(order.n, "error", now=now, reason=reason)
+        self._keys_seen.add(order.idempotency_key)
+        self._live[order.n] = order
+        return [RunOrder(order)]
+
+    def _why_not(self, order: WorkOrder, now: float) -> str:
+        resources = self.contract.agreement.resources
+        if order.idempotency_key in self._keys_seen:
+            return "replayed"
+        if len(self._live) >= ORDERS_QUEUED_MAX:
+            return "queue_full"
+        if now >= self.contract.agreement.ends_at:
+            return "lease_ended"
+        if order.limits.memory_bytes > resources.memory_bytes:
+            return "memory_short"
+        if order.limits.disk_bytes > resources.disk_bytes:
+            return "disk_short"
+        if order.input_root != merkle.files_root(order.inputs):
+            return "bad_input"
+        if self._spent + self.terms.start_nanos > self.terms.cap_nanos:
+            return "budget_exceeded"
+        return ""
+
+    def _on_acceptance(self, message: Acceptance, now: float) -> list[Effect]:
+        amount = self._delivered.pop(message.n, None)
+        if amount is None:
+            raise ViolationError("out_of_sequence", f"Order {message.n} was not delivered.")
+        if message.accepted:
+            self.orders_accepted += 1
+            self.tab.finish(message.n, amount)
+        else:
+            self._strike(message.n)
+        self._metered.pop(message.n, None)
+        return self._gate(now)
+
+    def _on_voucher(
+        self, message: Voucher, signed: Signed[SessionMessage], now: float
+    ) -> list[Effect]:
+        self.tab.voucher(message.total_nanos)
+        return [KeepVoucher(signed.data, message.total_nanos), *self._gate(now)]
+
+    def _on_close(self, message: Close, data: bytes) -> list[Effect]:
+        stops: list[Effect] = [StopOrder(n, "cancelled") for n in self._live]
+        if message.total_nanos != self.tab.vouchered_nanos:
+            return [*stops, SessionOver("terms_changed")]
+        ours = self._close(message.reason)
+        return [*stops, KeepCloses(data, ours), Send(ours), SessionOver("closed")]
+
+    # --- what happens here ---
+
+    def preparing(self, n: int, missing: tuple[str, ...], *, now: float) -> list[Effect]:
+        """The order needs these input hashes from the buyer."""
+        return self._event(n, "preparing", now=now, missing=missing)
+
+    def running(self, n: int, *, now: float) -> list[Effect]:
+        """The sandbox runs: the bill begins with the start fee."""
+        self.tab.accrue(n, pricing.order_nanos(self.terms, 0))
+        return [*self._event(n, "running", now=now), *self._gate(now)]
+
+    def log(self, n: int, stream: str, offset: int, data: bytes) -> list[Effect]:
+        """Output of the guest; at most LOG_CHUNK_BYTES_MAX at a time."""
+        chunk = self._chain.sign(LogChunk, n=n, stream=stream, offset=offset, data=data)
+        return [Send(chunk.data)]
+
+    def accrue(self, n: int, usage: Usage, *, now: float) -> list[Effect]:
+        """The order has run this long; meter it when due, freeze it at the exposure."""
+        amount = pricing.order_nanos(self.terms, usage.wall_ms)
+        self.tab.accrue(n, amount)
+        if self._spent > self.terms.cap_nanos:
+            return [StopOrder(n, "budget_exceeded")]
+        effects: list[Effect] = []
+        waited = now - self._metered_at >= self.terms.voucher_interval_s
+        if waited or 2 * self.tab.unpaid_nanos >= self.terms.exposure_nanos:
+            self._metered_at, self._metered[n] = now, amount
+            meter = self._chain.sign(Meter, n=n, amount_nanos=amount, usage=usage)
+            effects.append(Send(meter.data))
+        return [*effects, *self._gate(now)]
+
+    def delivered(
+        self,
+        n: int,
+        *,
+        outputs: tuple[File, ...],
+        stdout: File,
+        stderr: File,
+        usage: Usage,
+        environment: str,
+        now: float,
+    ) -> list[Effect]:
+        """The order succeeded and its outputs are hashed.
+
+        More or longer file names than a delivery can carry make it `killed_output` instead.
+        """
+        amount = pricing.order_nanos(self.terms, usage.wall_ms)
+        try:
+            delivery = self._chain.sign(
+                Delivery,
+                n=n,
+                exit_status=0,
+                outputs=outputs,
+                output_root=merkle.files_root(outputs),
+                stdout=stdout,
+                stderr=stderr,
+                usage=usage,
+                amount_nanos=amount,
+                environment=environment,
+            )
+        except ValueError:  # a guest chooses its file names
+            return self.failed(n, "killed", "killed_output", now=now, usage=usage)
+        self.tab.accrue(n, amount)
+        del self._live[n]
+        self._delivered[n] = amount
+        return [Send(delivery.data), *self._gate(now)]
+
+    def failed(
+        self,
+        n: int,
+        state: WorkState,
+        reason: str,
+        *,
+        now: float,
+        usage: Usage | None = None,
+        exit_status: int | None = None,
+        detail: str = "",
+    ) -> list[Effect]:
+        """The order ended without a delivery: its unpaid part is struck off."""
+        self._live.pop(n, None)
+        self._strike(n)
+        event = self._event(
+            n,
+            state,
+            now=now,
+            reason=reason,
+            usage=usage or Usage(),
+            exit_status=exit_status,
+            detail=detail,
+        )
+        return [*event, *self._gate(now)]
+
+    def state(self, n: int, state: WorkState, *, now: float) -> list[Effect]:
+        """Tell the buyer a state that changes no money (paused, collecting)."""
+        return self._event(n, state, now=now)
+
+    def tick(self, *, now: float) -> list[Effect]:
+        """Time passed: an unpaid session and a finished lease end here."""
+        if self.machine.done:
+            return []
+        late = not self._gate_open and now - self._gate_shut_at > PAY_WAIT_S
+        over = now > self.contract.agreement.ends_at
+        if late or over:
+            return self.end("unpaid" if late else "lease_ended")
+        return []
+
+    def end(self, reason: str) -> list[Effect]:
+        """End the session from this side; live orders are stopped and told why."""
+        if self.machine.done:
+            return []
+        self.machine.take("over")
+        stops: list[Effect] = [StopOrder(n, reason) for n in self._live]
+        return [*stops, Send(self._close(reason)), SessionOver(reason)]
+
+    def awaits_answer(self, n: int) -> bool:
+        """Whether the buyer still has to accept or reject order `n`."""
+        return n in self._delivered
+
+    # --- inside ---
+
+    def _strike(self, n: int) -> None:
+        self.tab.strike(n, metered_nanos=self._metered.pop(n, 0))
+
+    @property
+    def _spent(self) -> int:
+        return self.tab.vouchered_nanos + self.tab.unpaid_nanos
+
+    def _close(self, reason: str) -> bytes:
+        return self._chain.sign(
+            Close,
+            total_nanos=self.tab.vouchered_nanos,
+            orders_accepted=self.orders_accepted,
+            reason=reason,
+        ).data
+
+    def _event(
+        self,
+        n: int,
+        state: WorkState,
+        *,
+        now: float,
+        reason: str = "",
+        detail: str = "",
+        exit_status: int | None = None,
+        missing: tuple[str, ...] = (),
+        usage: Usage | None = None,
+    ) -> list[Effect]:
+        event = self._chain.sign(
+            JobEvent,
+            n=n,
+            state=state,
+            reason=reason,
+            detail=detail,
+            exit_status=exit_status,
+            missing=missing,
+            usage=usage or Usage(),
+            at=int(now),
+        )
+        return [Send(event.data)]
+
+    def _gate(self, now: float) -> list[Effect]:
+        should_open = self.tab.unpaid_nanos < self.terms.exposure_nanos
+        if self.terms.exposure_nanos == 0:
+            should_open = True  # a free session has no exposure to reach
+        if should_open == self._gate_open:
+            return []
+        self._gate_open = should_open
+        if not should_open:
+            self._gate_shut_at = now
+        return [SetGate(should_open)]
+
+
+def refusal_of(error: Exception) -> LumarisError:
+    """What to tell the other side about an error: our own faults show no inside."""
+    if isinstance(error, LumarisError):
+        return error
+    return LumarisError("internal", "Something failed on this machine.")

@@ -1,0 +1,1 @@
+"""All signed statements, a file for each stage of a session."""

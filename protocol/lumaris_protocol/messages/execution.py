@@ -1,0 +1,157 @@
+"""Work and its results, inside a session."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from msgspec import Meta, field
+
+from lumaris_protocol import limits
+from lumaris_protocol.messages.base import (
+    Amount,
+    Count,
+    Digest,
+    Document,
+    Id,
+    Part,
+    SessionMessage,
+    Text,
+    Time,
+)
+
+FilePath = Annotated[str, Meta(min_length=1, max_length=limits.PATH_CHARS_MAX)]
+Argument = Annotated[str, Meta(max_length=limits.ARGUMENT_CHARS_MAX)]
+LogBytes = Annotated[bytes, Meta(max_length=limits.LOG_CHUNK_BYTES_MAX)]
+OrderNumber = Annotated[int, Meta(ge=1, le=limits.SEQ_MAX)]
+ExitStatus = Annotated[int, Meta(ge=0, le=255)]
+WorkState = Literal[
+    "accepted", "preparing", "running", "paused", "collecting", "failed", "killed", "error"
+]
+
+
+class File(Part, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A file of an input or output tree; `path` is relative, with `/` between its parts."""
+
+    path: FilePath
+    size_bytes: Annotated[int, Meta(ge=0, le=limits.FILE_BYTES_MAX)]
+    sha256: Digest
+
+
+class Limits(Part, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What one order may use at most. Time counts from `running`; fuel only on wasm."""
+
+    wall_s: Annotated[int, Meta(ge=1, le=limits.WALL_S_MAX)]
+    memory_bytes: Annotated[int, Meta(ge=limits.MIB, le=limits.MEMORY_BYTES_MAX)]
+    disk_bytes: Annotated[int, Meta(ge=0, le=limits.OUTPUT_BYTES_MAX)]
+    fuel: Annotated[int, Meta(ge=0, le=limits.FUEL_MAX)]
+    log_bytes: Annotated[int, Meta(ge=0, le=limits.LOG_BYTES_MAX)]
+    output_files: Annotated[int, Meta(ge=0, le=limits.OUTPUT_FILES_MAX)]
+
+
+class Usage(Part, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What an order consumed, measured by the seller's kernel or runtime."""
+
+    wall_ms: Count = 0
+    cpu_ms: Count = 0
+    memory_peak_bytes: Count = 0
+    fuel: Count = 0
+
+
+class SessionOpen(SessionMessage, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The buyer's first word in a session: the coordinator's grant for it."""
+
+    TYPE: ClassVar[str] = "session_open"
+    agreement_hash: Digest
+    grant: Document
+
+
+class SessionReady(SessionMessage, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The seller took the grant; orders may follow."""
+
+    TYPE: ClassVar[str] = "session_ready"
+    agreement_hash: Digest
+
+
+class WorkOrder(SessionMessage, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Run this. `n` counts from 1; an order with a known idempotency key is not run twice."""
+
+    TYPE: ClassVar[str] = "work_order"
+    SIZE_MAX: ClassVar[int] = 4 * limits.ENVELOPE_BYTES_MAX - limits.KIB
+    n: OrderNumber
+    job: Id
+    image: Digest
+    command: Annotated[tuple[Argument, ...], Meta(min_length=1, max_length=limits.ARGUMENTS_MAX)]
+    environment: Annotated[dict[Argument, Argument], Meta(max_length=limits.ENVIRONMENT_MAX)] = (
+        field(default_factory=dict)
+    )
+    inputs: Annotated[tuple[File, ...], Meta(max_length=limits.INPUT_FILES_MAX)] = ()
+    input_root: Digest
+    limits: Limits
+    idempotency_key: Id
+
+
+class JobEvent(SessionMessage, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """An order changed its state. `missing` names input hashes the buyer must send."""
+
+    TYPE: ClassVar[str] = "job_event"
+    SIZE_MAX: ClassVar[int] = 4 * limits.ENVELOPE_BYTES_MAX - limits.KIB
+    n: OrderNumber
+    state: WorkState
+    reason: Annotated[str, Meta(max_length=limits.NAME_CHARS_MAX)] = ""
+    detail: Text = ""
+    exit_status: ExitStatus | None = None
+    missing: Annotated[tuple[Digest, ...], Meta(max_length=limits.INPUT_FILES_MAX)] = ()
+    usage: Usage = Usage()
+    at: Time
+
+
+class LogChunk(SessionMessage, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Output of a running order; `offset` counts the bytes of its stream."""
+
+    TYPE: ClassVar[str] = "log_chunk"
+    n: OrderNumber
+    stream: Literal["stdout", "stderr"]
+    offset: Count
+    data: LogBytes
+
+
+class Meter(SessionMessage, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the running order has cost so far; informational, never summed."""
+
+    TYPE: ClassVar[str] = "meter"
+    n: OrderNumber
+    amount_nanos: Amount
+    usage: Usage
+
+
+class Delivery(SessionMessage, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The order succeeded: its outputs by hash, its log by hash, its price."""
+
+    TYPE: ClassVar[str] = "delivery"
+    SIZE_MAX: ClassVar[int] = 4 * limits.ENVELOPE_BYTES_MAX - limits.KIB
+    n: OrderNumber
+    exit_status: ExitStatus
+    outputs: Annotated[tuple[File, ...], Meta(max_length=limits.OUTPUT_FILES_MAX)]
+    output_root: Digest
+    stdout: File
+    stderr: File
+    usage: Usage
+    amount_nanos: Amount
+    environment: Digest
+
+
+class Acceptance(SessionMessage, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The buyer took the delivery, or rejects it with a code; `total_nanos` is what it owes now."""
+
+    TYPE: ClassVar[str] = "acceptance"
+    n: OrderNumber
+    accepted: bool
+    reason: Annotated[str, Meta(max_length=limits.NAME_CHARS_MAX)] = ""
+    total_nanos: Amount
+
+
+class Cancel(SessionMessage, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The buyer stops an order; it ends as `cancelled` and costs what was vouchered."""
+
+    TYPE: ClassVar[str] = "cancel"
+    n: OrderNumber

@@ -1,0 +1,55 @@
+"""Money in a session: vouchers, the co-signed end, and the claim to the coordinator."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from msgspec import Meta
+
+from lumaris_protocol import limits
+from lumaris_protocol.messages.base import (
+    Amount,
+    Count,
+    Document,
+    Id,
+    Message,
+    Peer,
+    SessionMessage,
+    Time,
+)
+
+
+class Voucher(SessionMessage, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The buyer owes `total_nanos` for the whole session; only the highest counts, for good."""
+
+    TYPE: ClassVar[str] = "voucher"
+    total_nanos: Amount
+
+
+class Close(SessionMessage, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One side ends the session. Two of these with the same total release the rest at once."""
+
+    TYPE: ClassVar[str] = "close"
+    total_nanos: Amount
+    orders_accepted: Count
+    reason: Annotated[str, Meta(max_length=limits.NAME_CHARS_MAX)]
+
+
+class Settle(Message, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A party's claim on a grant, signed with its identity key; idempotent by (session, total).
+
+    The seller's claim is final: it needs the highest voucher it holds, or none for nothing. The
+    buyer's alone is final only with both `closes`; otherwise it waits for the settle window.
+    """
+
+    TYPE: ClassVar[str] = "settle"
+    session: Id
+    party: Peer
+    coordinator: Peer
+    total_nanos: Amount
+    agreement_by_buyer: Document
+    agreement_by_seller: Document
+    grant: Document
+    voucher: Document | None
+    closes: Annotated[tuple[Document, ...], Meta(max_length=2)] = ()
+    issued_at: Time

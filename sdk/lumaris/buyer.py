@@ -1,0 +1,478 @@
+"""The buyer, wired: key, store, coordinator, overlay, market, sessions. Everything here is trio.
+
+`Client` and `AsyncClient` are thin fronts of this. The composition root is `open_buyer`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+import trio
+from msgspec import structs
+
+from lumaris import artifacts, images, membership
+from lumaris.coordinator import CoordinatorLink
+from lumaris.images import Image
+from lumaris.jobs import JobRequest, JobResult, JobUpdate, Observer, ignore
+from lumaris.market import BuyerTerms, Market
+from lumaris.membership import Standing
+from lumaris.pool import LEASE_S, Approve, Pool
+from lumaris.profile import Profile
+from lumaris.session import Session
+from lumaris.settling import Settling
+from lumaris.store import Store
+from lumaris_overlay.keyfile import load_or_create_key
+from lumaris_overlay.ports import Overlay
+from lumaris_overlay.supervisor import OverlayConfig, attach_or_spawn
+from lumaris_protocol import codec, coordinator_api, ids, matching, pricing
+from lumaris_protocol.codec import Signed
+from lumaris_protocol.coordinator_api import Account, Audit
+from lumaris_protocol.errors import LumarisError
+from lumaris_protocol.keys import KeyPair, PeerId
+from lumaris_protocol.messages.advert import Advert
+from lumaris_protocol.messages.budget import CreditRequest
+from lumaris_protocol.messages.negotiation import Requirements
+
+log = logging.getLogger(__name__)
+
+# Ends that say nothing about the job itself: it is run again with another seller.
+RETRYABLE = frozenset(
+    (
+        "seller_lost",
+        "unreachable",
+        "platform_error",
+        "tier_unavailable",
+        "shutting_down",
+        "killed_owner",
+        "not_accepting",
+        "no_capacity",
+        "quote_unknown",
+        "quote_expired",
+        "too_many_holds",
+        "prepare_timeout",
+        "out_of_sequence",
+        "broken_chain",
+        "bad_signature",
+        "overcharged",
+        "output_mismatch",
+        "timeout",
+        "truncated",
+        "lease_ended",
+    )
+)
+# Orders in flight for each session of a map. More hide the round trip of short jobs; but what waits
+# at a slow seller is kept from a quick one, so a short map uses fewer.
+_PIPELINE_MAX = 8
+_PIPELINE_SHARE = 8
+_JOB_WRITE_S = 0.2
+_MAP_RETRY_S = 0.5
+
+
+@dataclass
+class _Item:
+    """One job of a map."""
+
+    index: int
+    request: JobRequest
+    attempts: int = 0
+
+
+class Buyer:
+    """What a buyer can do. Made by `open_buyer`."""
+
+    def __init__(
+        self,
+        profile: Profile,
+        key: KeyPair,
+        store: Store,
+        link: CoordinatorLink,
+        standing: Standing,
+        overlay: Overlay,
+        nursery: trio.Nursery,
+    ) -> None:
+        self.profile, self.standing, self.key = profile, standing, key
+        self.store, self.overlay = store, overlay
+        self._link = link
+        terms = BuyerTerms(
+            network=standing.info.network,
+            coordinator=standing.info.coordinator,
+            fee_bps=standing.info.fee_bps,
+            certificate=lambda: self.standing.certificate,
+            token=lambda: self.standing.token,
+        )
+        self.market = Market(overlay, key, terms)
+        self._settling = Settling(link, store, key, terms, overlay)
+        self.pool = Pool(
+            self.market,
+            overlay,
+            store,
+            self._settling,
+            network=standing.info.network,
+            currency=standing.info.currency,
+        )
+        self.pool.attach(nursery)
+        self._rows: dict[str, dict[str, Any]] = {}
+
+    # --- work ---
+
+    async def run(
+        self,
+        request: JobRequest,
+        *,
+        observe: Observer = ignore,
+        approve: Approve | None = None,
+    ) -> JobResult:
+        """Run one job to its end, on another seller when one fails it.
+
+        Raises LumarisError when no seller could be bought; a job that ran and failed is a result.
+        """
+        image = await images.resolve(request.image)
+        inputs = await artifacts.describe_inputs(request.inputs)
+        job = _new_job()
+        failed: list[str] = []
+        last: JobResult | LumarisError | None = None
+        for attempt in range(1, request.attempts + 1):
+            try:
+                session = await self._one_session(request, image, failed, approve)
+            except LumarisError as error:
+                if isinstance(last, JobResult):
+                    return last  # nobody else is left: the last failure is the answer
+                if error.code not in RETRYABLE:
+                    raise
+                last = error
+                continue
+            approve = None
+            result = await self._order(session, job, request, image, inputs, observe, attempt)
+            if result.ok or result.reason not in RETRYABLE:
+                return result
+            failed.append(result.seller)
+            last = result
+        if isinstance(last, JobResult):
+            return last
+        assert last is not None, "there is at least one attempt"
+        raise last
+
+    async def map(
+        self,
+        requests: Sequence[JobRequest],
+        *,
+        sellers: int = 3,
+        budget_nanos: int,
+        observe: Observer = ignore,
+        on_result: Callable[[int, JobResult], None] | None = None,
+    ) -> list[JobResult]:
+        """Run many jobs of one shape over several sellers; results in the order of the requests.
+
+        `budget_nanos` bounds the sum of all grants that are open or spent at any time.
+        """
+        if not requests:
+            return []
+        image = await images.resolve(requests[0].image)
+        run = _MapRun(self, image, requests, sellers, budget_nanos, observe, on_result)
+        return await run.run()
+
+    async def plan(self, request: JobRequest) -> matching.MatchReport:
+        """Who could run this, without asking anyone."""
+        image = await images.resolve(request.image)
+        needs = self.pool.needs(request, image)
+        return await self.market.search(needs, lease_s=LEASE_S)
+
+    async def offers(self) -> tuple[Signed[Advert], ...]:
+        """Every advert known now; waits a moment for the first ones."""
+        await self.market.settle_in()
+        return self.market.adverts
+
+    # --- money ---
+
+    async def account(self) -> Account:
+        """Free and held balance."""
+        return await self._link.call(coordinator_api.account(self.standing.token))
+
+    async def deposit_test_credit(self, amount_nanos: int) -> Account:
+        """Ask the coordinator for test credit."""
+        request = CreditRequest(
+            peer=self.key.peer_id,
+            coordinator=self.standing.info.coordinator,
+            amount_nanos=amount_nanos,
+            nonce=os.urandom(16).hex(),
+            issued_at=int(time.time()),
+        )
+        signed = codec.sign(request, self.key, self.standing.info.network)
+        return await self._link.call(coordinator_api.credit(signed.data))
+
+    async def audit(self) -> Audit:
+        """Whether the coordinator's ledger balances."""
+        return await self._link.call(coordinator_api.audit())
+
+    # --- inside ---
+
+    async def order(
+        self,
+        session: Session,
+        request: JobRequest,
+        image: Image,
+        observe: Observer,
+        *,
+        job: str,
+        attempt: int,
+    ) -> JobResult:
+        """One order in an open session, with its inputs described first."""
+        inputs = await artifacts.describe_inputs(request.inputs) if request.inputs else ()
+        return await self._order(session, job, request, image, inputs, observe, attempt)
+
+    async def _one_session(
+        self, request: JobRequest, image: Image, failed: list[str], approve: Approve | None
+    ) -> Session:
+        needs = structs.replace(self.pool.needs(request, image), excluded=tuple(failed))
+        worst = self._worst_cost(needs, request)
+        session = self.pool.find_idle(needs, cost_nanos=min(worst, request.max_cost_nanos))
+        if session is not None:
+            return session
+        bought = await self.pool.buy(needs, cap_nanos=request.max_cost_nanos, approve=approve)
+        return bought[0]
+
+    def _worst_cost(self, needs: Requirements, request: JobRequest) -> int:
+        """The most the request can cost at the dearest seller known now."""
+        prices = [advert.message.prices for advert in self.market.adverts]
+        return max(
+            (pricing.lease_nanos(price, needs.resources, request.wall_s) for price in prices),
+            default=request.max_cost_nanos,
+        )
+
+    async def _order(
+        self,
+        session: Session,
+        job: str,
+        request: JobRequest,
+        image: Image,
+        inputs: tuple[Any, ...],
+        observe: Observer,
+        attempt: int,
+    ) -> JobResult:
+        files = dict(image.files)
+        for described, source in zip(inputs, request.inputs.values(), strict=True):
+            files[described.sha256] = source
+        self._note(job, session, request, attempt)
+        observe(JobUpdate(job, "ordered", session.seller))
+        result = await session.order(
+            job if attempt == 1 else _new_job(),
+            request,
+            image=image.digest,
+            inputs=inputs,
+            files=files,
+            folder=self.profile.jobs / job / "out",
+            observe=observe,
+        )
+        result = replace(result, job=job, attempts=attempt)
+        await self._note_result(result)
+        return result
+
+    def _note(self, job: str, session: Session, request: JobRequest, attempt: int) -> None:
+        created = self._rows.get(job, {}).get("created_at", int(time.time()))
+        self._rows[job] = {
+            "job": job,
+            "session": session.session,
+            "seller": session.seller,
+            "image": request.image,
+            "command": msgspec.json.encode(request.command).decode(),
+            "state": "running",
+            "attempts": attempt,
+            "created_at": created,
+        }
+
+    async def _note_result(self, result: JobResult) -> None:
+        row = self._rows.setdefault(result.job, {"job": result.job})
+        row |= {
+            "state": "succeeded" if result.ok else "failed",
+            "reason": result.reason,
+            "detail": result.detail,
+            "exit_status": result.exit_status,
+            "cost_nanos": result.cost_nanos,
+            "wall_ms": result.wall_ms,
+            "cpu_ms": result.cpu_ms,
+            "fuel": result.fuel,
+            "attempts": result.attempts,
+            "ended_at": int(time.time()),
+        }
+        if result.stdout or result.stderr:
+            await trio.to_thread.run_sync(self._write_log, result)
+
+    def _write_log(self, result: JobResult) -> None:
+        folder = self.profile.jobs / result.job
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "stdout").write_bytes(result.stdout)
+        (folder / "stderr").write_bytes(result.stderr)
+
+    async def write_rows(self) -> None:
+        """Write job rows behind, in batches, for as long as the client lives."""
+        while True:
+            await trio.sleep(_JOB_WRITE_S)
+            await self.flush_rows()
+
+    async def flush_rows(self) -> None:
+        """Write the job rows that changed."""
+        rows = list(self._rows.values())
+        self._rows = {job: row for job, row in self._rows.items() if "ended_at" not in row}
+        if rows:
+            await self.store.put_jobs(rows)
+
+
+class _MapRun:
+    """One map: a queue of jobs, a few sessions that draw from it, and a way to replace them."""
+
+    def __init__(
+        self,
+        buyer: Buyer,
+        image: Image,
+        requests: Sequence[JobRequest],
+        sellers: int,
+        budget_nanos: int,
+        observe: Observer,
+        on_result: Callable[[int, JobResult], None] | None,
+    ) -> None:
+        self._buyer, self._image = buyer, image
+        self._queue = deque(_Item(index, request) for index, request in enumerate(requests))
+        self._shape, self._wanted = requests[0], min(sellers, len(requests))
+        self._budget_nanos, self._observe, self._on_result = budget_nanos, observe, on_result
+        per_seller = len(requests) // (self._wanted * _PIPELINE_SHARE)
+        self._depth = max(1, min(_PIPELINE_MAX, per_seller))
+        self._results: list[JobResult | None] = [None] * len(requests)
+        self._left = len(requests)
+        self._active: dict[str, Session] = {}
+        self._failed: set[str] = set()
+        self._spent_nanos = 0  # by sessions of this map that are over
+        self._changed = trio.Event()
+
+    async def run(self) -> list[JobResult]:
+        """Until every job has a result. Raises LumarisError when no seller can be had at all."""
+        try:
+            async with trio.open_nursery() as nursery:
+                while self._left:
+                    if self._queue and len(self._active) < self._wanted:
+                        await self._recruit(nursery)
+                    if self._left:
+                        self._changed = trio.Event()
+                        with trio.move_on_after(_MAP_RETRY_S):
+                            await self._changed.wait()
+                nursery.cancel_scope.cancel()
+        except* LumarisError as group:
+            raise group.exceptions[0] from None
+        return [result for result in self._results if result is not None]
+
+    async def _recruit(self, nursery: trio.Nursery) -> None:
+        missing = self._wanted - len(self._active)
+        needs = self._buyer.pool.needs(self._shape, self._image)
+        busy = tuple(session.seller for session in self._active.values())
+        needs = structs.replace(needs, excluded=(*self._failed, *busy))
+        held = sum(session.machine.terms.cap_nanos for session in self._active.values())
+        cap_nanos = (self._budget_nanos - self._spent_nanos - held) // missing
+        try:
+            if cap_nanos <= 0:
+                raise LumarisError("budget_exceeded")
+            sessions = await self._buyer.pool.buy(needs, cap_nanos=cap_nanos, count=missing)
+        except LumarisError:
+            if not self._active:
+                raise
+            return  # the sellers we have go on; others are sought again in a moment
+        for session in sessions:
+            self._active[session.session] = session
+            nursery.start_soon(self._drive, session)
+
+    async def _drive(self, session: Session) -> None:
+        """Keep a session busy until it ends or nothing is left."""
+        try:
+            async with trio.open_nursery() as nursery:
+                for _ in range(self._depth):
+                    nursery.start_soon(self._draw, session)
+        finally:
+            del self._active[session.session]
+            self._spent_nanos += session.machine.tab.vouchered_nanos
+            self._changed.set()
+
+    async def _draw(self, session: Session) -> None:
+        while not session.over.is_set():
+            if not self._queue:
+                if not self._left:
+                    return
+                changed = self._changed
+                with trio.move_on_after(_MAP_RETRY_S):
+                    await changed.wait()
+                continue
+            item = self._queue.popleft()
+            item.attempts += 1
+            try:
+                result = await self._buyer.order(
+                    session,
+                    item.request,
+                    self._image,
+                    self._observe,
+                    job=_new_job(),
+                    attempt=item.attempts,
+                )
+            except LumarisError:
+                self._queue.appendleft(item)  # the session ended before the order left
+                item.attempts -= 1
+                return
+            self._take(item, result)
+
+    def _take(self, item: _Item, result: JobResult) -> None:
+        again = result.reason in RETRYABLE and item.attempts < item.request.attempts
+        if again:
+            self._failed.add(result.seller)
+            self._queue.appendleft(item)
+        else:
+            self._results[item.index] = result
+            self._left -= 1
+            if self._on_result is not None:
+                self._on_result(item.index, result)
+        self._changed.set()
+
+
+@asynccontextmanager
+async def open_buyer(profile: Profile) -> AsyncIterator[Buyer]:
+    """Wire a buyer, and close it in reverse: sessions are ended and settled, nothing is left."""
+    key = load_or_create_key(profile.key_file)
+    store = Store(profile.database)
+    link = CoordinatorLink(profile.coordinator)
+    try:
+        cache = profile.state / "membership.json"
+        standing = await membership.join(link, key, cache, url=profile.coordinator)
+        if not standing.bootstrap:
+            standing = await membership.refresh_bootstrap(link, cache, standing)
+        config = OverlayConfig(
+            key_file=profile.key_file,
+            network=standing.info.network,
+            coordinator_keys=frozenset({PeerId(standing.info.coordinator)}),
+            state_dir=profile.overlay,
+            bootstrap=(*profile.bootstrap, *standing.bootstrap),
+            linger_s=profile.overlay_linger_s,
+        )
+        async with attach_or_spawn(config) as overlay, trio.open_nursery() as nursery:
+            buyer = Buyer(profile, key, store, link, standing, overlay, nursery)
+            nursery.start_soon(buyer.market.follow)
+            nursery.start_soon(buyer.pool.run, nursery)
+            nursery.start_soon(buyer.write_rows)
+            nursery.start_soon(buyer.pool.settle)
+            try:
+                yield buyer
+            finally:
+                with trio.CancelScope(shield=True):
+                    await buyer.pool.close_all()
+                    await buyer.flush_rows()
+                nursery.cancel_scope.cancel()
+    finally:
+        with trio.CancelScope(shield=True):
+            await link.aclose()
+        store.close()
+
+
+def _new_job() -> str:
+    return ids.make_id("job", os.urandom(ids.ID_RANDOM_BYTES))

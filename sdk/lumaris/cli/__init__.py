@@ -1,0 +1,5 @@
+"""The `lumaris` command."""
+
+from lumaris.cli.root import main
+
+__all__ = ["main"]

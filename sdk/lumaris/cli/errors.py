@@ -1,0 +1,90 @@
+"""From an exception to what a user reads: one message, whether money moved, the next step."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from lumaris.cli.options import Settings
+from lumaris.cli.output import clean, emit, note, paint
+from lumaris_protocol.errors import LumarisError
+
+_LOGGERS = ("lumaris", "lumaris_overlay", "lumaris_protocol", "httpx", "httpcore")
+
+
+def report(error: BaseException, settings: Settings) -> int:
+    """Print a failure of any kind; its exit code."""
+    if settings.debug:
+        import traceback
+
+        traceback.print_exception(error, file=sys.stderr)
+    cause = _cause(error)
+    if isinstance(cause, LumarisError):
+        return show(cause, settings)
+    if isinstance(cause, KeyboardInterrupt | click.Abort):
+        stopped = LumarisError("interrupted", hint="`lumaris job ls` shows what was done and paid.")
+        return show(stopped, settings, money=False)
+    if isinstance(cause, click.exceptions.NoArgsIsHelpError):
+        click.echo(cause.format_message(), err=True)
+        return cause.exit_code
+    if isinstance(cause, click.ClickException):
+        return show(_usage(cause), settings, money=False)
+    text = f"{type(cause).__name__}: {cause}".strip(": ")
+    hint = "" if settings.debug else "Run again with --debug for the trace."
+    return show(LumarisError("internal", text, hint=hint), settings, money=False)
+
+
+def show(error: LumarisError, settings: Settings, *, money: bool = True) -> int:
+    """Print an error and return its exit code; `money` says whether it moved, when that is known."""
+    if settings.json:
+        emit({"error": error.to_json()})
+        return error.exit_code
+    say(error, money=money)
+    return error.exit_code
+
+
+def say(error: LumarisError, *, money: bool = True) -> None:
+    """The message on stderr."""
+    text = clean(error.message).rstrip()
+    text += "" if text.endswith((".", "!", "?", ")")) else "."
+    if money:
+        text += " Money moved." if error.money_moved else " No money moved."
+    note(paint(f"error[{error.code}]", "red") + f" {text}")
+    if error.hint:
+        note(f"next: {clean(error.hint)}")
+
+
+def set_up_logs(settings: Settings) -> None:
+    """Keep libraries quiet unless asked; what a user must know comes as an error instead.
+
+    Only our loggers get a handler: `node up` and `coordinator up` set up the root logger.
+    """
+    import logging
+
+    for name in _LOGGERS:
+        logger = logging.getLogger(name)
+        if not logger.handlers:
+            logger.addHandler(logging.NullHandler())
+    if settings.debug:
+        logging.basicConfig(
+            level=logging.DEBUG, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s"
+        )
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The one failure in a group that says most: an interrupt, then ours, then the first."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    leaves = [_cause(part) for part in error.exceptions]
+    for kind in (KeyboardInterrupt, LumarisError):
+        for leaf in leaves:
+            if isinstance(leaf, kind):
+                return leaf
+    return leaves[0]
+
+
+def _usage(error: click.ClickException) -> LumarisError:
+    context = getattr(error, "ctx", None)
+    hint = f"See `{context.command_path} --help`." if context is not None else ""
+    return LumarisError("usage", error.format_message(), hint=hint)

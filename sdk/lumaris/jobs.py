@@ -1,0 +1,123 @@
+"""What a buyer asks for, and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from lumaris_protocol import limits
+from lumaris_protocol.money import Nanos, format_credits
+
+Stream = Literal["stdout", "stderr"]
+
+_DEFAULT_WALL_S = 600
+_DEFAULT_MEMORY_BYTES = 512 * limits.MIB
+_DEFAULT_DISK_BYTES = 64 * limits.MIB
+_DEFAULT_FUEL = 1 << 50  # about two weeks of one core: the wall clock ends a job long before
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """One run: an image, a command, files in, and what it may use.
+
+    `inputs` maps paths in the guest's /in to local files. Everything the guest leaves in /out
+    comes back as artifacts.
+    """
+
+    image: str
+    command: tuple[str, ...]
+    inputs: Mapping[str, Path] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    cpu_millis: int = 1000
+    memory_bytes: int = _DEFAULT_MEMORY_BYTES
+    disk_bytes: int = _DEFAULT_DISK_BYTES
+    wall_s: int = _DEFAULT_WALL_S
+    fuel: int = _DEFAULT_FUEL
+    max_cost_nanos: int = 10_000_000
+    regions: tuple[str, ...] = ()
+    attempts: int = 3
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A delivered file, already checked against its hash."""
+
+    path: str
+    file: Path
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """How a job ended. `cost_nanos` is what was paid for this job, fee included."""
+
+    job: str
+    session: str
+    seller: str
+    reason: str
+    exit_status: int | None
+    stdout: bytes
+    stderr: bytes
+    artifacts: Mapping[str, Artifact]
+    cost_nanos: Nanos
+    wall_ms: int
+    cpu_ms: int
+    fuel: int
+    attempts: int = 1
+    detail: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether it succeeded and was delivered."""
+        return self.reason == "succeeded"
+
+    @property
+    def cost(self) -> str:
+        """The cost in credits, exact."""
+        return format_credits(self.cost_nanos)
+
+
+@dataclass(frozen=True)
+class JobUpdate:
+    """A change of a job while it is under way."""
+
+    job: str
+    state: str
+    seller: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """Output as it arrives; not necessarily a whole line."""
+
+    job: str
+    stream: Stream
+    data: bytes
+
+
+Observer = Callable[[JobUpdate | LogLine], None]
+
+
+def ignore(_: JobUpdate | LogLine) -> None:
+    """The observer that looks away."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will cost, before a nano is spent: a seller's signed quote."""
+
+    seller: str
+    region: str
+    quote: str
+    rate_nanos_per_s: int
+    start_nanos: int
+    cap_nanos: int
+    currency: str
+    hold_until: int
+    considered: Sequence[tuple[str, str, int]]  # other sellers: (id, region, lease price)
+    excluded: Mapping[str, int]
+    seen: int

@@ -1,0 +1,233 @@
+"""Open sessions: bought once, used for many orders, closed and settled when idle.
+
+A session is one negotiation and one grant; every further order to the same seller skips both.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+import trio
+from msgspec import structs
+
+from lumaris.images import Image
+from lumaris.jobs import JobRequest, Plan
+from lumaris.market import Market, Offered
+from lumaris.session import Session
+from lumaris.settling import Settling
+from lumaris.store import Store
+from lumaris_overlay.ports import Overlay
+from lumaris_protocol.effects import Send
+from lumaris_protocol.errors import LumarisError
+from lumaris_protocol.machines.buyer import BuyerSession
+from lumaris_protocol.matching import MatchReport
+from lumaris_protocol.messages.advert import Resources
+from lumaris_protocol.messages.negotiation import Requirements
+
+log = logging.getLogger(__name__)
+
+LEASE_S = 3600
+_IDLE_S = 15.0
+_SWEEP_S = 1.0
+
+Approve = Callable[[Plan], Awaitable[bool]]
+
+
+class Pool:
+    """The buyer's sessions. `run` keeps it tidy; `close_all` settles everything."""
+
+    def __init__(
+        self,
+        market: Market,
+        overlay: Overlay,
+        store: Store,
+        settling: Settling,
+        *,
+        network: str,
+        currency: str,
+    ) -> None:
+        self._market, self._overlay = market, overlay
+        self._store, self._settling = store, settling
+        self._network, self._currency = network, currency
+        self._nursery: trio.Nursery | None = None
+        self._sessions: dict[str, tuple[Session, Requirements]] = {}
+
+    async def run(self, nursery: trio.Nursery) -> None:
+        """Close sessions nobody used for a while."""
+        self._nursery = nursery
+        while True:
+            await trio.sleep(_SWEEP_S)
+            idle_since = trio.current_time() - _IDLE_S
+            for session, _ in list(self._sessions.values()):
+                if not session.live and session.used_at < idle_since:
+                    nursery.start_soon(self.close, session)
+
+    def attach(self, nursery: trio.Nursery) -> None:
+        """The nursery that sessions live in."""
+        self._nursery = nursery
+
+    def needs(self, request: JobRequest, image: Image) -> Requirements:
+        """What a request asks of a seller."""
+        return Requirements(
+            resources=Resources(
+                cpu_millis=request.cpu_millis,
+                memory_bytes=request.memory_bytes,
+                disk_bytes=request.disk_bytes,
+            ),
+            tier=image.tier,
+            image=image.digest if image.tier == "container" else None,
+            regions=request.regions,
+            currency=self._currency,
+        )
+
+    def find_idle(self, needs: Requirements, *, cost_nanos: int) -> Session | None:
+        """An open session without orders that fits and still covers `cost_nanos`."""
+        for session, had in self._sessions.values():
+            free = (
+                not session.live
+                and not session.over.is_set()
+                and session.seller not in needs.excluded
+            )
+            if free and _same(had, needs) and session.remaining_nanos >= cost_nanos:
+                return session
+        return None
+
+    async def buy(
+        self,
+        needs: Requirements,
+        *,
+        cap_nanos: int,
+        count: int = 1,
+        approve: Approve | None = None,
+    ) -> list[Session]:
+        """Open up to `count` sessions with different sellers, each with its own cap.
+
+        Raises LumarisError when none could be opened; then nothing is held that is not returned.
+        """
+        report = await self._market.search(needs, lease_s=LEASE_S, count=count)
+        offered = await self._market.quotes(
+            needs, report, lease_s=LEASE_S, cap_nanos=cap_nanos, count=count
+        )
+        chosen, rest = offered[:count], offered[count:]
+        for item in rest:
+            await item.decline()
+        if approve is not None:
+            chosen = await self._approved(chosen, rest, report, needs, cap_nanos, approve)
+        sessions: list[Session] = []
+        errors: list[LumarisError] = []
+
+        async def open_one(item: Offered) -> None:
+            try:
+                sessions.append(await self._open(item, needs))
+            except LumarisError as error:
+                errors.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for item in chosen:
+                nursery.start_soon(open_one, item)
+        if not sessions:
+            raise errors[0]
+        return sessions
+
+    async def close(self, session: Session) -> None:
+        """End a session by agreement and settle it."""
+        if self._sessions.pop(session.session, None) is None:
+            return
+        await session.close()
+        await self.settle()
+
+    async def close_all(self) -> None:
+        """End every session and settle what can be settled now."""
+        async with trio.open_nursery() as nursery:
+            for session, _ in list(self._sessions.values()):
+                self._sessions.pop(session.session, None)
+                nursery.start_soon(session.close)
+        await self.settle()
+
+    async def settle(self) -> None:
+        """Settle what has ended; open sessions are left alone."""
+        await self._settling.settle_all(skip=frozenset(self._sessions))
+
+    async def _approved(
+        self,
+        chosen: list[Offered],
+        rest: list[Offered],
+        report: MatchReport,
+        needs: Requirements,
+        cap_nanos: int,
+        approve: Approve,
+    ) -> list[Offered]:
+        """Ask before money is held; a quote that lapsed meanwhile is fetched anew at its price."""
+        plan = plan_of(chosen[0], [*chosen[1:], *rest], report)
+        if not await approve(plan):
+            for item in chosen:
+                await item.decline()
+            raise LumarisError("interrupted", "Declined; nothing was spent.")
+        if chosen[0].quote.message.hold_until > time.time():
+            return chosen
+        for item in chosen:
+            await item.decline()
+        again = await self._market.quotes(
+            needs, report, lease_s=LEASE_S, cap_nanos=cap_nanos, count=len(chosen)
+        )
+        if again[0].price_nanos > chosen[0].price_nanos:
+            raise LumarisError("quote_expired", "The price rose while you decided; try again.")
+        return again[: len(chosen)]
+
+    async def _open(self, offered: Offered, needs: Requirements) -> Session:
+        contract, key = await self._market.agree(offered)
+        await self._store.add_session(contract, now=time.time())
+        try:
+            grant = await self._settling.grant(contract.by_buyer, contract.by_seller)
+        except LumarisError as error:
+            if error.code != "coordinator_unreachable":
+                await self._store.set_state(contract.agreement.session, "settled", error.code)
+            raise
+        machine = BuyerSession(contract, key, network=self._network, now=time.time())
+        opening = machine.open(grant)
+        first = opening[0]
+        assert isinstance(first, Send)
+        session = Session(machine, self._overlay, self._store, region=offered.advert.message.region)
+        await self._store.keep_grant(session.session, grant, first.data)
+        assert self._nursery is not None, "attach comes first"
+        self._sessions[session.session] = (session, needs)
+        self._nursery.start_soon(session.run, opening)
+        await session.ready.wait()
+        if session.over.is_set():
+            self._sessions.pop(session.session, None)
+            raise LumarisError(session.reason or "unreachable")
+        return session
+
+
+def plan_of(best: Offered, others: list[Offered], report: MatchReport) -> Plan:
+    """What will be bought, and what else was considered."""
+    quote, terms = best.quote.message, best.quote.message.terms
+    asked = {best.quote.message.seller}
+    considered = [
+        (item.quote.message.seller, item.advert.message.region, item.price_nanos) for item in others
+    ]
+    asked |= {seller for seller, _, _ in considered}
+    considered += [
+        (match.advert.message.seller, match.advert.message.region, match.lease_nanos)
+        for match in report.matches
+        if match.advert.message.seller not in asked
+    ]
+    return Plan(
+        seller=quote.seller,
+        region=best.advert.message.region,
+        quote=quote.quote,
+        rate_nanos_per_s=terms.rate_nanos_per_s,
+        start_nanos=terms.start_nanos,
+        cap_nanos=terms.cap_nanos,
+        currency=terms.currency,
+        hold_until=quote.hold_until,
+        considered=considered,
+        excluded=report.excluded,
+        seen=report.seen,
+    )
+
+
+def _same(had: Requirements, needs: Requirements) -> bool:
+    return structs.replace(had, excluded=()) == structs.replace(needs, excluded=())

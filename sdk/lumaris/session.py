@@ -1,0 +1,371 @@
+"""One session with a seller: the shell around `BuyerSession`.
+
+The reader takes the seller's envelopes, the outbox stores and sends, a task for each delivery
+fetches and checks its files before it is accepted. When the session ends, for whatever reason,
+every order that has no end yet gets one.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trio
+
+from lumaris import artifacts
+from lumaris.jobs import Artifact, JobRequest, JobResult, JobUpdate, LogLine, Observer
+from lumaris.store import Store
+from lumaris_overlay import blobs
+from lumaris_overlay.framed import FramedStream, read_refusal
+from lumaris_overlay.outbox import Outbox
+from lumaris_overlay.ports import Overlay
+from lumaris_protocol import ids
+from lumaris_protocol.effects import (
+    Delivered,
+    Effect,
+    KeepCloses,
+    KeepVoucher,
+    LogArrived,
+    OrderChanged,
+    SessionOver,
+    SessionReadied,
+)
+from lumaris_protocol.errors import EnvelopeError, LumarisError, RemoteError
+from lumaris_protocol.frames import Kind
+from lumaris_protocol.limits import LOG_BYTES_MAX, OUTPUT_FILES_MAX
+from lumaris_protocol.machines.buyer import BuyerSession
+from lumaris_protocol.messages.execution import Delivery, File, JobEvent, Limits, Usage
+from lumaris_protocol.money import Nanos
+from lumaris_protocol.protocols import SESSION
+
+log = logging.getLogger(__name__)
+
+_OPEN_S = 10
+_CLOSE_S = 5
+_FETCHES_AT_ONCE = 4
+_TERMINAL = ("failed", "killed", "error")
+
+
+@dataclass
+class _Order:
+    job: str
+    request: JobRequest
+    files: Mapping[str, Path]  # by digest: what the seller may ask us to send
+    observe: Observer
+    folder: Path | None
+    ended: trio.Event = field(default_factory=trio.Event)
+    stdout: bytearray = field(default_factory=bytearray)
+    stderr: bytearray = field(default_factory=bytearray)
+    artifacts: dict[str, Artifact] = field(default_factory=dict)
+    state: str = "accepted"
+    reason: str = ""
+    detail: str = ""
+    exit_status: int | None = None
+    usage: Usage = field(default_factory=Usage)
+    cost_nanos: int = 0
+
+
+class Session:
+    """Orders to one seller under one grant. Used as a task: `run`, then `order` any number."""
+
+    def __init__(
+        self, machine: BuyerSession, overlay: Overlay, store: Store, *, region: str = ""
+    ) -> None:
+        agreement = machine.contract.agreement
+        self.machine, self.region = machine, region
+        self.session, self.seller = agreement.session, agreement.seller
+        self.used_at = trio.current_time()
+        self.ready, self.over = trio.Event(), trio.Event()
+        self.reason = ""
+        self._overlay, self._store = overlay, store
+        self._orders: dict[int, _Order] = {}
+        self._fetching = trio.CapacityLimiter(_FETCHES_AT_ONCE)
+        self._outbox: Outbox | None = None
+        self._nursery: trio.Nursery | None = None
+        self._closed = trio.Event()
+
+    @property
+    def live(self) -> int:
+        """Orders without an end."""
+        return len(self._orders)
+
+    @property
+    def remaining_nanos(self) -> int:
+        """What the grant still covers."""
+        return self.machine.terms.cap_nanos - self.machine.tab.vouchered_nanos
+
+    async def run(self, opening: list[Effect]) -> None:
+        """From the opening to the end; never raises for what the seller does."""
+        try:
+            with trio.fail_after(_OPEN_S):
+                stream = FramedStream(await self._overlay.open_stream(self.seller, SESSION))
+        except (LumarisError, trio.TooSlowError) as error:
+            self._finish(error.code if isinstance(error, LumarisError) else "unreachable")
+            self._closed.set()
+            return
+        self._outbox = Outbox(stream, self._keep)
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self._send)
+                nursery.start_soon(self._read, stream)
+                nursery.start_soon(self._watch_opening)
+                self._apply(opening)
+                await self.over.wait()
+                with trio.move_on_after(_CLOSE_S):
+                    await self._outbox.flush()
+                nursery.cancel_scope.cancel()
+        finally:
+            self._nursery = None
+            with trio.CancelScope(shield=True):
+                self._finish("interrupted")
+                await self._outbox.keep_rest()
+                await stream.aclose()
+                await self._store.set_state(self.session, "ended", self.reason)
+            self._closed.set()
+
+    async def order(
+        self,
+        job: str,
+        request: JobRequest,
+        *,
+        image: str,
+        inputs: tuple[File, ...],
+        files: Mapping[str, Path],
+        folder: Path | None,
+        observe: Observer,
+    ) -> JobResult:
+        """Run one order to its end. Cancelling the caller cancels the order at the seller."""
+        await self.ready.wait()
+        n, effects = self.machine.order(
+            job=job,
+            image=image,
+            command=request.command,
+            environment=dict(request.environment),
+            inputs=inputs,
+            limits=_limits(request),
+            idempotency_key=job,
+            now=time.time(),
+        )
+        order = self._orders[n] = _Order(job, request, files, observe, folder)
+        self._apply(effects)
+        try:
+            await order.ended.wait()
+        except trio.Cancelled:
+            self._apply(self.machine.cancel(n))
+            raise
+        finally:
+            self._orders.pop(n, None)
+            self.used_at = trio.current_time()
+        return self._result(order)
+
+    async def close(self) -> None:
+        """End it by agreement, or by our own word when the seller does not answer."""
+        with trio.move_on_after(_CLOSE_S):
+            self._apply(self.machine.close())
+            await self.over.wait()
+        self._lose("unreachable")
+        await self._closed.wait()
+
+    # --- tasks ---
+
+    async def _read(self, stream: FramedStream) -> None:
+        reason = "seller_lost"
+        try:
+            while True:
+                frame = await stream.receive()
+                if frame is None:
+                    break
+                if frame.kind == Kind.REFUSAL:
+                    reason = read_refusal(frame.body).code
+                    break
+                if frame.kind != Kind.ENVELOPE:
+                    raise EnvelopeError("malformed", "A session carries envelopes only.")
+                self._apply(self.machine.receive(frame.body, now=time.time()))
+        except RemoteError as error:
+            log.warning("seller broke a rule peer=%s code=%s", self.seller, error.code)
+            reason = error.code
+            await stream.refuse(error)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        self._lose(reason)
+
+    async def _send(self) -> None:
+        assert self._outbox is not None
+        try:
+            await self._outbox.run()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            self._lose("seller_lost")
+
+    async def _watch_opening(self) -> None:
+        with trio.move_on_after(_OPEN_S):
+            await self.ready.wait()
+            return
+        self._lose("timeout")
+
+    def _apply(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case SessionReadied():
+                    self.ready.set()
+                case OrderChanged(event):
+                    self._on_event(event)
+                case LogArrived(n, stream, data):
+                    self._on_log(n, stream, data)
+                case Delivered(delivery):
+                    self._in_background(self._take_delivery, delivery)
+                case SessionOver(reason):
+                    self._finish(reason)
+                case _:
+                    if self._outbox is not None:
+                        self._outbox.put(effect)
+
+    def _on_event(self, event: JobEvent) -> None:
+        order = self._orders.get(event.n)
+        if order is None:
+            self.machine.costs.pop(event.n, None)
+            return
+        order.state = event.state
+        order.observe(JobUpdate(order.job, event.state, self.seller, event.reason))
+        if event.missing:
+            self._in_background(self._upload, event.n, event.missing)
+        if event.state in _TERMINAL:
+            order.reason = event.reason or "platform_error"
+            order.exit_status, order.usage = event.exit_status, event.usage
+            order.detail = event.detail
+            self._end_order(event.n)
+
+    def _on_log(self, n: int, stream: str, data: bytes) -> None:
+        order = self._orders.get(n)
+        if order is None:
+            return
+        (order.stdout if stream == "stdout" else order.stderr).extend(data)
+        order.observe(LogLine(order.job, "stdout" if stream == "stdout" else "stderr", data))
+
+    async def _upload(self, n: int, missing: tuple[str, ...]) -> None:
+        order = self._orders.get(n)
+        if order is None:
+            return
+        try:
+            for sha256 in missing:
+                source = order.files.get(sha256)
+                if source is None:
+                    raise LumarisError("bad_image", f"Neither side holds {sha256}.")
+                async with self._fetching:
+                    await blobs.put_file(
+                        self._overlay, self.seller, self.session, source, sha256=sha256
+                    )
+        except (LumarisError, OSError) as error:
+            known = isinstance(error, LumarisError)
+            order.reason = error.code if isinstance(error, LumarisError) else "bad_input"
+            order.detail = (
+                error.message if isinstance(error, LumarisError) and known else str(error)
+            )
+            self._apply(self.machine.cancel(n))
+
+    async def _take_delivery(self, delivery: Delivery) -> None:
+        """Fetch and check everything that was promised; only then is it accepted and owed."""
+        n = delivery.n
+        order = self._orders.get(n)
+        if order is None:
+            self._apply(self.machine.reject(n, "cancelled"))
+            return
+        try:
+            self._check_log(order, delivery)
+            if delivery.outputs and order.folder is not None:
+                await self._fetch(order, delivery)
+        except (LumarisError, OSError) as error:
+            order.reason = error.code if isinstance(error, LumarisError) else "not_writable"
+            order.detail = str(error)
+            self._apply(self.machine.reject(n, order.reason))
+        else:
+            order.reason, order.exit_status = "succeeded", delivery.exit_status
+            order.usage = delivery.usage
+            self._apply(self.machine.accept(n, now=time.time()))
+        self._end_order(n)
+
+    async def _fetch(self, order: _Order, delivery: Delivery) -> None:
+        assert order.folder is not None
+        for file in delivery.outputs:
+            target = await artifacts.make_target(order.folder, file.path)
+            async with self._fetching:
+                await blobs.get_file(
+                    self._overlay,
+                    self.seller,
+                    self.session,
+                    target,
+                    sha256=file.sha256,
+                    size_bytes=file.size_bytes,
+                )
+            order.artifacts[file.path] = Artifact(file.path, target, file.size_bytes, file.sha256)
+
+    def _check_log(self, order: _Order, delivery: Delivery) -> None:
+        received = (ids.digest(bytes(order.stdout)), ids.digest(bytes(order.stderr)))
+        if received != (delivery.stdout.sha256, delivery.stderr.sha256):
+            raise LumarisError("output_mismatch", "The log does not match its hash.")
+
+    # --- ends ---
+
+    def _end_order(self, n: int) -> None:
+        order = self._orders.get(n)
+        if order is not None:
+            order.cost_nanos = self.machine.costs.pop(n, 0)
+            order.ended.set()
+
+    def _lose(self, reason: str) -> None:
+        self._apply(self.machine.lost(reason))
+        self._finish(reason)
+
+    def _finish(self, reason: str) -> None:
+        if not self.over.is_set():
+            self.reason = reason
+            self.over.set()
+        self.ready.set()
+        for order in self._orders.values():
+            if not order.ended.is_set():
+                order.reason = order.reason or ("seller_lost" if reason == "closed" else reason)
+                order.ended.set()
+
+    def _in_background(self, task: object, *arguments: object) -> None:
+        if self._nursery is not None and callable(task):
+            self._nursery.start_soon(task, *arguments)
+
+    def _result(self, order: _Order) -> JobResult:
+        return JobResult(
+            job=order.job,
+            session=self.session,
+            seller=self.seller,
+            reason=order.reason,
+            exit_status=order.exit_status,
+            stdout=bytes(order.stdout),
+            stderr=bytes(order.stderr),
+            artifacts=order.artifacts,
+            cost_nanos=Nanos(order.cost_nanos),
+            wall_ms=order.usage.wall_ms,
+            cpu_ms=order.usage.cpu_ms,
+            fuel=order.usage.fuel,
+            detail=order.detail,
+        )
+
+    async def _keep(self, effect: Effect) -> None:
+        match effect:
+            case KeepVoucher(data, total_nanos):
+                await self._store.keep_voucher(self.session, data, total_nanos)
+            case KeepCloses(by_buyer, by_seller):
+                await self._store.keep_closes(self.session, by_buyer, by_seller)
+            case _:
+                raise AssertionError(effect)
+
+
+def _limits(request: JobRequest) -> Limits:
+    return Limits(
+        wall_s=request.wall_s,
+        memory_bytes=request.memory_bytes,
+        disk_bytes=request.disk_bytes,
+        fuel=request.fuel,
+        log_bytes=LOG_BYTES_MAX,
+        output_files=OUTPUT_FILES_MAX,
+    )

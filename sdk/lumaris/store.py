@@ -1,0 +1,247 @@
+"""What a buyer must still know after a crash: its sessions' money, and its jobs and receipts.
+
+A session's row is written before the other side hears of the step it records. Job rows are for
+people; they are written behind, in batches.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import sqlite_utils
+import trio
+from sqlite_utils.migrations import Migrations
+
+from lumaris_protocol.agreements import Contract
+from lumaris_protocol.errors import LumarisError
+
+T = TypeVar("T")
+
+migrations = Migrations("lumaris")
+
+JOB_COLUMNS: Final = (
+    "job",
+    "session",
+    "seller",
+    "image",
+    "command",
+    "state",
+    "reason",
+    "detail",
+    "exit_status",
+    "cost_nanos",
+    "wall_ms",
+    "cpu_ms",
+    "fuel",
+    "attempts",
+    "created_at",
+    "ended_at",
+)
+
+
+@migrations()
+def create_tables(db: sqlite_utils.Database) -> None:
+    """Sessions (agreed, open, ended, claimed, settled) and jobs."""
+    db.table("session").create(
+        {
+            "session": str,
+            "seller": str,
+            "by_buyer": bytes,
+            "by_seller": bytes,
+            "grant": bytes,
+            "opening": bytes,
+            "voucher": bytes,
+            "total_nanos": int,
+            "close_buyer": bytes,
+            "close_seller": bytes,
+            "state": str,
+            "reason": str,
+            "started_at": int,
+            "receipt_id": str,
+            "receipt": bytes,
+        },
+        pk="session",
+        not_null={"session", "seller", "by_buyer", "by_seller", "state", "started_at"},
+        defaults={"total_nanos": 0, "reason": ""},
+    )
+    db.table("session").create_index(["state"])
+    db.table("session").create_index(["receipt_id"])
+    kinds: dict[str, type] = dict.fromkeys(JOB_COLUMNS, str)
+    numbers = ("exit_status", "cost_nanos", "wall_ms", "cpu_ms", "fuel", "attempts")
+    kinds |= dict.fromkeys((*numbers, "created_at", "ended_at"), int)
+    db.table("job").create(kinds, pk="job")
+    db.table("job").create_index(["created_at"])
+
+
+@dataclass(frozen=True)
+class Unsettled:
+    """A session whose money has not come to rest."""
+
+    session: str
+    seller: str
+    by_buyer: bytes
+    by_seller: bytes
+    grant: bytes | None
+    opening: bytes | None
+    voucher: bytes | None
+    total_nanos: int
+    closes: tuple[bytes, ...] = field(kw_only=True)
+    state: str = field(kw_only=True)
+
+
+class Store:
+    """The buyer's database."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            connection.execute("PRAGMA busy_timeout=5000")
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=NORMAL")
+            self._db = sqlite_utils.Database(connection)
+            migrations.apply(self._db)
+        except sqlite3.Error as error:
+            raise LumarisError("not_writable", f"{path}: {error}") from None
+        self._connection = connection
+        self._limiter = trio.CapacityLimiter(1)
+
+    # --- sessions ---
+
+    async def add_session(self, contract: Contract, *, now: float) -> None:
+        """An agreement, before its grant is asked for."""
+        agreement = contract.agreement
+        await self._write(
+            "INSERT INTO session (session, seller, by_buyer, by_seller, state, started_at)"
+            " VALUES (?, ?, ?, ?, 'agreed', ?)",
+            (agreement.session, agreement.seller, contract.by_buyer, contract.by_seller, int(now)),
+        )
+
+    async def keep_grant(self, session: str, grant: bytes, opening: bytes) -> None:
+        """The money is held; `opening` is the signed first word to the seller."""
+        await self._write(
+            "UPDATE session SET \"grant\" = ?, opening = ?, state = 'open' WHERE session = ?",
+            (grant, opening, session),
+        )
+
+    async def keep_voucher(self, session: str, voucher: bytes, total_nanos: int) -> None:
+        """A higher voucher, before it is sent."""
+        await self._write(
+            "UPDATE session SET voucher = ?, total_nanos = ? WHERE session = ? AND total_nanos < ?",
+            (voucher, total_nanos, session, total_nanos),
+        )
+
+    async def keep_closes(self, session: str, by_buyer: bytes, by_seller: bytes) -> None:
+        """The co-signed end."""
+        await self._write(
+            "UPDATE session SET close_buyer = ?, close_seller = ? WHERE session = ?",
+            (by_buyer, by_seller, session),
+        )
+
+    async def set_state(self, session: str, state: str, reason: str = "") -> None:
+        """Move a session on."""
+        await self._write(
+            "UPDATE session SET state = ?, reason = ? WHERE session = ? AND state != 'settled'",
+            (state, reason, session),
+        )
+
+    async def keep_receipt(self, session: str, receipt_id: str, receipt: bytes) -> None:
+        """The end of a session's money."""
+        await self._write(
+            "UPDATE session SET state = 'settled', receipt_id = ?, receipt = ? WHERE session = ?",
+            (receipt_id, receipt, session),
+        )
+
+    async def unsettled(self) -> list[Unsettled]:
+        """Sessions that are not settled, oldest first."""
+        rows = await self._run(
+            lambda: self._connection.execute(
+                'SELECT session, seller, by_buyer, by_seller, "grant", opening, voucher,'
+                " total_nanos, close_buyer, close_seller, state FROM session"
+                " WHERE state != 'settled' ORDER BY started_at"
+            ).fetchall()
+        )
+        found = []
+        for *fields, by_buyer, by_seller, state in rows:
+            closes = (by_buyer, by_seller) if by_buyer and by_seller else ()
+            found.append(Unsettled(*fields, closes=closes, state=state))
+        return found
+
+    async def receipt(self, name: str) -> bytes | None:
+        """A receipt file by the id of the receipt, the session or a job of it."""
+
+        def read() -> bytes | None:
+            row = self._connection.execute(
+                "SELECT receipt FROM session WHERE receipt_id = ?1 OR session = ?1"
+                " OR session = (SELECT session FROM job WHERE job = ?1)",
+                (name,),
+            ).fetchone()
+            return row[0] if row else None
+
+        return await self._run(read)
+
+    async def sessions(self, count: int) -> list[dict[str, Any]]:
+        """The newest sessions, for people."""
+        return await self._rows(
+            "SELECT session, seller, state, reason, total_nanos, started_at, receipt_id"
+            " FROM session ORDER BY started_at DESC, rowid DESC LIMIT ?",
+            (count,),
+        )
+
+    # --- jobs ---
+
+    async def put_jobs(self, rows: list[dict[str, Any]]) -> None:
+        """Insert or replace job rows in one transaction."""
+        names = ", ".join(JOB_COLUMNS)
+        marks = ", ".join("?" for _ in JOB_COLUMNS)
+        values = [tuple(row.get(name) for name in JOB_COLUMNS) for row in rows]
+
+        def write() -> None:
+            self._connection.execute("BEGIN")
+            self._connection.executemany(
+                f"INSERT OR REPLACE INTO job ({names}) VALUES ({marks})",  # noqa: S608 - our names
+                values,
+            )
+            self._connection.execute("COMMIT")
+
+        await self._run(write)
+
+    async def jobs(self, count: int) -> list[dict[str, Any]]:
+        """The newest jobs first."""
+        return await self._rows(
+            "SELECT * FROM job ORDER BY created_at DESC, rowid DESC LIMIT ?", (count,)
+        )
+
+    async def job(self, job: str) -> dict[str, Any] | None:
+        """One job."""
+        rows = await self._rows("SELECT * FROM job WHERE job = ?", (job,))
+        return rows[0] if rows else None
+
+    async def orphan_jobs(self, *, now: float) -> int:
+        """After a crash: jobs still marked as running were lost with their process."""
+        return await self._write(
+            "UPDATE job SET state = 'error', reason = 'buyer_lost', ended_at = ?"
+            " WHERE ended_at IS NULL",
+            (int(now),),
+        )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._connection.close()
+
+    async def _rows(self, sql: str, values: tuple[Any, ...]) -> list[dict[str, Any]]:
+        def read() -> list[dict[str, Any]]:
+            cursor = self._connection.execute(sql, values)
+            names = [column[0] for column in cursor.description]
+            return [dict(zip(names, row, strict=True)) for row in cursor]
+
+        return await self._run(read)
+
+    async def _write(self, sql: str, values: tuple[Any, ...]) -> int:
+        return await self._run(lambda: self._connection.execute(sql, values).rowcount)
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        return await trio.to_thread.run_sync(work, limiter=self._limiter)

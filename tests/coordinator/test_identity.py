@@ -1,0 +1,148 @@
+"""Registration, certificates, tokens and bootstrap."""
+
+from __future__ import annotations
+
+import base64
+
+import pytest
+
+from lumaris_protocol import agreements
+from tests.coordinator.builders import NETWORK, START, Market, Party, registration
+
+
+async def test_registration_gives_a_certificate_that_checks_offline(market: Market) -> None:
+    found = await market.register(Party("ann"), roles=("buyer",))
+    certificate = agreements.open_certificate(
+        base64.b64decode(found["certificate"]),
+        network=NETWORK,
+        coordinators=frozenset({market.peer}),
+        peer=Party("ann").peer,
+        role="buyer",
+        now=START,
+    )
+    assert certificate.message.account == found["account"]
+    assert certificate.message.expires_at == found["expires_at"] == START + 24 * 3600
+    assert found["token"].startswith("lum_")
+
+
+async def test_account_stays_and_the_serial_rises(market: Market) -> None:
+    first = await market.register(Party("ann"))
+    await market.register(Party("ben"))
+    second = await market.register(Party("ann"))
+    assert first["account"] == second["account"]
+    serials = [
+        agreements.open_certificate(
+            base64.b64decode(found["certificate"]),
+            network=NETWORK,
+            coordinators=frozenset({market.peer}),
+            peer=Party("ann").peer,
+            role="seller",
+            now=START,
+        ).message.serial
+        for found in (first, second)
+    ]
+    assert serials == [1, 3]
+
+
+async def test_challenge_is_used_once(market: Market) -> None:
+    body = registration(Party("ann"), market.peer, await market.challenge(Party("ann")))
+    answers = [await market.client.post("/v1/identity/register", content=body) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [200, 409]
+    assert answers[1].json()["code"] == "replayed"
+
+
+@pytest.mark.parametrize(
+    ("case", "code"),
+    [
+        ("another's challenge", "unauthorized"),
+        ("invented challenge", "unauthorized"),
+        ("late", "expired"),
+        ("another coordinator", "wrong_domain"),
+        ("another network", "bad_signature"),
+        ("another peer", "wrong_signer"),
+        ("stale", "expired"),
+        ("ahead", "not_yet_valid"),
+        ("bad address", "malformed"),
+    ],
+)
+async def test_registration_refused(market: Market, case: str, code: str) -> None:
+    ann = Party("ann")
+    challenge = await market.challenge(Party("ben") if case == "another's challenge" else ann)
+    if case == "invented challenge":
+        challenge = "0" * 32
+    if case == "late":
+        market.clock.now += 301
+    body = registration(
+        ann,
+        Party("eve").peer if case == "another coordinator" else market.peer,
+        challenge,
+        now=market.now + {"stale": -400, "ahead": 61}.get(case, 0),
+        network="other" if case == "another network" else NETWORK,
+        peer=Party("ben").peer if case == "another peer" else ann.peer,
+        addresses=("/ip4/\x00",) if case == "bad address" else (),
+    )
+    answer = await market.client.post("/v1/identity/register", content=body)
+    assert answer.json()["code"] == code, answer.text
+    assert answer.json()["money_moved"] is False
+
+
+async def test_token_ends_with_the_certificate_and_is_pruned(market: Market) -> None:
+    ann = await market.party("ann")
+    market.clock.now += 24 * 3600
+    answer = await market.client.get("/v1/accounts/me", headers=market.bearer(ann))
+    assert (answer.status_code, answer.json()["code"]) == (401, "unauthorized")
+    assert answer.headers["www-authenticate"] == "Bearer"
+    await market.coordinator.run_chores()
+    reader = market.coordinator.store.reader
+    assert reader.execute("SELECT count(*) FROM token").fetchall() == [(0,)]
+    assert reader.execute("SELECT count(*) FROM used_challenge").fetchall() == [(0,)]
+
+
+async def test_tokens_of_a_peer_are_bounded(market: Market) -> None:
+    ann = Party("ann")
+    tokens = [(await market.register(ann))["token"] for _ in range(9)]
+    statuses = [
+        (
+            await market.client.get("/v1/accounts/me", headers={"authorization": f"Bearer {token}"})
+        ).status_code
+        for token in tokens
+    ]
+    assert statuses == [401] + [200] * 8
+
+
+@pytest.mark.parametrize("header", ["", "Bearer", "Bearer lum_x", "Basic lum_x", "Bearer é"])
+async def test_bad_credentials(market: Market, header: str) -> None:
+    headers = [(b"authorization", header.encode())]
+    answer = await market.client.get("/v1/accounts/me", headers=headers)
+    assert (answer.status_code, answer.json()["code"]) == (401, "unauthorized")
+
+
+async def test_token_is_not_stored_in_clear(market: Market) -> None:
+    ann = await market.party("ann")
+    state = market.coordinator.settings.state
+    secret = market.tokens[ann.name].encode()
+    assert all(secret not in path.read_bytes() for path in state.iterdir())
+
+
+async def test_bootstrap_names_sellers_registered_lately(market: Market) -> None:
+    await market.register(Party("ann"), roles=("buyer",), addresses=("/ip4/127.0.0.1/tcp/1",))
+    for number in range(20):
+        market.clock.now += 1
+        addresses = tuple(f"/ip4/127.0.0.1/tcp/{number}{n}" for n in (1, 2, 3))
+        await market.register(Party(f"seller{number}"), roles=("seller",), addresses=addresses)
+    found = (await market.client.get("/v1/bootstrap")).json()["addresses"]
+    assert len(found) == 16
+    assert found[:3] == [f"/ip4/127.0.0.1/tcp/{n}" for n in (191, 192, 181)]
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b'{"peer":"x"}', b'{"peer":1}', b"[" * 5_000, b"\xff"])
+async def test_challenge_wants_a_peer(market: Market, body: bytes) -> None:
+    answer = await market.client.post("/v1/identity/challenge", content=body)
+    assert (answer.status_code, answer.json()["code"]) == (400, "malformed")
+
+
+async def test_info_names_the_terms(market: Market) -> None:
+    found = (await market.client.get("/v1/info")).json()
+    assert found["coordinator"] == market.peer
+    assert (found["network"], found["currency"], found["fee_bps"]) == (NETWORK, "TEST", 500)
+    assert found["time"] == START

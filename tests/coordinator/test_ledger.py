@@ -1,0 +1,138 @@
+"""Money adds up, cannot be rewritten, and test credit has an end."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+
+from lumaris_coordinator.ledger import store
+from lumaris_coordinator.ledger.store import TEST_CREDIT, Leg
+from lumaris_coordinator.store import sqlite
+from lumaris_coordinator.store.sqlite import Connection
+from lumaris_protocol.errors import LumarisError
+from lumaris_protocol.money import NANOS_PER_CREDIT
+from tests.coordinator.builders import Market, credit_request, key_of
+
+LIMIT = 1_000 * NANOS_PER_CREDIT
+
+
+async def test_credit_is_given_once_per_nonce(market: Market) -> None:
+    ann = await market.party("ann")
+    body = credit_request(ann, market.peer, 700)
+    transactions = set()
+
+    async def ask() -> None:
+        answer = await market.client.post("/v1/credits", content=body)
+        found = answer.json()
+        assert (found["credited_nanos"], found["free_nanos"]) == (700, 700)
+        transactions.add(found["transaction"])
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(16):
+            nursery.start_soon(ask)
+    assert len(transactions) == 1
+    audit = await market.audit()
+    assert (audit["balanced"], audit["transfers"], audit["sum_nanos"]) == (True, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("case", "code"),
+    [
+        ("over the limit", "credit_limit"),
+        ("nothing", "malformed"),
+        ("same nonce, other amount", "idempotency_mismatch"),
+        ("stranger", "not_certified"),
+        ("stale", "expired"),
+        ("another coordinator", "wrong_domain"),
+    ],
+)
+async def test_credit_refused(market: Market, case: str, code: str) -> None:
+    ann = await market.party("ann")
+    first = credit_request(ann, market.peer, 100, nonce="0" * 32)
+    assert (await market.client.post("/v1/credits", content=first)).status_code == 200
+    coordinator = key_of("eve").peer_id if case == "another coordinator" else market.peer
+    amount = {"over the limit": LIMIT - 99, "nothing": 0}.get(case, 50)
+    nonce = "0" * 32 if case == "same nonce, other amount" else None
+    party = type(ann)("eve") if case == "stranger" else ann
+    now = market.now - (361 if case == "stale" else 0)
+    body = credit_request(party, coordinator, amount, nonce=nonce, now=now)
+    answer = await market.client.post("/v1/credits", content=body)
+    assert answer.json()["code"] == code, answer.text
+    assert answer.json()["money_moved"] is False
+    assert await market.free(ann) == 100
+
+
+async def test_transfers_come_in_pages(market: Market) -> None:
+    ann = await market.party("ann")
+    for amount in range(1, 6):
+        await market.fund(ann, amount)
+    await market.party("ben", 99)
+    seen: list[int] = []
+    after: int | None = 0
+    while after is not None:
+        answer = await market.client.get(
+            f"/v1/accounts/me/transfers?after={after}&limit=2", headers=market.bearer(ann)
+        )
+        page = answer.json()
+        seen += [transfer["amount_nanos"] for transfer in page["transfers"]]
+        after = page["next"]
+        assert len(seen) <= 5
+    assert seen == [1, 2, 3, 4, 5]
+
+
+async def test_an_account_cannot_be_overdrawn(market: Market) -> None:
+    ann, ben = await market.party("ann", 10), await market.party("ben")
+    accounts = [(await market.account(party))["account"] for party in (ann, ben)]
+
+    def overdraw(connection: Connection) -> None:
+        legs = [Leg(accounts[0], accounts[1], 6), Leg(accounts[0], accounts[1], 6)]
+        store.move(connection, kind="settle", ref="", legs=legs, now=0)
+
+    def cheat(connection: Connection) -> None:
+        connection.execute("UPDATE account SET balance = -1 WHERE id = ?", (accounts[0],))
+
+    with pytest.raises(LumarisError, match="no_funds"):
+        await market.coordinator.store.submit(overdraw)
+    with pytest.raises(sqlite.driver.IntegrityError):
+        await market.coordinator.store.submit(cheat)
+    assert [await market.free(party) for party in (ann, ben)] == [10, 0]
+    assert (await market.audit())["transfers"] == 1
+
+
+@pytest.mark.parametrize(
+    "table", ["txn", "transfer", "escrow_event", "receipt", "checkpoint", "downtime"]
+)
+async def test_history_cannot_be_rewritten(market: Market, table: str) -> None:
+    buyer, seller = await market.party("buyer", 100), await market.party("seller")
+    deal = market.deal(buyer, seller, cap=50)
+    answer = await market.settle(deal.claim(seller, await market.grant(deal), 10))
+    assert answer.status_code == 200
+
+    def add_downtime(connection: Connection) -> None:
+        connection.execute("INSERT INTO downtime (since, until) VALUES (1, 2)")
+
+    await market.coordinator.store.submit(add_downtime)
+    for sql in (f"UPDATE {table} SET rowid = rowid + 1000", f"DELETE FROM {table}"):
+
+        def rewrite(connection: Connection, sql: str = sql) -> None:
+            connection.execute(sql)
+
+        with pytest.raises(sqlite.driver.IntegrityError, match="append-only"):
+            await market.coordinator.store.submit(rewrite)
+
+
+async def test_the_audit_finds_a_changed_balance(market: Market) -> None:
+    ann = await market.party("ann", 10)
+    account = (await market.account(ann))["account"]
+
+    def tamper(connection: Connection) -> None:
+        connection.execute("UPDATE account SET balance = 11 WHERE id = ?", (account,))
+
+    await market.coordinator.store.submit(tamper)
+    found = await market.audit()
+    assert (found["balanced"], found["mismatches"], found["sum_nanos"]) == (False, 1, 1)
+
+
+async def test_the_world_outside_owes_what_was_given(market: Market) -> None:
+    await market.party("ann", 10)
+    assert store.balance(market.coordinator.store.reader, TEST_CREDIT) == -10

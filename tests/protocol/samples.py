@@ -1,0 +1,129 @@
+"""One message of every type, with fixed content: the material of the golden vectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lumaris_protocol import codec, merkle
+from lumaris_protocol.codec import Signed
+from lumaris_protocol.keys import KeyPair
+from lumaris_protocol.messages.base import Message
+from lumaris_protocol.messages.budget import CreditRequest, GrantRequest, Registration
+from lumaris_protocol.messages.execution import (
+    Acceptance,
+    Cancel,
+    Delivery,
+    JobEvent,
+    LogChunk,
+    Meter,
+    SessionOpen,
+    SessionReady,
+    Usage,
+    WorkOrder,
+)
+from lumaris_protocol.messages.payment import Close, Settle, Voucher
+from tests.protocol import parties as p
+
+
+def samples() -> dict[str, tuple[Message, KeyPair]]:
+    """A message of each type by its wire name, with the key that signs it."""
+    agreed = p.contract()
+    signed: list[tuple[Message, KeyPair]] = [
+        (p.certificate(p.SELLER, "seller", "buyer").message, p.COORDINATOR),
+        (p.advert().message, p.SELLER),
+        (p.request().message, p.BUYER),
+        (p.quote(p.request()).message, p.SELLER),
+        (agreed.agreement, p.BUYER),
+        (p.grant(agreed).message, p.COORDINATOR),
+        (p.settled().receipt.message, p.COORDINATOR),
+        *_to_coordinator(),
+        *((message, p.BUYER_SESSION) for message in _of_buyer()),
+        *((message, p.SELLER_SESSION) for message in _of_seller()),
+    ]
+    return {message.TYPE: (message, key) for message, key in signed}
+
+
+def _to_coordinator() -> list[tuple[Message, KeyPair]]:
+    agreed = p.contract()
+    common: dict[str, Any] = {"coordinator": p.COORDINATOR.peer_id, "issued_at": p.NOW}
+    both: dict[str, Any] = {
+        "agreement_by_buyer": agreed.by_buyer,
+        "agreement_by_seller": agreed.by_seller,
+    }
+    registration = Registration(
+        peer=p.SELLER.peer_id,
+        challenge="0" * 31 + "1",
+        roles=("seller",),
+        addresses=("/ip4/127.0.0.1/tcp/4001",),
+        **common,
+    )
+    credit = CreditRequest(peer=p.BUYER.peer_id, amount_nanos=10**9, nonce="0" * 31 + "2", **common)
+    request = GrantRequest(buyer=p.BUYER.peer_id, **both, **common)
+    settle = Settle(
+        session=agreed.agreement.session,
+        party=p.SELLER.peer_id,
+        total_nanos=500,
+        grant=p.grant(agreed).data,
+        voucher=p.voucher(agreed, 500).data,
+        **both,
+        **common,
+    )
+    return [(registration, p.SELLER), (credit, p.BUYER), (request, p.BUYER), (settle, p.SELLER)]
+
+
+def _chain_part() -> dict[str, Any]:
+    agreed = p.contract()
+    return {"session": agreed.agreement.session, "seq": 0, "prev": agreed.hash}
+
+
+def _of_buyer() -> list[Message]:
+    agreed, chain = p.contract(), _chain_part()
+    inputs = (p.file("in/a.txt", b"a"), p.file("in/ü.txt", b"u"))
+    return [
+        SessionOpen(agreement_hash=agreed.hash, grant=p.grant(agreed).data, **chain),
+        WorkOrder(
+            n=1,
+            job=p.id_of("job", "1"),
+            image=p.digest_of("image"),
+            command=("python", "-c", "print('ü')\n"),
+            environment={"A": "1"},
+            inputs=inputs,
+            input_root=merkle.files_root(inputs),
+            limits=p.LIMITS,
+            idempotency_key=p.id_of("job", "1"),
+            **chain,
+        ),
+        Acceptance(n=1, accepted=True, total_nanos=500, **chain),
+        Cancel(n=1, **chain),
+        Voucher(total_nanos=500, **chain),
+        Close(total_nanos=500, orders_accepted=1, reason="closed", **chain),
+    ]
+
+
+def _of_seller() -> list[Message]:
+    chain, outputs = _chain_part(), (p.file("out.txt", b"result"),)
+    usage = Usage(wall_ms=200, cpu_ms=150, memory_peak_bytes=1 << 20, fuel=12345)
+    return [
+        SessionReady(agreement_hash=p.contract().hash, **chain),
+        JobEvent(n=1, state="killed", reason="killed_memory", exit_status=137, at=p.NOW, **chain),
+        LogChunk(n=1, stream="stdout", offset=0, data=bytes(range(256)), **chain),
+        Meter(n=1, amount_nanos=500, usage=usage, **chain),
+        Delivery(
+            n=1,
+            exit_status=0,
+            outputs=outputs,
+            output_root=merkle.files_root(outputs),
+            stdout=p.file("stdout", b"hello"),
+            stderr=p.file("stderr"),
+            usage=usage,
+            amount_nanos=500,
+            environment=p.digest_of("environment"),
+            **chain,
+        ),
+    ]
+
+
+def sample(kind: str) -> Signed[Message]:
+    """The signed sample of one type."""
+    message, key = samples()[kind]
+    return codec.sign(message, key, p.NETWORK)

@@ -1,0 +1,192 @@
+"""A receipt file proves what it says, or says what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+
+from lumaris_protocol import codec, merkle, receipts
+from lumaris_protocol.errors import RefusedError
+from lumaris_protocol.messages.receipt import LogProof, ReceiptBundle
+from tests.protocol import parties as p
+
+TRUSTED = frozenset({p.COORDINATOR.peer_id})
+DONE = p.settled()
+DATA = receipts.encode_bundle(DONE.bundle)
+
+
+def verdict(data: bytes) -> tuple[str, str]:
+    """The verdict and the first check that does not hold."""
+    report = receipts.verify_bundle(data, trusted=TRUSTED)
+    failed = [check.name for check in report.checks if not check.holds]
+    return report.verdict, failed[0] if failed else ""
+
+
+def changed(**changes: Any) -> bytes:
+    return receipts.encode_bundle(msgspec.structs.replace(DONE.bundle, **changes))
+
+
+def resigned(**changes: Any) -> bytes:
+    """The coordinator signs another receipt and logs it properly."""
+    text = msgspec.structs.replace(DONE.receipt.message, **changes)
+    data = codec.sign(text, p.COORDINATOR, p.NETWORK).data
+    tree = merkle.Tree([merkle.leaf_hash(data)])
+    point = merkle.Checkpoint("lumaris.example/testnet", 1, tree.root())
+    return changed(
+        receipt=data,
+        proof=LogProof(index=0, size=1, hashes=()),
+        checkpoint=merkle.sign_checkpoint(point, p.COORDINATOR),
+    )
+
+
+@pytest.mark.parametrize("paid", [0, 1, 123_457, p.TERMS.cap_nanos])
+@pytest.mark.parametrize(("leaves", "index"), [(1, 0), (5, 3), (64, 63)])
+def test_a_true_receipt_is_valid(paid: int, leaves: int, index: int) -> None:
+    data = receipts.encode_bundle(p.settled(paid, leaves=leaves, index=index).bundle)
+    report = receipts.verify_bundle(data, trusted=TRUSTED)
+    assert report.verdict == "valid"
+    assert tuple(check.name for check in report.checks) == receipts.CHECKS
+    assert all(check.holds and check.detail for check in report.checks)
+    assert report.receipt is not None
+    assert report.receipt.paid_nanos == paid
+    assert report.coordinator == p.COORDINATOR.peer_id
+
+
+def test_without_a_trusted_key_the_answer_is_unknown() -> None:
+    for trusted in (frozenset[str](), frozenset({p.STRANGER.peer_id})):
+        report = receipts.verify_bundle(DATA, trusted=trusted)
+        assert report.verdict == "unknown"
+        assert [check.name for check in report.checks if not check.holds] == ["trust"]
+
+
+def test_the_file_is_readable_and_goes_round() -> None:
+    assert receipts.decode_bundle(DATA) == DONE.bundle
+    assert json.loads(DATA)["format"] == "lumaris-receipt/1"
+    assert DATA.count(b"\n") > 5
+
+
+DOCUMENTS = ["receipt", "agreement_by_buyer", "agreement_by_seller", "grant", "voucher"]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("part", range(40))
+def test_a_changed_byte_of_any_document_is_noticed(name: str, part: int) -> None:
+    """Forty places over each document: key, type, payload and signature are all among them."""
+    data = bytearray(getattr(DONE.bundle, name))
+    data[len(data) * part // 40] ^= 1
+    assert verdict(changed(**{name: bytes(data)}))[0] == "invalid"
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_a_truncated_or_absent_document_is_noticed(name: str) -> None:
+    assert verdict(changed(**{name: getattr(DONE.bundle, name)[:-1]}))[0] == "invalid"
+    assert verdict(changed(**{name: b""}))[0] == "invalid"
+
+
+OTHER = p.contract(name="2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "check"),
+    [
+        ({"network": "othernet"}, "receipt"),
+        ({"network": "a/b"}, "form"),
+        ({"network": ""}, "form"),
+        ({"format": "lumaris-receipt/2"}, "form"),
+        ({"receipt": p.grant(DONE.contract).data}, "receipt"),
+        ({"agreement_by_buyer": DONE.bundle.agreement_by_seller}, "agreement"),
+        ({"agreement_by_buyer": OTHER.by_buyer}, "agreement"),
+        (
+            {"agreement_by_buyer": OTHER.by_buyer, "agreement_by_seller": OTHER.by_seller},
+            "agreement",
+        ),
+        ({"grant": p.grant(OTHER).data}, "grant"),
+        ({"grant": p.grant(DONE.contract, cap_nanos=p.TERMS.cap_nanos + 1).data}, "grant"),
+        ({"grant": p.grant(DONE.contract, key=p.SELLER).data}, "grant"),
+        ({"voucher": None}, "voucher"),
+        ({"voucher": p.voucher(DONE.contract, 123_456).data}, "voucher"),
+        ({"voucher": p.voucher(DONE.contract, 123_457, seq=9).data}, "voucher"),
+        ({"voucher": p.voucher(OTHER, 123_457).data}, "voucher"),
+        ({"proof": LogProof(index=2, size=5, hashes=DONE.bundle.proof.hashes)}, "log"),
+        ({"proof": LogProof(index=3, size=6, hashes=DONE.bundle.proof.hashes)}, "log"),
+        ({"proof": LogProof(index=3, size=5, hashes=DONE.bundle.proof.hashes[:-1])}, "log"),
+        ({"proof": LogProof(index=3, size=5, hashes=())}, "log"),
+        ({"checkpoint": ""}, "log"),
+        ({"checkpoint": DONE.bundle.checkpoint.replace("\n5\n", "\n6\n")}, "log"),
+    ],
+)
+def test_each_part_has_its_check(changes: dict[str, Any], check: str) -> None:
+    assert verdict(changed(**changes)) == ("invalid", check)
+
+
+def test_a_checkpoint_of_another_key_is_no_proof() -> None:
+    tree = merkle.Tree([merkle.leaf_hash(DONE.bundle.receipt)])
+    point = merkle.Checkpoint("lumaris.example/testnet", 1, tree.root())
+    proof = LogProof(index=0, size=1, hashes=())
+    forged = changed(proof=proof, checkpoint=merkle.sign_checkpoint(point, p.STRANGER))
+    assert verdict(forged) == ("invalid", "log")
+    fine = changed(proof=proof, checkpoint=merkle.sign_checkpoint(point, p.COORDINATOR))
+    assert verdict(fine) == ("valid", "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "check"),
+    [
+        ({"fee_nanos": 0}, "amounts"),
+        ({"seller_nanos": 1}, "amounts"),
+        ({"refund_nanos": 1}, "amounts"),
+        ({"fee_bps": 0}, "amounts"),
+        ({"buyer": p.STRANGER.peer_id}, "amounts"),
+        ({"seller": p.STRANGER.peer_id}, "amounts"),
+        ({"currency": "EUR"}, "amounts"),
+        ({"session": OTHER.agreement.session}, "amounts"),
+        ({"receipt": p.id_of("receipt", "x")}, "amounts"),
+        ({"guarantees": ("Everything.",)}, "amounts"),
+        ({"not_guaranteed": ()}, "amounts"),
+        ({"verification": "evid"}, "amounts"),
+        ({"paid_nanos": 1}, "voucher"),
+        ({"voucher_hash": None}, "voucher"),
+        ({"cap_nanos": 1}, "grant"),
+        ({"agreement_hash": p.digest_of("x")}, "agreement"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
+)
+def test_a_coordinator_that_lies_is_caught(changes: dict[str, Any], check: str) -> None:
+    """Signed and logged, but not what follows from the documents of buyer and seller."""
+    assert verdict(resigned(**changes)) == ("invalid", check)
+
+
+def test_another_coordinator_cannot_settle_this_agreement() -> None:
+    data = codec.sign(DONE.receipt.message, p.STRANGER, p.NETWORK).data
+    assert verdict(changed(receipt=data)) == ("invalid", "agreement")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{}",
+        b"null",
+        b"[" * 100_000,
+        b"\xff\xfe",
+        DATA[:-10],
+        DATA.replace(b'"grant"', b'"x"'),
+    ],
+)
+def test_junk_is_invalid_and_never_raises(data: bytes) -> None:
+    assert verdict(data) == ("invalid", "form")
+
+
+def test_a_huge_file_is_not_read() -> None:
+    data = b" " * (receipts.BUNDLE_BYTES_MAX + 1)
+    assert verdict(data) == ("invalid", "form")
+    with pytest.raises(RefusedError, match="oversize"):
+        receipts.decode_bundle(data)
+
+
+def test_the_largest_honest_bundle_fits() -> None:
+    assert len(DATA) * 10 < receipts.BUNDLE_BYTES_MAX
+    assert set(ReceiptBundle.__struct_fields__) >= set(DOCUMENTS)

@@ -1,0 +1,171 @@
+"""Random walks of the pair: whatever happens in whatever order, the money rules hold."""
+
+from __future__ import annotations
+
+import random
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from lumaris_protocol import effects as fx
+from lumaris_protocol.errors import LumarisError
+from tests.protocol import parties as p
+from tests.protocol.pair import Pair
+
+TIGHT = msgspec.structs.replace(p.TERMS, cap_nanos=60_000, exposure_nanos=6_000)
+
+
+class Walk(RuleBasedStateMachine):
+    """Two honest sides with every delay and failure in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = Pair(TIGHT, accepts=False).open()
+        self.waiting: list[int] = []
+        self.refused = False
+
+    def deliveries(self) -> None:
+        seen = [e.delivery.n for e in self.pair.buyer_did if isinstance(e, fx.Delivered)]
+        self.waiting = [n for n in seen if n in self.pair.buyer._live]
+
+    @precondition(lambda self: self.pair.buyer.machine.state == "open")
+    @rule()
+    def order(self) -> None:
+        self.pair.order()
+
+    @precondition(lambda self: self.pair.queue and not self.pair.running and self.pair.gate_open)
+    @rule()
+    def start(self) -> None:
+        if not self.pair.seller.machine.done:
+            self.pair.start()
+
+    @rule(ms=st.sampled_from([1, 50, 400, 1500]))
+    def pass_time(self, ms: int) -> None:
+        if self.pair.seller.machine.done:
+            self.pair.now += ms / 1000
+        else:
+            self.pair.pass_time(ms)
+
+    @precondition(lambda self: self.pair.running and not self.pair.seller.machine.done)
+    @rule(fails=st.booleans())
+    def finish(self, fails: bool) -> None:
+        if fails:
+            self.pair.fail(self.pair.running, "failed", "exit_nonzero")
+        else:
+            self.pair.deliver()
+
+    @precondition(lambda self: self.pair.to_seller)
+    @rule()
+    def to_seller(self) -> None:
+        self.pair.pump_to_seller()
+
+    @precondition(lambda self: self.pair.to_buyer)
+    @rule()
+    def to_buyer(self) -> None:
+        self.pair.pump_to_buyer()
+
+    @rule()
+    def pump(self) -> None:
+        self.pair.pump()
+
+    @rule(accept=st.integers(min_value=0, max_value=4))
+    def answer(self, accept: int) -> None:
+        self.deliveries()
+        for n in self.waiting[:2]:
+            answer = (
+                self.pair.buyer.accept(n, now=self.pair.now)
+                if accept
+                else self.pair.buyer.reject(n, "output_mismatch")
+            )
+            self.pair.by_buyer(answer)
+
+    @rule(n=st.integers(min_value=1, max_value=20))
+    def cancel(self, n: int) -> None:
+        self.pair.by_buyer(self.pair.buyer.cancel(n))
+
+    @rule(chance=st.integers(min_value=0, max_value=15))
+    def close(self, chance: int) -> None:
+        if chance == 0:
+            self.pair.by_buyer(self.pair.buyer.close())
+        if chance == 1 and not self.pair.seller.machine.done:
+            self.pair.by_seller(self.pair.seller.end("shutting_down"))
+
+    @invariant()
+    def money(self) -> None:
+        self.pair.check()
+
+    def teardown(self) -> None:
+        """Everything arrives, the buyer closes: both have the same highest voucher."""
+        pair = self.pair
+        pair.pump()
+        self.deliveries()
+        for n in self.waiting:
+            pair.by_buyer(pair.buyer.accept(n, now=pair.now))
+        pair.pump()
+        if pair.buyer.live == 0 and pair.buyer.machine.state == pair.seller.machine.state == "open":
+            # Nothing is owed by the buyer's tab, so the seller's must not wait for anything.
+            capped = pair.buyer.tab.vouchered_nanos == TIGHT.cap_nanos
+            assert pair.seller.tab.unpaid_nanos == 0 or capped
+        pair.by_buyer(pair.buyer.close())
+        pair.pump()
+        assert pair.buyer.machine.done
+        assert pair.seller.machine.done
+        paid, taken = pair.stored()
+        if pair.over() == ("closed", "closed"):
+            assert paid == taken
+        assert taken <= paid
+        pair.check()
+
+
+TestWalk = Walk.TestCase
+TestWalk.settings = settings(
+    max_examples=100,
+    stateful_step_count=50,
+    deadline=None,
+    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
+)
+TestWalk = pytest.mark.slow(TestWalk)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(12))
+def test_a_wire_that_loses_repeats_or_swaps_is_always_noticed(seed: int) -> None:
+    """On a bad wire a session may break off, but never with another amount than was signed."""
+    print(f"seed={seed}")
+    dice = random.Random(seed)
+    pair = Pair(TIGHT).open()
+    vouchered = 0
+    try:
+        for _ in range(200):
+            _move(pair, dice)
+            for line in (pair.to_seller, pair.to_buyer):
+                if line and dice.random() < 0.02:
+                    spot = dice.randrange(len(line))
+                    if dice.random() < 0.5:
+                        del line[spot]
+                    else:
+                        line.append(line[spot])
+            pair.pump()
+            pair.check()
+            vouchered = pair.seller.tab.vouchered_nanos
+    except LumarisError as error:
+        if error.code not in ("replayed", "out_of_sequence"):
+            raise
+    pair.check()
+    assert pair.seller.tab.vouchered_nanos >= vouchered
+
+
+def _move(pair: Pair, dice: random.Random) -> None:
+    if pair.buyer.machine.state == "open" and dice.random() < 0.5:
+        pair.order()
+    if pair.queue and not pair.running:
+        pair.start()
+    pair.pass_time(dice.choice([5, 100, 600]))
+    if pair.running and dice.random() < 0.6:
+        if dice.random() < 0.8:
+            pair.deliver()
+        else:
+            pair.fail(pair.running, "failed", "exit_nonzero")
