@@ -25,7 +25,6 @@ from lumaris_coordinator.escrow.service import Escrows
 from lumaris_coordinator.http import PROBLEMS, SECURITY_SCHEMES
 from lumaris_coordinator.identity.routes import router as identity_router
 from lumaris_coordinator.identity.service import Identity
-from lumaris_coordinator.keyfile import load_or_create, prepare_state
 from lumaris_coordinator.ledger.routes import router as ledger_router
 from lumaris_coordinator.ledger.service import Ledger
 from lumaris_coordinator.metrics import Metrics
@@ -35,6 +34,7 @@ from lumaris_coordinator.receipts.routes import router as receipts_router
 from lumaris_coordinator.receipts.service import Receipts
 from lumaris_coordinator.store.sqlite import Connection, first
 from lumaris_coordinator.store.store import Store
+from lumaris_overlay.private_files import load_or_create_key, make_private_folder
 from lumaris_protocol.errors import LumarisError
 
 log = logging.getLogger(__name__)
@@ -47,8 +47,8 @@ class Coordinator:
     """
 
     def __init__(self, settings: Settings, *, clock: Callable[[], float] = time.time) -> None:
-        prepare_state(settings.state)
-        key = load_or_create(settings.state / "coordinator.key")
+        make_private_folder(settings.state)
+        key = load_or_create_key(settings.state / "coordinator.key")
         self.settings, self.peer_id = settings, key.peer_id
         self.log = ReceiptLog(network=settings.network, key=key)
         self.store = Store(settings.state, hooks=(self.log,), clock=clock)

@@ -26,8 +26,8 @@ from lumaris_node.executors.wasm import WasmExecutor
 from lumaris_node.sessions import Sessions
 from lumaris_node.settle import Settler
 from lumaris_node.store import Store
-from lumaris_overlay.keyfile import load_or_create_key
 from lumaris_overlay.ports import Overlay
+from lumaris_overlay.private_files import load_or_create_key
 from lumaris_overlay.supervisor import OverlayConfig, run_overlay
 from lumaris_protocol import coordinator_api
 from lumaris_protocol.catalog import CATALOG

@@ -13,7 +13,7 @@ from typing import Any, Final
 import msgspec
 import trio
 
-from lumaris_overlay.framed import FramedStream
+from lumaris_overlay.framed_stream import FramedStream
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.frames import Kind
 

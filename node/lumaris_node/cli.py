@@ -14,6 +14,7 @@ import trio
 
 from lumaris_node import api, config
 from lumaris_node.agent import Node
+from lumaris_overlay.private_files import make_private_folder
 from lumaris_protocol.errors import LumarisError
 
 
@@ -22,7 +23,7 @@ def run(state: Path, **flags: Any) -> None:
 
     Raises LumarisError when the node cannot start.
     """
-    _prepare(state)
+    make_private_folder(state)
     settings = config.load(state, **flags)
     logging.basicConfig(
         level=settings.log_level.upper(), format="level=%(levelname)s at=%(asctime)s %(message)s"
@@ -66,16 +67,6 @@ async def _stop_on_signal(node: Node) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for _ in signals:
             node.stop()
-
-
-def _prepare(state: Path) -> None:
-    try:
-        state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        probe = state / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise LumarisError("not_writable", f"{state}: {error.strerror}") from None
 
 
 def _first(group: BaseExceptionGroup[LumarisError]) -> LumarisError:

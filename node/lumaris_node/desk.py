@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import trio
 
 from lumaris_node.store import Store
-from lumaris_overlay.framed import FramedStream
+from lumaris_overlay.framed_stream import FramedStream
 from lumaris_overlay.ports import OverlayStream
 from lumaris_overlay.tasks import StrangerLog
 from lumaris_protocol import agreements, codec, envelope
@@ -19,7 +19,7 @@ from lumaris_protocol.codec import Signed
 from lumaris_protocol.errors import LumarisError, RefusedError
 from lumaris_protocol.frames import Kind
 from lumaris_protocol.keys import KeyPair
-from lumaris_protocol.limits import QUOTE_HOLD_S_MAX, REPLY_BY_S_MAX
+from lumaris_protocol.limits import CLOCK_SKEW_S, QUOTE_HOLD_S_MAX, REPLY_BY_S_MAX
 from lumaris_protocol.machines.desk import Hold, QuoteDesk
 from lumaris_protocol.messages.advert import Advert
 from lumaris_protocol.messages.negotiation import Agreement, QuoteRequest
@@ -111,6 +111,8 @@ class Desk:
         codec.check_times(
             issued_at=message.issued_at, expires_at=message.expires_at, now=now, what="request"
         )
+        if message.expires_at > now + REPLY_BY_S_MAX + CLOCK_SKEW_S:
+            raise RefusedError("malformed", "The request asks to be remembered too long.")
         agreements.open_certificate(
             message.certificate,
             network=network,

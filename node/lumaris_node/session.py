@@ -19,7 +19,7 @@ from lumaris_node.executors.port import Executor
 from lumaris_node.orders import OrderRun
 from lumaris_node.store import Store
 from lumaris_overlay import blobs as blob_transfer
-from lumaris_overlay.framed import FramedStream
+from lumaris_overlay.framed_stream import FramedStream
 from lumaris_overlay.outbox import Outbox
 from lumaris_protocol.effects import (
     Effect,

@@ -12,7 +12,7 @@ from lumaris_node.desk import Desk
 from lumaris_node.executors.port import Executor
 from lumaris_node.session import SessionHost
 from lumaris_node.store import Store
-from lumaris_overlay.framed import FramedStream
+from lumaris_overlay.framed_stream import FramedStream
 from lumaris_overlay.ports import OverlayStream
 from lumaris_overlay.tasks import StrangerLog
 from lumaris_protocol import codec, envelope

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import trio
 
-from lumaris_overlay.framed import FramedStream
+from lumaris_overlay.framed_stream import FramedStream
 from lumaris_overlay.ports import Overlay
 from lumaris_protocol.errors import EnvelopeError, RefusedError
 from lumaris_protocol.frames import Kind

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from lumaris_overlay.framed import FramedStream
+from lumaris_overlay.framed_stream import FramedStream
 from lumaris_protocol import frames
 from lumaris_protocol.effects import Effect, Send
 from lumaris_protocol.frames import Kind

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import trio
 
-from lumaris_overlay.keyfile import read_key
+from lumaris_overlay.private_files import read_key
 from lumaris_overlay.socket.server import SocketServer, serve_socket
 from lumaris_overlay.tasks import background
 from lumaris_protocol.errors import LumarisError

@@ -21,6 +21,7 @@ from typing import Any
 
 import trio
 
+from lumaris_overlay.private_files import make_private_folder
 from lumaris_overlay.socket.client import SocketOverlay
 from lumaris_overlay.tasks import background
 from lumaris_protocol import codes
@@ -154,7 +155,7 @@ class OverlayProcess:
     async def _start(self) -> None:
         await self.end()
         self.starts += 1
-        _make_state(self._config.state_dir)
+        make_private_folder(self._config.state_dir)
         command = replace(self._config, listen=self._listen).command("--with-parent")
         with self._config.log.open("ab") as log:
             at = log.tell()
@@ -226,7 +227,7 @@ async def _answers(overlay: SocketOverlay, config: OverlayConfig) -> bool:
 
 async def _spawn(config: OverlayConfig) -> None:
     """Start a process that is nobody's child to end: it leaves by itself when idle."""
-    _make_state(config.state_dir)
+    make_private_folder(config.state_dir)
     command = config.command("--linger", str(config.linger_s))
     read_end, write_end = os.pipe()
     with config.log.open("ab") as log:
@@ -270,7 +271,7 @@ def _kill(pid: int) -> None:
 
 @asynccontextmanager
 async def _lock(path: Path) -> AsyncGenerator[None]:
-    _make_state(path.parent)
+    make_private_folder(path.parent)
     with path.open("w") as file:
         try:
             with trio.fail_after(_LOCK_S):
@@ -283,15 +284,6 @@ async def _lock(path: Path) -> AsyncGenerator[None]:
         except trio.TooSlowError:
             raise LumarisError("overlay_failed", "Another program is still starting it.") from None
         yield
-
-
-def _make_state(directory: Path) -> None:
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not os.access(directory, os.W_OK):
-            raise PermissionError(13, "no permission to write")
-    except OSError as error:
-        raise LumarisError("not_writable", f"{directory}: {error.strerror}.") from None
 
 
 def _why(log: Path, at: int) -> LumarisError:

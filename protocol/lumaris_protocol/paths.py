@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lumaris_protocol import limits
 from lumaris_protocol.errors import LumarisError
+from lumaris_protocol.messages.execution import File
 
 
 def safe_parts(text: str) -> tuple[str, ...]:
@@ -29,3 +32,16 @@ def safe_parts(text: str) -> tuple[str, ...]:
     if any(part in ("", ".", "..") for part in parts):
         raise refuse("is absolute or not normalised")
     return parts
+
+
+def check_tree(files: Sequence[File], *, bytes_max: int) -> None:
+    """Check that files can lie in one folder: safe names, none twice, none inside another.
+
+    Raises LumarisError `bad_input`, also when they are larger than `bytes_max` together.
+    """
+    if sum(file.size_bytes for file in files) > bytes_max:
+        raise LumarisError("bad_input", f"The files are larger than {bytes_max} bytes together.")
+    names = [safe_parts(file.path) for file in files]
+    folders = {parts[:depth] for parts in names for depth in range(1, len(parts))}
+    if len(set(names)) != len(names) or folders.intersection(names):
+        raise LumarisError("bad_input", "Two of the files have the same name.")

@@ -29,8 +29,8 @@ from lumaris.profile import Profile
 from lumaris.session import Session
 from lumaris.settling import Settling
 from lumaris.store import Store
-from lumaris_overlay.keyfile import load_or_create_key
 from lumaris_overlay.ports import Overlay
+from lumaris_overlay.private_files import load_or_create_key
 from lumaris_overlay.supervisor import OverlayConfig, attach_or_spawn
 from lumaris_protocol import codec, coordinator_api, ids, matching, pricing
 from lumaris_protocol.codec import Signed

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import trio
 
-from lumaris_overlay.framed import FramedStream
+from lumaris_overlay.framed_stream import FramedStream
 from lumaris_overlay.ports import AdvertEvent, Overlay
 from lumaris_protocol import agreements, codec, ids, matching, pricing
 from lumaris_protocol.agreements import Contract

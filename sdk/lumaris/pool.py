@@ -185,7 +185,7 @@ class Pool:
             if error.code != "coordinator_unreachable":
                 await self._store.set_state(contract.agreement.session, "settled", error.code)
             raise
-        machine = BuyerSession(contract, key, network=self._network, now=time.time())
+        machine = BuyerSession(contract, key, network=self._network, now=trio.current_time())
         opening = machine.open(grant)
         first = opening[0]
         assert isinstance(first, Send)

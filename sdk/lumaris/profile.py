@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from lumaris_overlay.private_files import make_private_folder
 from lumaris_protocol.errors import LumarisError
 
 DEFAULT_COORDINATOR = "http://127.0.0.1:24480"
@@ -68,14 +69,3 @@ def default_state() -> Path:
     import platformdirs
 
     return Path(platformdirs.user_data_dir("lumaris")) / "buyer"
-
-
-def make_private_folder(folder: Path) -> None:
-    """Create a folder only this user can enter. Raises LumarisError `not_writable`."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK | os.X_OK)
-    except OSError as error:
-        raise LumarisError("not_writable", f"{folder}: {error.strerror}") from None
-    if not writable:
-        raise LumarisError("not_writable", f"{folder} cannot be written.")

@@ -8,7 +8,6 @@ every order that has no end yet gets one.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from lumaris import artifacts
 from lumaris.jobs import Artifact, JobRequest, JobResult, JobUpdate, LogLine, Observer
 from lumaris.store import Store
 from lumaris_overlay import blobs
-from lumaris_overlay.framed import FramedStream, read_refusal
+from lumaris_overlay.framed_stream import FramedStream, read_refusal
 from lumaris_overlay.outbox import Outbox
 from lumaris_overlay.ports import Overlay
 from lumaris_protocol import ids
@@ -148,7 +147,7 @@ class Session:
             inputs=inputs,
             limits=_limits(request),
             idempotency_key=job,
-            now=time.time(),
+            now=trio.current_time(),
         )
         order = self._orders[n] = _Order(job, request, files, observe, folder)
         self._apply(effects)
@@ -184,7 +183,7 @@ class Session:
                     break
                 if frame.kind != Kind.ENVELOPE:
                     raise EnvelopeError("malformed", "A session carries envelopes only.")
-                self._apply(self.machine.receive(frame.body, now=time.time()))
+                self._apply(self.machine.receive(frame.body, now=trio.current_time()))
         except RemoteError as error:
             log.warning("seller broke a rule peer=%s code=%s", self.seller, error.code)
             reason = error.code
@@ -284,7 +283,7 @@ class Session:
         else:
             order.reason, order.exit_status = "succeeded", delivery.exit_status
             order.usage = delivery.usage
-            self._apply(self.machine.accept(n, now=time.time()))
+            self._apply(self.machine.accept(n, now=trio.current_time()))
         self._end_order(n)
 
     async def _fetch(self, order: _Order, delivery: Delivery) -> None:

@@ -10,7 +10,7 @@ import trio
 from lumaris.coordinator import CoordinatorLink
 from lumaris.market import BuyerTerms
 from lumaris.store import Store, Unsettled
-from lumaris_overlay.framed import FramedStream
+from lumaris_overlay.framed_stream import FramedStream
 from lumaris_overlay.ports import Overlay
 from lumaris_protocol import agreements, codec, coordinator_api, receipts
 from lumaris_protocol.errors import LumarisError

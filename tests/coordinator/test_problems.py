@@ -15,8 +15,8 @@ import trio
 
 from lumaris_coordinator import Coordinator, bounds, create_app, problems
 from lumaris_coordinator.config import Settings
-from lumaris_coordinator.keyfile import load_or_create, prepare_state
 from lumaris_coordinator.problems import BadDocuments
+from lumaris_overlay.private_files import load_or_create_key, make_private_folder
 from lumaris_protocol.codes import CODES
 from lumaris_protocol.errors import LumarisError
 from tests.coordinator.builders import Market, Party, registration
@@ -190,25 +190,25 @@ async def test_state_of_another_network(tmp_path: Path) -> None:
 
 def test_key_file(tmp_path: Path) -> None:
     path = tmp_path / "coordinator.key"
-    key = load_or_create(path)
+    key = load_or_create_key(path)
     assert path.stat().st_mode & 0o777 == 0o600
-    assert load_or_create(path).peer_id == key.peer_id
+    assert load_or_create_key(path).peer_id == key.peer_id
     assert [file.name for file in tmp_path.iterdir()] == ["coordinator.key"]
     path.chmod(0o644)
     with pytest.raises(LumarisError, match="unsafe_key_file"):
-        load_or_create(path)
+        load_or_create_key(path)
     path.chmod(0o600)
     path.write_text("short")
     with pytest.raises(LumarisError, match="config_invalid"):
-        load_or_create(path)
+        load_or_create_key(path)
     with pytest.raises(LumarisError, match="not_writable"):
-        load_or_create(tmp_path / "missing" / "key")
+        load_or_create_key(tmp_path / "missing" / "key")
 
 
 def test_state_directory_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(LumarisError, match="not_writable"):
-        prepare_state(tmp_path / "file" / "state")
+        make_private_folder(tmp_path / "file" / "state")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import sys
 import pytest
 import trio
 
-from lumaris_overlay.keyfile import read_key, write_key
+from lumaris_overlay.private_files import read_key, write_key
 from lumaris_overlay.socket import open_socket_overlay
 from lumaris_overlay.supervisor import OverlayConfig, attach_or_spawn, run_overlay
 from lumaris_protocol.errors import LumarisError

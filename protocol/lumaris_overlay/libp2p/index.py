@@ -15,7 +15,7 @@ import trio
 from msgspec import Meta
 
 from lumaris_overlay.directory import Directory
-from lumaris_overlay.framing import FrameReader
+from lumaris_overlay.frame_reader import FrameReader
 from lumaris_overlay.ports import OverlayStream
 from lumaris_protocol import frames
 from lumaris_protocol.errors import EnvelopeError

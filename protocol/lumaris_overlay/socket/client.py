@@ -14,7 +14,7 @@ from pathlib import Path
 import trio
 
 from lumaris_overlay.feed import AdvertFeed
-from lumaris_overlay.framing import FrameReader
+from lumaris_overlay.frame_reader import FrameReader
 from lumaris_overlay.ports import (
     AdvertEvent,
     OverlayStream,

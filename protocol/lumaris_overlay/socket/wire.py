@@ -19,7 +19,7 @@ import msgspec
 import trio
 from msgspec import Meta
 
-from lumaris_overlay.framing import FrameReader
+from lumaris_overlay.frame_reader import FrameReader
 from lumaris_protocol import codes, frames
 from lumaris_protocol.errors import EnvelopeError, LumarisError, RemoteError
 from lumaris_protocol.frames import Kind

@@ -22,7 +22,7 @@ from lumaris_protocol.effects import (
     SessionOver,
     SessionReadied,
 )
-from lumaris_protocol.errors import LocalError, ViolationError
+from lumaris_protocol.errors import LocalError, LumarisError, ViolationError
 from lumaris_protocol.keys import KeyPair
 from lumaris_protocol.machines.chain import ReceiveChain, SendChain, session_kinds
 from lumaris_protocol.machines.tab import Tab
@@ -41,6 +41,7 @@ from lumaris_protocol.messages.execution import (
     WorkOrder,
 )
 from lumaris_protocol.messages.payment import Close, Voucher
+from lumaris_protocol.paths import check_tree
 
 _FACTS: Final = ("session_ready", "job_event", "log_chunk", "meter", "delivery", "close")
 
@@ -279,6 +280,10 @@ class BuyerSession:
             raise ViolationError("output_mismatch", "The delivered log is not the one sent.")
         if sum(file.size_bytes for file in message.outputs) > order.limits.disk_bytes:
             raise ViolationError("oversize", "The outputs are larger than the order allows.")
+        try:
+            check_tree(message.outputs, bytes_max=order.limits.disk_bytes)
+        except LumarisError as error:
+            raise ViolationError("output_mismatch", error.message) from None
         order.delivery = message
         return [Delivered(message)]
 

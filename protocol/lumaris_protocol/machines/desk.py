@@ -115,6 +115,9 @@ class QuoteDesk:
         if len(held) >= QUOTES_HELD_MAX or len(of_buyer) >= QUOTES_HELD_PER_BUYER_MAX:
             raise RefusedError("too_many_holds")
         wanted = message.requirements.resources
+        if wanted.cpu_millis == 0:
+            # Nothing runs without a processor; such holds would be free and never run out.
+            raise RefusedError("cpu_short")
         if len(self._holds) >= SESSIONS_MAX or matching.subtract(self.free, wanted) is None:
             raise RefusedError("no_capacity")
         # The advert's own `free` may lag behind; capacity was just checked against the truth.

@@ -7,6 +7,7 @@ order runs only under a grant, and work stops while the unpaid amount is at the 
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Final
 
 from lumaris_protocol import agreements, merkle, pricing
@@ -25,7 +26,7 @@ from lumaris_protocol.effects import (
 )
 from lumaris_protocol.errors import LumarisError, ViolationError
 from lumaris_protocol.keys import KeyPair
-from lumaris_protocol.limits import ORDERS_QUEUED_MAX
+from lumaris_protocol.limits import INPUT_BYTES_MAX, ORDERS_QUEUED_MAX
 from lumaris_protocol.machines.chain import ReceiveChain, SendChain, session_kinds
 from lumaris_protocol.machines.tab import Tab
 from lumaris_protocol.machines.table import Machine, Row, Table, late
@@ -45,6 +46,7 @@ from lumaris_protocol.messages.execution import (
     WorkState,
 )
 from lumaris_protocol.messages.payment import Close, Voucher
+from lumaris_protocol.paths import check_tree
 
 _FACTS: Final = ("session_open", "work_order", "acceptance", "voucher", "cancel", "close")
 
@@ -71,6 +73,8 @@ SELLER_SESSION: Final = Table(
     ),
 )
 
+# Retries come soon after; the hash chain already refuses a replayed order of any age.
+_KEYS_REMEMBERED: Final = 4096
 # How long a frozen order waits for a voucher before the session ends.
 PAY_WAIT_S: Final = 30
 
@@ -96,7 +100,7 @@ class SellerSession:
         self._last_n = 0
         self._live: dict[int, WorkOrder] = {}
         self._delivered: dict[int, int] = {}  # amounts waiting for the buyer's word
-        self._keys_seen: set[str] = set()
+        self._keys_seen: deque[str] = deque(maxlen=_KEYS_REMEMBERED)
         self._metered: dict[int, int] = {}  # what the buyer was told of orders without an end
         self._gate_open = True
         self._gate_shut_at = 0.0
@@ -153,7 +157,7 @@ class SellerSession:
         reason = self._why_not(order, now)
         if reason:
             return self._event(order.n, "error", now=now, reason=reason)
-        self._keys_seen.add(order.idempotency_key)
+        self._keys_seen.append(order.idempotency_key)
         self._live[order.n] = order
         return [RunOrder(order)]
 
@@ -169,6 +173,10 @@ class SellerSession:
             return "memory_short"
         if order.limits.disk_bytes > resources.disk_bytes:
             return "disk_short"
+        try:
+            check_tree(order.inputs, bytes_max=INPUT_BYTES_MAX)
+        except LumarisError as error:
+            return error.code
         if order.input_root != merkle.files_root(order.inputs):
             return "bad_input"
         if self._spent + self.terms.start_nanos > self.terms.cap_nanos:

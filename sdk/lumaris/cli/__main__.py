@@ -1,7 +1,5 @@
 """`python -m lumaris.cli`."""
 
-import sys
-
 from lumaris.cli import main
 
-sys.exit(main())
+main()

@@ -36,7 +36,7 @@ def report(error: BaseException, settings: Settings) -> int:
 
 
 def show(error: LumarisError, settings: Settings, *, money: bool = True) -> int:
-    """Print an error and return its exit code; `money` says whether it moved, when that is known."""
+    """Print an error and return its exit code; `money`: say whether it moved."""
     if settings.json:
         emit({"error": error.to_json()})
         return error.exit_code

@@ -18,7 +18,7 @@ from lumaris.coordinator import CoordinatorLink
 from lumaris.membership import Standing
 from lumaris.profile import Profile
 from lumaris.store import Store
-from lumaris_overlay.keyfile import load_or_create_key
+from lumaris_overlay.private_files import load_or_create_key
 from lumaris_protocol import codec, coordinator_api, receipts
 from lumaris_protocol.coordinator_api import Account
 from lumaris_protocol.errors import LumarisError

@@ -7,11 +7,16 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
 from lumaris_protocol.errors import LumarisError
+
+if TYPE_CHECKING:
+    _Integer = click.ParamType[int]
+else:  # generic only since click 8.4
+    _Integer = click.ParamType
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -129,14 +134,12 @@ def load(entry: str, *, extra: str = "all") -> Any:
         ) from error
 
 
-class Size(click.ParamType):
+class Size(_Integer):
     """Bytes, from text such as `512MiB`."""
 
     name = "size"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """The number of bytes."""
         found = re.fullmatch(r"(\d{1,6})(?:\.(\d{1,6}))? *([KMGT]?i?B)?", str(value), re.IGNORECASE)
         unit = _UNITS.get((found[3] or "").upper()) if found else None
@@ -145,17 +148,15 @@ class Size(click.ParamType):
         if not found[3]:
             self.fail(f"{value!r} has no unit; write {value}MiB or {value}GiB.", param, ctx)
         digits = found[2] or ""
-        return int(found[1] + digits) * unit // 10 ** len(digits)
+        return int(found[1] + digits) * unit // int(10 ** len(digits))
 
 
-class Seconds(click.ParamType):
+class Seconds(_Integer):
     """Whole seconds, from text such as `90s`, `10m` or `1h30m`."""
 
     name = "time"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """The number of seconds."""
         text = str(value)
         if re.fullmatch(r"\d{1,9}", text):

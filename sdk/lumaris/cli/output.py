@@ -24,9 +24,7 @@ _PEER_CHARS: Final = 10
 _UNSAFE: Final = dict.fromkeys(
     [*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "?"
 )
-_UNSAFE_IN_LOGS: Final = {
-    code: mark for code, mark in _UNSAFE.items() if chr(code) not in "\t\n\r"
-}
+_UNSAFE_IN_LOGS: Final = {code: mark for code, mark in _UNSAFE.items() if chr(code) not in "\t\n\r"}
 
 
 def clean(text: str) -> str:
@@ -91,7 +89,7 @@ def time_of(seconds: float) -> str:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def date_of(seconds: int | None) -> str:
@@ -170,10 +168,10 @@ class Progress:
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
         self._status: Status | None = None
-        self._moving = not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self.moving = not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
     def __enter__(self) -> Progress:
-        if self._moving:
+        if self.moving:
             from rich.console import Console
             from rich.status import Status
 

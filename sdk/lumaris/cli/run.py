@@ -194,19 +194,22 @@ class _Run:
     out: Path | None
     plan: Plan | None = None
     guest: GuestOutput = field(default_factory=GuestOutput)
+    progress: Progress = field(default_factory=Progress)
+    background: Background = field(default_factory=Background)
 
     def go(self) -> int:
         result, receipt = None, None
         quiet = self.settings.json
-        with Progress(quiet=quiet) as self.progress, Background() as self.background:
+        self.progress = Progress(quiet=quiet)
+        with self.progress, self.background:
             self.progress.say("looking for sellers")
             with open_client(self.settings) as client:
                 try:
                     result = client.run_request(
                         self.request, observe=self._observe, approve=self._approve
                     )
-                except LumarisError:
-                    if not self.dry_run or self.plan is None:
+                except LumarisError as error:
+                    if not (self.dry_run and self.plan and error.code == "interrupted"):
                         raise
                 if result is not None:
                     receipt = self._settle(client, result)
@@ -306,7 +309,7 @@ class _Run:
         status = "" if result.exit_status is None else f" exit {result.exit_status}"
         money = f"cost {amount(result.cost_nanos, currency)}"
         if receipt is None:
-            rest = "settles when the coordinator answers"
+            rest = "settles later"
         else:
             rest = f"released {credits_of(receipt.refund_nanos)}  receipt {receipt.receipt}"
         return (

@@ -24,7 +24,7 @@ from lumaris.client import Client, make_request
 from lumaris.coordinator import CoordinatorLink
 from lumaris.jobs import JobRequest, JobResult, JobUpdate, LogLine
 from lumaris.testing.devnet import Devnet, Program
-from lumaris_overlay.keyfile import read_key
+from lumaris_overlay.private_files import read_key
 from lumaris_protocol import codec, coordinator_api, receipts
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.messages.payment import Settle

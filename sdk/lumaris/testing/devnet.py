@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from lumaris.client import Client
-from lumaris.profile import make_private_folder
+from lumaris_overlay.private_files import make_private_folder
 from lumaris_protocol import codes
 from lumaris_protocol.errors import LumarisError
 

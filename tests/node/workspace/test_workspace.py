@@ -9,8 +9,8 @@ import pytest
 
 from lumaris_node.workspace import Workspace, open_output, reap
 from lumaris_protocol.errors import LumarisError
-from lumaris_protocol.paths import safe_parts
 from lumaris_protocol.ids import derive_id, digest
+from lumaris_protocol.paths import safe_parts
 
 
 @pytest.fixture

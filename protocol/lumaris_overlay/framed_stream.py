@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TypeVar
 
 import msgspec
 import trio
 
+from lumaris_overlay.frame_reader import FrameReader
 from lumaris_protocol import codes, frames
 from lumaris_protocol.errors import EnvelopeError, LumarisError, RefusedError
-from lumaris_protocol.frames import Decoder, Frame, Kind
-from lumaris_protocol.limits import FRAME_BYTES_MAX, REASON_CHARS_MAX
+from lumaris_protocol.frames import Frame, Kind
+from lumaris_protocol.limits import REASON_CHARS_MAX
 
 H = TypeVar("H")
 
-_RECEIVE_BYTES = FRAME_BYTES_MAX
 _REFUSE_S = 2  # telling a stranger no must not hold us up
 
 
@@ -31,8 +30,7 @@ class FramedStream:
 
     def __init__(self, stream: trio.abc.HalfCloseableStream) -> None:
         self.stream = stream
-        self._decoder = Decoder()
-        self._ready: deque[Frame] = deque()
+        self._reader = FrameReader(stream)
         self._sending = trio.StrictFIFOLock()
 
     async def send(self, kind: Kind, body: bytes = b"") -> None:
@@ -46,13 +44,7 @@ class FramedStream:
 
     async def receive(self) -> Frame | None:
         """The next frame, or None at the end of the stream. Raises EnvelopeError for bad frames."""
-        while not self._ready:
-            data = await self.stream.receive_some(_RECEIVE_BYTES)
-            if not data:
-                self._decoder.finish()
-                return None
-            self._ready.extend(self._decoder.feed(data))
-        return self._ready.popleft()
+        return await self._reader.next()
 
     async def expect(self, kind: Kind) -> bytes:
         """The body of the next frame, which must be of `kind`.

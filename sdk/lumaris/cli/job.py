@@ -1,0 +1,158 @@
+"""`lumaris job`: what this buyer ran, from its own records; nobody is contacted."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lumaris.cli.options import CONTEXT, Settings, local_options
+from lumaris.cli.output import (
+    GuestOutput,
+    clean,
+    credits_of,
+    date_of,
+    emit,
+    fields,
+    peer_of,
+    table,
+    time_of,
+)
+from lumaris_protocol.errors import LumarisError
+from lumaris_protocol.ids import ID_PATTERN
+
+_COLUMNS_MAX = 10_000
+_READ_BYTES = 65_536
+
+
+@click.group("job", context_settings=CONTEXT)
+def job() -> None:
+    """Look at jobs of the past."""
+
+
+@job.command("ls")
+@click.option("--count", "-n", type=click.IntRange(1, _COLUMNS_MAX), default=20, show_default=True)
+@local_options
+@click.pass_obj
+def list_jobs(settings: Settings, count: int) -> None:
+    """List jobs, the newest first."""
+    from lumaris.cli.local import read_store, state_folder
+
+    rows = read_store(state_folder(settings), lambda store: store.jobs(count)) or []
+    if settings.json:
+        emit({"items": [_job_json(row) for row in rows]})
+        return
+    table(
+        ("JOB", "STATE", "REASON", "SELLER", "WALL", "COST", "STARTED", "COMMAND"),
+        [
+            (
+                row["job"],
+                row["state"] or "",
+                row["reason"] or "",
+                peer_of(row["seller"] or ""),
+                time_of((row["wall_ms"] or 0) / 1000),
+                credits_of(row["cost_nanos"] or 0),
+                date_of(row["created_at"]),
+                _short(_command(row)),
+            )
+            for row in rows
+        ],
+    )
+
+
+@job.command("show")
+@click.argument("job_id", metavar="JOB")
+@local_options
+@click.pass_obj
+def show(settings: Settings, job_id: str) -> None:
+    """Show one job: where it ran, how it ended, what it cost."""
+    row = _find(settings, job_id)
+    if settings.json:
+        emit(_job_json(row))
+        return
+    shown = [
+        ("job", row["job"]),
+        ("state", row["state"]),
+        ("reason", row["reason"] or ""),
+        ("detail", row["detail"] or ""),
+        ("exit", "" if row["exit_status"] is None else row["exit_status"]),
+        ("image", row["image"]),
+        ("command", " ".join(_command(row))),
+        ("seller", row["seller"]),
+        ("session", row["session"]),
+        ("attempts", row["attempts"]),
+        ("started", date_of(row["created_at"])),
+        ("ended", date_of(row["ended_at"])),
+        ("wall", time_of((row["wall_ms"] or 0) / 1000)),
+        ("cost", credits_of(row["cost_nanos"] or 0)),
+        ("files", _folder(settings, row["job"])),
+    ]
+    fields([(name, value) for name, value in shown if value not in ("", None)])
+
+
+@job.command("logs")
+@click.argument("job_id", metavar="JOB")
+@local_options
+@click.pass_obj
+def logs(settings: Settings, job_id: str) -> None:
+    """Print what a job printed: its stdout on ours, its stderr on ours."""
+    row = _find(settings, job_id)
+    folder = _folder(settings, row["job"])
+    if settings.json:
+        texts = {name: _read(folder / name) for name in ("stdout", "stderr")}
+        emit({"job": row["job"], **texts})
+        return
+    output = GuestOutput()
+    for name in ("stdout", "stderr"):
+        try:
+            with (folder / name).open("rb") as file:
+                while data := file.read(_READ_BYTES):
+                    output.write(name, data)
+        except FileNotFoundError:
+            continue
+    sys.stdout.flush()
+
+
+def _find(settings: Settings, job_id: str) -> dict[str, Any]:
+    from lumaris.cli.local import read_store, state_folder
+
+    row = None
+    # The id becomes a path for the logs, so it must be one of ours before anything else.
+    if re.match(ID_PATTERN, job_id) and job_id.startswith("job_"):
+        row = read_store(state_folder(settings), lambda store: store.job(job_id))
+    if row is None:
+        raise LumarisError("not_found", f"There is no job {clean(job_id[:80])!r} here.")
+    return row
+
+
+def _folder(settings: Settings, job_id: str) -> Path:
+    from lumaris.cli.local import state_folder
+
+    return state_folder(settings) / "jobs" / job_id
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def _command(row: dict[str, Any]) -> list[str]:
+    try:
+        return [str(word) for word in json.loads(row["command"] or "[]")]
+    except ValueError:
+        return []
+
+
+def _job_json(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "command": _command(row), "cost": credits_of(row["cost_nanos"] or 0)}
+
+
+def _short(command: list[str]) -> str:
+    text = " ".join(command)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,99 @@
+"""`lumaris node`: sell from this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lumaris.cli.options import CONTEXT, Settings, coordinator_option, load, plain_options
+from lumaris.cli.output import credits_of, emit, fields, note, size_of, time_of
+
+_PART = "lumaris_node.cli"
+_state = click.option(
+    "--state",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="The node's folder: its key, node.toml and records.",
+)
+
+
+@click.group("node", context_settings=CONTEXT)
+def node() -> None:
+    """Sell from this machine."""
+
+
+@node.command("up")
+@_state
+@click.option("--listen", metavar="IP:PORT", help="Where peers reach this node.")
+@click.option("--region", help="The region to advertise, such as eu-de.")
+@coordinator_option
+@plain_options
+@click.pass_obj
+def up(settings: Settings, state: Path | None, listen: str | None, region: str | None) -> None:
+    """Sell until Ctrl-C or `lumaris node down`.
+
+    Prints `ready PEER ADDRESS` once buyers can see it. What is shared, and at which price, stands
+    in node.toml in the state folder.
+    """
+    run = _load("run")
+    folder = _folder(settings, state)
+    note(f"selling from {folder}; stop with Ctrl-C or `lumaris node down`")
+    level = "debug" if settings.debug else None
+    run(folder, coordinator=settings.coordinator, listen=listen, region=region, log_level=level)
+
+
+@node.command("status")
+@_state
+@plain_options
+@click.pass_obj
+def status(settings: Settings, state: Path | None) -> None:
+    """Show what the node on this machine does."""
+    found: dict[str, Any] = _load("status")(_folder(settings, state))
+    if settings.json:
+        emit(found)
+        return
+    click.echo(found.pop("status", "Selling."))
+    fields([(name.removesuffix("_nanos"), _text(name, value)) for name, value in found.items()])
+
+
+@node.command("down")
+@_state
+@plain_options
+@click.pass_obj
+def down(settings: Settings, state: Path | None) -> None:
+    """Stop the node on this machine; sessions end with their money kept."""
+    folder = _folder(settings, state)
+    _load("down")(folder)
+    if settings.json:
+        emit({"stopped": True, "state": str(folder)})
+    else:
+        click.echo("stopped")
+
+
+def _load(name: str) -> Any:
+    return load(f"{_PART}:{name}", extra="node")
+
+
+def _folder(settings: Settings, state: Path | None) -> Path:
+    if state is not None or settings.state is not None:
+        return Path(state or settings.state or ".")
+    import platformdirs
+
+    return Path(platformdirs.user_data_dir("lumaris")) / "node"
+
+
+def _text(name: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(key, item)}" for key, item in value.items()) or "-"
+    if isinstance(value, list | tuple):
+        return ", ".join(_text("", item) for item in value) or "-"
+    if isinstance(value, int) and not isinstance(value, bool):
+        if name.endswith("_nanos"):
+            return credits_of(value)
+        if name.endswith("_bytes"):
+            return size_of(value)
+        if name.endswith("_s"):
+            return time_of(value)
+    return str(value)

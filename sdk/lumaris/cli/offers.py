@@ -1,0 +1,144 @@
+"""`lumaris offers`: who sells what, for how much, and what keeps the others from fitting."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lumaris.cli.options import CONTEXT, SECONDS, SIZE, Settings, buyer_options
+from lumaris.cli.output import credits_of, emit, note, peer_of, size_of, table
+from lumaris.cli.work import open_client
+from lumaris_protocol import codes
+from lumaris_protocol.errors import LumarisError
+
+if TYPE_CHECKING:
+    from lumaris.images import Image
+    from lumaris_protocol.messages.advert import Advert, Resources
+
+_S_PER_HOUR = 3600
+
+
+@click.command("offers", context_settings=CONTEXT)
+@click.option("--image", help="Only sellers that can run it.")
+@click.option("--cpu", type=float, default=1.0, show_default=True, help="Hardware threads.")
+@click.option("--memory", type=SIZE, default="512MiB", show_default=True)
+@click.option("--disk", type=SIZE, default="64MiB", show_default=True)
+@click.option("--duration", type=SECONDS, default="1h", show_default=True, help="Of the lease.")
+@click.option("--region", "regions", multiple=True, help="Only there; repeatable.")
+@click.option("--why", is_flag=True, help="Show the others too, and count what excludes them.")
+@buyer_options
+@click.pass_obj
+def offers(
+    settings: Settings,
+    image: str | None,
+    cpu: float,
+    memory: int,
+    disk: int,
+    duration: int,
+    regions: tuple[str, ...],
+    why: bool,
+) -> int:
+    """List sellers with their capacity and prices.
+
+    The price is for one hour of the resources asked for, in credits.
+    """
+    import trio
+
+    from lumaris import images
+    from lumaris_protocol.messages.advert import Resources
+
+    if not 0.001 <= cpu <= 1024:
+        raise LumarisError("usage", "--cpu is 0.001 to 1024.")
+    wanted = Resources(cpu_millis=int(cpu * 1000), memory_bytes=memory, disk_bytes=disk)
+    resolved = trio.run(images.resolve, image) if image else None
+    with open_client(settings) as client:
+        adverts = [signed.message for signed in client.offers()]
+    items = [_item(advert, wanted, resolved, regions, duration) for advert in adverts]
+    items.sort(key=lambda item: (bool(item["excluded_by"]), item["hour_nanos"], item["seller"]))
+    excluded = Counter(code for item in items for code in item["excluded_by"])
+    fitting = [item for item in items if not item["excluded_by"]]
+    if not fitting and not why:
+        raise _nobody(len(items), excluded)
+    shown = items if why else fitting
+    if settings.json:
+        emit({"items": shown, "seen": len(items), "excluded": dict(excluded)})
+        return 0
+    _print(shown, why=why)
+    note(f"{len(fitting)} of {len(items)} sellers fit")
+    if why:
+        for code, count in excluded.most_common():
+            note(f"  {count} excluded by {code}: {codes.CODES[code].hint}")
+    return 0
+
+
+def _item(
+    advert: Advert, wanted: Resources, image: Image | None, regions: Sequence[str], lease_s: int
+) -> dict[str, Any]:
+    from lumaris_protocol import matching, pricing
+    from lumaris_protocol.messages.negotiation import Requirements
+
+    tiers = [runtime.tier for runtime in advert.runtimes]
+    needs = Requirements(
+        resources=wanted,
+        # Without an image any tier will do.
+        tier=image.tier if image else (tiers[0] if tiers else "wasm"),
+        image=image.digest if image and image.tier == "container" else None,
+        regions=tuple(regions),
+        currency=advert.prices.currency,
+    )
+    rate = pricing.rate_nanos_per_s(advert.prices, wanted)
+    return {
+        "seller": advert.seller,
+        "region": advert.region,
+        "tiers": {runtime.tier: runtime.assurance for runtime in advert.runtimes},
+        "free": _resources(advert.free),
+        "total": _resources(advert.total),
+        "currency": advert.prices.currency,
+        "start_nanos": advert.prices.start_nanos,
+        "hour_nanos": rate * _S_PER_HOUR,
+        "lease_s_max": advert.lease_s_max,
+        "expires_at": advert.expires_at,
+        "excluded_by": list(matching.explain(needs, advert, lease_s=lease_s)),
+    }
+
+
+def _resources(resources: Resources) -> dict[str, Any]:
+    return {
+        "cpu_millis": resources.cpu_millis,
+        "memory_bytes": resources.memory_bytes,
+        "disk_bytes": resources.disk_bytes,
+        "gpus": [
+            {"model": gpu.model, "vram_bytes": gpu.vram_bytes, "count": gpu.count}
+            for gpu in resources.gpus
+        ],
+    }
+
+
+def _nobody(seen: int, excluded: Counter[str]) -> LumarisError:
+    if not seen:
+        return LumarisError("no_sellers")
+    reasons = ", ".join(f"{code} {count}" for code, count in excluded.most_common())
+    return LumarisError("no_offers", f"None of {seen} sellers fits ({reasons}).")
+
+
+def _print(items: Sequence[dict[str, Any]], *, why: bool) -> None:
+    headers = ["SELLER", "REGION", "FREE CPU", "FREE MEMORY", "GPUS", "TIERS", "START", "HOUR"]
+    rows = []
+    for item in items:
+        free = item["free"]
+        gpus = ", ".join(f"{gpu['count']} {gpu['model']}" for gpu in free["gpus"])
+        row = [
+            peer_of(item["seller"]),
+            item["region"],
+            f"{free['cpu_millis'] / 1000:g}",
+            size_of(free["memory_bytes"]),
+            gpus or "-",
+            ",".join(item["tiers"]),
+            credits_of(item["start_nanos"]),
+            f"{credits_of(item['hour_nanos'])} {item['currency']}",
+        ]
+        rows.append([*row, ", ".join(item["excluded_by"]) or "fits"] if why else row)
+    table([*headers, "WHY"] if why else headers, rows)

@@ -1,0 +1,65 @@
+"""`lumaris wallet`: balances, asked of the coordinator directly."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from lumaris.cli.options import CONTEXT, Settings, buyer_options
+from lumaris.cli.output import credits_of, emit, fields
+
+if TYPE_CHECKING:
+    from lumaris_protocol.coordinator_api import Account
+
+
+@click.group("wallet", context_settings=CONTEXT)
+def wallet() -> None:
+    """See what you have, and add test credit."""
+
+
+@wallet.command("show")
+@buyer_options
+@click.pass_obj
+def show(settings: Settings) -> None:
+    """Show the free and the held balance."""
+    from lumaris.cli import local
+
+    _print(settings, local.account(local.profile_of(settings)))
+
+
+@wallet.command("deposit")
+@click.argument("amount")
+@buyer_options
+@click.pass_obj
+def deposit(settings: Settings, amount: str) -> None:
+    """Get AMOUNT of test credit, from a coordinator that gives it."""
+    from lumaris.cli import local
+    from lumaris.client import parse_amount
+
+    nanos = parse_amount(amount, "AMOUNT")
+    _print(settings, local.deposit_test_credit(local.profile_of(settings), nanos))
+
+
+def _print(settings: Settings, account: Account) -> None:
+    if settings.json:
+        emit(
+            {
+                "account": account.account,
+                "peer": account.peer,
+                "currency": account.currency,
+                "free_nanos": account.free_nanos,
+                "held_nanos": account.held_nanos,
+                "free": credits_of(account.free_nanos),
+                "held": credits_of(account.held_nanos),
+            }
+        )
+        return
+    fields(
+        [
+            ("free", f"{credits_of(account.free_nanos)} {account.currency}"),
+            ("held", f"{credits_of(account.held_nanos)} {account.currency}"),
+            ("account", account.account),
+            ("peer", account.peer),
+        ]
+    )
