@@ -6,7 +6,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,27 @@ _PROBE_S = 30.0
 _DRAIN_S = 10.0
 
 
+OpenOverlay = Callable[[OverlayConfig], AbstractAsyncContextManager[Overlay]]
+OpenLink = Callable[[str], CoordinatorLink]
+
+
 class Node:
-    """A running node. `run` lasts until `stop` is called or the task is cancelled."""
+    """A running node. `run` lasts until `stop` is called or the task is cancelled.
+
+    `open_overlay` and `open_link` let a whole market run in one process.
+    """
 
     def __init__(
-        self, state: Path, config: NodeConfig, *, clock: Callable[[], float] = time.time
+        self,
+        state: Path,
+        config: NodeConfig,
+        *,
+        clock: Callable[[], float] = time.time,
+        open_overlay: OpenOverlay = run_overlay,
+        open_link: OpenLink = CoordinatorLink,
     ) -> None:
         self.state, self.config, self.clock = state, config, clock
+        self._overlay_opener, self._link_opener = open_overlay, open_link
         self._stopping = trio.Event()
         self._started_at = clock()
         self.executors: dict[str, Executor] = {}
@@ -117,7 +131,7 @@ class Node:
         key = self._key = load_or_create_key(state / "node.key")
         store = self._store = Store(state / "node.db")
         stack.callback(store.close)
-        link = self._link = CoordinatorLink(config.coordinator)
+        link = self._link = self._link_opener(config.coordinator)
         stack.push_async_callback(link.aclose)
         info = self._info = await link.info()
         terms = Terms(info.network, info.coordinator, info.fee_bps)
@@ -167,7 +181,7 @@ class Node:
             listen=self.config.listen,
             bootstrap=(*self.config.bootstrap, *known.addresses),
         )
-        return await stack.enter_async_context(run_overlay(config))
+        return await stack.enter_async_context(self._overlay_opener(config))
 
     async def _open_executors(self, stack: AsyncExitStack, key: KeyPair) -> tuple[Runtime, ...]:
         offered = self.config.accept.runtimes

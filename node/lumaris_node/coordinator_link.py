@@ -21,8 +21,10 @@ _TIMEOUT_S = 10
 class CoordinatorLink:
     """Calls one coordinator. Every failure is a LumarisError; none is retried here."""
 
-    def __init__(self, url: str) -> None:
-        self._client = httpx.AsyncClient(base_url=url, timeout=_TIMEOUT_S, trust_env=False)
+    def __init__(self, url: str, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        self._client = httpx.AsyncClient(
+            base_url=url, timeout=_TIMEOUT_S, trust_env=False, transport=transport
+        )
         self._url = url
 
     async def call(self, request: Request[T]) -> T:

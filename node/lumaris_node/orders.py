@@ -105,9 +105,12 @@ class OrderRun:
         return None if path is None or self._workspace is None else self._workspace.outputs / path
 
     async def wipe(self) -> None:
-        """Remove the order's files."""
+        """Remove the order's files; what resists goes with the session's folder."""
         if self._workspace is not None:
-            await trio.to_thread.run_sync(self._workspace.destroy)
+            try:
+                await trio.to_thread.run_sync(self._workspace.destroy)
+            except OSError as error:
+                log.warning("workspace not wiped job=%s error=%r", self.order.job, error)
 
     # --- the run ---
 

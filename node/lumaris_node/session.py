@@ -74,6 +74,7 @@ class SessionHost:
         self._gate_opened = trio.Event()
         self._gate_changed = trio.Event()
         self._wanted: dict[str, tuple[int, trio.Event]] = {}
+        self._wiping: trio.Nursery | None = None
         self._over = trio.Event()
         self._reason = ""
 
@@ -87,6 +88,7 @@ class SessionHost:
             await trio.Path(folder).mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
             async with trio.open_nursery() as nursery:
+                self._wiping = nursery
                 for task in (self._send, self._read, self._work, self._tick, self._gatekeeper):
                     nursery.start_soon(task)
                 await self._over.wait()
@@ -194,7 +196,7 @@ class SessionHost:
                 if frame.kind != Kind.ENVELOPE:
                     raise EnvelopeError("malformed", "A session carries envelopes only.")
                 self.apply(self.machine.receive(frame.body, now=self.now()))
-                await self._forget_answered()
+                self._forget_answered()
         except LumarisError as error:
             log.warning("refused peer=%s session=%s code=%s", self.buyer, self.session, error.code)
             await self._stream.refuse(error)
@@ -256,10 +258,12 @@ class SessionHost:
             self._reason = reason
             self._over.set()
 
-    async def _forget_answered(self) -> None:
+    def _forget_answered(self) -> None:
         """Outputs are kept only until the buyer accepted or rejected them."""
         for n in [n for n in self._done if not self.machine.awaits_answer(n)]:
-            await self._done.pop(n).wipe()
+            run = self._done.pop(n)
+            if self._wiping is not None:
+                self._wiping.start_soon(run.wipe)
 
     async def _close_down(self) -> None:
         await self._outbox.keep_rest()

@@ -10,7 +10,7 @@ import os
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,7 +73,8 @@ RETRYABLE = frozenset(
 _PIPELINE_MAX = 8
 _PIPELINE_SHARE = 8
 _JOB_WRITE_S = 0.2
-_MAP_RETRY_S = 0.5
+# How long to wait for the market to change before asking again.
+_RETRY_S = 0.5
 
 
 @dataclass
@@ -148,6 +149,7 @@ class Buyer:
                 if error.code not in RETRYABLE:
                     raise
                 last = error
+                await self.market.change(_RETRY_S)
                 continue
             approve = None
             result = await self._order(session, job, request, image, inputs, observe, attempt)
@@ -262,15 +264,21 @@ class Buyer:
             files[described.sha256] = source
         self._note(job, session, request, attempt)
         observe(JobUpdate(job, "ordered", session.seller))
-        result = await session.order(
-            job if attempt == 1 else _new_job(),
-            request,
-            image=image.digest,
-            inputs=inputs,
-            files=files,
-            folder=self.profile.jobs / job / "out",
-            observe=observe,
-        )
+        try:
+            result = await session.order(
+                job if attempt == 1 else _new_job(),
+                request,
+                image=image.digest,
+                inputs=inputs,
+                files=files,
+                folder=self.profile.jobs / job / "out",
+                observe=observe,
+            )
+        except (trio.Cancelled, LumarisError) as error:
+            reason = error.code if isinstance(error, LumarisError) else "cancelled"
+            ended_at = int(time.time())
+            self._rows[job] |= {"state": "failed", "reason": reason, "ended_at": ended_at}
+            raise
         result = replace(result, job=job, attempts=attempt)
         await self._note_result(result)
         return result
@@ -360,7 +368,7 @@ class _MapRun:
                         await self._recruit(nursery)
                     if self._left:
                         self._changed = trio.Event()
-                        with trio.move_on_after(_MAP_RETRY_S):
+                        with trio.move_on_after(_RETRY_S):
                             await self._changed.wait()
                 nursery.cancel_scope.cancel()
         except* LumarisError as group:
@@ -403,7 +411,7 @@ class _MapRun:
                 if not self._left:
                     return
                 changed = self._changed
-                with trio.move_on_after(_MAP_RETRY_S):
+                with trio.move_on_after(_RETRY_S):
                     await changed.wait()
                 continue
             item = self._queue.popleft()
@@ -436,12 +444,24 @@ class _MapRun:
         self._changed.set()
 
 
+OpenOverlay = Callable[[OverlayConfig], AbstractAsyncContextManager[Overlay]]
+OpenLink = Callable[[str], CoordinatorLink]
+
+
 @asynccontextmanager
-async def open_buyer(profile: Profile) -> AsyncIterator[Buyer]:
-    """Wire a buyer, and close it in reverse: sessions are ended and settled, nothing is left."""
+async def open_buyer(
+    profile: Profile,
+    *,
+    open_overlay: OpenOverlay = attach_or_spawn,
+    open_link: OpenLink = CoordinatorLink,
+) -> AsyncIterator[Buyer]:
+    """Wire a buyer, and close it in reverse: sessions are ended and settled, nothing is left.
+
+    `open_overlay` and `open_link` let a whole market run in one process.
+    """
     key = load_or_create_key(profile.key_file)
     store = Store(profile.database)
-    link = CoordinatorLink(profile.coordinator)
+    link = open_link(profile.coordinator)
     try:
         cache = profile.state / "membership.json"
         standing = await membership.join(link, key, cache, url=profile.coordinator)
@@ -455,7 +475,7 @@ async def open_buyer(profile: Profile) -> AsyncIterator[Buyer]:
             bootstrap=(*profile.bootstrap, *standing.bootstrap),
             linger_s=profile.overlay_linger_s,
         )
-        async with attach_or_spawn(config) as overlay, trio.open_nursery() as nursery:
+        async with open_overlay(config) as overlay, trio.open_nursery() as nursery:
             buyer = Buyer(profile, key, store, link, standing, overlay, nursery)
             nursery.start_soon(buyer.market.follow)
             nursery.start_soon(buyer.pool.run, nursery)

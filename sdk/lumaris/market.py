@@ -7,9 +7,10 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
+from msgspec import structs
 
 from lumaris_overlay.framed_stream import FramedStream
 from lumaris_overlay.ports import AdvertEvent, Overlay
@@ -120,14 +121,30 @@ class Market:
 
         Raises LumarisError `no_sellers` or `no_offers` with the counts of what excluded whom.
         """
-        report = matching.match(needs, self.adverts, lease_s=lease_s)
         with trio.move_on_after(_FIRST_SELLER_S):
-            while len(report.matches) < count and report.seen < count:
+            while len(self.adverts) < count and not self._match(needs, lease_s).matches:
                 await self._changed.wait()
-                report = matching.match(needs, self.adverts, lease_s=lease_s)
+        report = self._match(needs, lease_s)
         if not report.matches:
-            raise no_match(report)
+            # What is free changes faster than adverts travel; a seller that has it all is asked.
+            report = self._match(needs, lease_s, as_if_idle=True)
+        if not report.matches:
+            raise no_match(self._match(needs, lease_s))
         return report
+
+    async def change(self, timeout_s: float) -> None:
+        """Wait for the next change of the directory, at most `timeout_s`."""
+        with trio.move_on_after(timeout_s):
+            await self._changed.wait()
+
+    def _match(self, needs: Requirements, lease_s: int, *, as_if_idle: bool = False) -> MatchReport:
+        adverts = self.adverts
+        if as_if_idle:
+            adverts = tuple(
+                replace(item, message=structs.replace(item.message, free=item.message.total))
+                for item in adverts
+            )
+        return matching.match(needs, adverts, lease_s=lease_s)
 
     async def quotes(
         self,

@@ -22,6 +22,7 @@ from lumaris_overlay.framed_stream import FramedStream, read_refusal
 from lumaris_overlay.outbox import Outbox
 from lumaris_overlay.ports import Overlay
 from lumaris_protocol import ids
+from lumaris_protocol.codes import CODES
 from lumaris_protocol.effects import (
     Delivered,
     Effect,
@@ -232,7 +233,9 @@ class Session:
         if event.missing:
             self._in_background(self._upload, event.n, event.missing)
         if event.state in _TERMINAL:
-            order.reason = event.reason or "platform_error"
+            # The seller's word: a reason that exists, and never that a failure succeeded.
+            known = event.reason in CODES and event.reason != "succeeded"
+            order.reason = event.reason if known else "platform_error"
             order.exit_status, order.usage = event.exit_status, event.usage
             order.detail = event.detail
             self._end_order(event.n)

@@ -19,8 +19,8 @@ from lumaris_protocol.messages.advert import Advert, PriceTable, Resources, Runt
 
 log = logging.getLogger(__name__)
 
-# Changes closer together than this go out as one advert: gossip has a budget per origin.
-_DEBOUNCE_S = 0.3
+# A change after a quiet time goes out at once; closer ones together: gossip has a budget per origin.
+_SPACING_S = 0.3
 _CHANGE_PERCENT = 20
 
 
@@ -78,9 +78,10 @@ class AdvertPublisher:
                 await self.publish()
             except LumarisError as error:
                 log.warning("advert not published code=%s", error.code)
+            published_at = trio.current_time()
             with trio.move_on_after(ADVERT_REFRESH_S):
                 await self._dirty.wait()
-            await trio.sleep(_DEBOUNCE_S)
+            await trio.sleep_until(published_at + _SPACING_S)
 
     async def publish(self, *, withdrawn: bool = False) -> None:
         """Sign and gossip the advert as things stand."""

@@ -1,37 +1,26 @@
-"""The buyer's records on this machine, and its account, without joining the network."""
+"""The buyer's records on this machine; nobody is contacted."""
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 import trio
 
-from lumaris import membership
 from lumaris import profile as profiles
 from lumaris.cli.options import Settings
-from lumaris.coordinator import CoordinatorLink
-from lumaris.membership import Standing
-from lumaris.profile import Profile
 from lumaris.store import Store
-from lumaris_overlay.private_files import load_or_create_key
-from lumaris_protocol import codec, coordinator_api, receipts
-from lumaris_protocol.coordinator_api import Account
+from lumaris_protocol import codec, receipts
 from lumaris_protocol.errors import LumarisError
-from lumaris_protocol.keys import KeyPair
-from lumaris_protocol.messages.budget import CreditRequest
 from lumaris_protocol.messages.receipt import Receipt
 
+if TYPE_CHECKING:
+    from lumaris.membership import Standing
+
 T = TypeVar("T")
-
-
-def profile_of(settings: Settings) -> Profile:
-    """The buyer's profile; its folder is made. Raises LumarisError `not_writable`."""
-    return profiles.load(state=settings.state, coordinator=settings.coordinator)
 
 
 def state_folder(settings: Settings) -> Path:
@@ -42,8 +31,11 @@ def state_folder(settings: Settings) -> Path:
 def read_store(folder: Path, work: Callable[[Store], Awaitable[T]]) -> T | None:
     """Read the buyer's records; None when there are none yet. Raises LumarisError."""
     database = folder / "buyer.db"
-    if not database.exists():
-        return None
+    try:
+        if not database.exists():
+            return None
+    except OSError as error:
+        raise LumarisError("not_writable", f"{database}: {error.strerror}") from None
 
     async def read() -> T:
         store = Store(database)
@@ -57,61 +49,15 @@ def read_store(folder: Path, work: Callable[[Store], Awaitable[T]]) -> T | None:
 
 def standing_of(folder: Path) -> Standing | None:
     """What the coordinator last told this buyer, if anything."""
+    from lumaris.membership import Standing
+
     try:
         return msgspec.json.decode((folder / "membership.json").read_bytes(), type=Standing)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
 
 
-def account(profile: Profile) -> Account:
-    """The balances. Raises LumarisError."""
-
-    async def ask(link: CoordinatorLink, _key: KeyPair, standing: Standing) -> Account:
-        return await link.call(coordinator_api.account(standing.token))
-
-    return trio.run(_with_coordinator, profile, ask)
-
-
-def deposit_test_credit(profile: Profile, amount_nanos: int) -> Account:
-    """Get test credit. Raises LumarisError `credit_limit` among others."""
-    nonce = os.urandom(16).hex()  # one for both attempts: a repeated request credits once
-
-    async def ask(link: CoordinatorLink, key: KeyPair, standing: Standing) -> Account:
-        request = CreditRequest(
-            peer=key.peer_id,
-            coordinator=standing.info.coordinator,
-            amount_nanos=amount_nanos,
-            nonce=nonce,
-            issued_at=int(time.time()),
-        )
-        signed = codec.sign(request, key, standing.info.network)
-        return await link.call(coordinator_api.credit(signed.data))
-
-    return trio.run(_with_coordinator, profile, ask)
-
-
 def open_receipt(data: bytes) -> Receipt:
     """The receipt in a receipt file. Raises LumarisError."""
     bundle = receipts.decode_bundle(data)
     return codec.open_signed(bundle.receipt, Receipt, network=bundle.network).message
-
-
-async def _with_coordinator(
-    profile: Profile, ask: Callable[[CoordinatorLink, KeyPair, Standing], Awaitable[T]]
-) -> T:
-    key = load_or_create_key(profile.key_file)
-    cache = profile.state / "membership.json"
-    link = CoordinatorLink(profile.coordinator)
-    try:
-        standing = await membership.join(link, key, cache, url=profile.coordinator)
-        try:
-            return await ask(link, key, standing)
-        except LumarisError as error:
-            # A coordinator that was set up anew at the old address does not know our token.
-            if error.code not in ("unauthorized", "wrong_signer", "wrong_domain"):
-                raise
-        cache.unlink(missing_ok=True)
-        standing = await membership.join(link, key, cache, url=profile.coordinator)
-        return await ask(link, key, standing)
-    finally:
-        await link.aclose()

@@ -159,6 +159,7 @@ def _approved(
     dry_run: bool,
 ) -> bool:
     """Show who would work at what price. Raises LumarisError when declined."""
+    client.offers()  # waits until the sellers of a network just joined are known
     report = client.plan(requests[0])
     progress.pause()
     if settings.json:

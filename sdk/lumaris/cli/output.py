@@ -89,7 +89,8 @@ def time_of(seconds: float) -> str:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    parts = ((hours, "h"), (minutes, "m"), (rest, "s"))
+    return "".join(f"{number}{unit}" for number, unit in parts if number)
 
 
 def date_of(seconds: int | None) -> str:

@@ -23,9 +23,9 @@ def wallet() -> None:
 @click.pass_obj
 def show(settings: Settings) -> None:
     """Show the free and the held balance."""
-    from lumaris.cli import local
+    from lumaris.cli import account
 
-    _print(settings, local.account(local.profile_of(settings)))
+    _print(settings, account.balances(account.profile_of(settings)))
 
 
 @wallet.command("deposit")
@@ -34,32 +34,32 @@ def show(settings: Settings) -> None:
 @click.pass_obj
 def deposit(settings: Settings, amount: str) -> None:
     """Get AMOUNT of test credit, from a coordinator that gives it."""
-    from lumaris.cli import local
+    from lumaris.cli import account
     from lumaris.client import parse_amount
 
     nanos = parse_amount(amount, "AMOUNT")
-    _print(settings, local.deposit_test_credit(local.profile_of(settings), nanos))
+    _print(settings, account.deposit_test_credit(account.profile_of(settings), nanos))
 
 
-def _print(settings: Settings, account: Account) -> None:
+def _print(settings: Settings, found: Account) -> None:
     if settings.json:
         emit(
             {
-                "account": account.account,
-                "peer": account.peer,
-                "currency": account.currency,
-                "free_nanos": account.free_nanos,
-                "held_nanos": account.held_nanos,
-                "free": credits_of(account.free_nanos),
-                "held": credits_of(account.held_nanos),
+                "account": found.account,
+                "peer": found.peer,
+                "currency": found.currency,
+                "free_nanos": found.free_nanos,
+                "held_nanos": found.held_nanos,
+                "free": credits_of(found.free_nanos),
+                "held": credits_of(found.held_nanos),
             }
         )
         return
     fields(
         [
-            ("free", f"{credits_of(account.free_nanos)} {account.currency}"),
-            ("held", f"{credits_of(account.held_nanos)} {account.currency}"),
-            ("account", account.account),
-            ("peer", account.peer),
+            ("free", f"{credits_of(found.free_nanos)} {found.currency}"),
+            ("held", f"{credits_of(found.held_nanos)} {found.currency}"),
+            ("account", found.account),
+            ("peer", found.peer),
         ]
     )
