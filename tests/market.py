@@ -72,7 +72,8 @@ GUEST_TEXT = """(module
   (call $say (call $at (i32.const 4) (i32.const 1041) (i32.const 1))
    (i32.const 4096) (i32.load (i32.const 8)))
   (call $say (i32.const 1) (i32.const 1024) (i32.const 6)))
- (func (export "_start") (local $what i32) (local $tenths i32) (local $file i32)
+ (func (export "_start") (local $what i32) (local $tenths i32)
+  (local $file i32) (local $other i32)
   (drop (call $args (i32.const 256) (i32.const 512)))
   (local.set $what (i32.load8_u (i32.load (i32.const 260))))
   (local.set $tenths (i32.load8_u offset=1 (i32.load (i32.const 260))))
@@ -80,8 +81,10 @@ GUEST_TEXT = """(module
    (i64.const 100000000) (i64.extend_i32_u (i32.sub (local.get $tenths) (i32.const 48)))))))
   (if (i32.eq (local.get $what) (i32.const 99)) (then (call $copy)))
   (if (i32.eq (local.get $what) (i32.const 100)) (then
+   (local.set $other (call $at (i32.const 4) (i32.const 1040) (i32.const 1)))
    (local.set $file (call $at (i32.const 4) (i32.const 1041) (i32.const 1)))
-   (loop (call $say (local.get $file) (i32.const 4096) (i32.const 65536)) (br 0))))
+   (loop (call $say (local.get $file) (i32.const 4096) (i32.const 65536))
+    (call $say (local.get $other) (i32.const 4096) (i32.const 65536)) (br 0))))
   (if (i32.eq (local.get $what) (i32.const 101)) (then (call $exit (i32.const 3))))
   (if (i32.eq (local.get $what) (i32.const 103)) (then
    (loop (br_if 0 (i32.ne (memory.grow (i32.const 16)) (i32.const -1)))) unreachable))

@@ -63,8 +63,11 @@ class Desk:
         try:
             with trio.fail_after(REPLY_BY_S_MAX):
                 hold = await self._quote(framed, stream.peer)
-            with trio.fail_after(QUOTE_HOLD_S_MAX):
-                await self._agree(framed, hold)
+            try:
+                with trio.fail_after(QUOTE_HOLD_S_MAX):
+                    await self._agree(framed, hold)
+            finally:
+                self._drop_offer(hold)
             self._count("agreed")
         except LumarisError as error:
             self._count(error.code)
@@ -78,6 +81,12 @@ class Desk:
     def session_key(self, hold: Hold) -> KeyPair:
         """The key this node signs with in the session of a hold."""
         return self._session_keys[hold.quote.hash]
+
+    def _drop_offer(self, hold: Hold) -> None:
+        """The buyer can take a quote on its own stream only: once that is over, so is the hold."""
+        if hold.contract is None:
+            hold.until = 0.0
+            self.expire()
 
     def find_contract(self, session: str) -> Hold:
         """The agreed hold of a session. Raises RefusedError `quote_unknown`."""

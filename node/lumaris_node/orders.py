@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -42,6 +43,7 @@ class SessionPort(Protocol):
 
     def now(self) -> float: ...
     def apply(self, effects: list[Effect]) -> None: ...
+    def keep(self, run: OrderRun) -> None: ...
     async def room(self) -> None: ...
     async def gate(self) -> None: ...
     async def wait_for_blob(self, sha256: str, size_bytes_max: int) -> None: ...
@@ -114,8 +116,8 @@ class OrderRun:
 
     # --- the run ---
 
-    async def run(self) -> bool:
-        """Until the order's end; whether it was delivered (its outputs are then kept)."""
+    async def run(self) -> None:
+        """Until the order's end; the outputs of a delivered one are kept for the buyer."""
         outcome: Outcome | None = None
         try:
             with self._stopped:
@@ -123,7 +125,7 @@ class OrderRun:
                 outcome = await self._execute()
                 if outcome.reason == "succeeded":
                     await self._deliver(outcome)
-                    return True
+                    return
             self._fail(self._stop_reason or _reason(outcome), outcome)
         except LumarisError as error:
             self._fail(error.code, outcome, error.message)
@@ -133,12 +135,11 @@ class OrderRun:
         finally:
             with trio.CancelScope(shield=True):
                 await self._free(keep_outputs=self.machine.state == "succeeded")
-        return False
 
     async def _prepare(self) -> None:
         order, session = self.order, self._session
         self.machine.take("prepare")
-        with trio.fail_after(PREPARE_S_MAX):
+        with _within(PREPARE_S_MAX, "prepare_timeout"):
             workspace = self._workspace = Workspace(self._workspaces, order.job)
             missing = await self._missing()
             if missing:
@@ -186,6 +187,7 @@ class OrderRun:
         order, session = self.order, self._session
         outputs = await trio.to_thread.run_sync(self._collect)
         self._delivered = {file.sha256: file.path for file in outputs}
+        session.keep(self)  # the buyer may ask for files as soon as it reads the delivery
         self.machine.take("collected")
         runtime = f"{self._executor.tier}|{order.image}"
         session.apply(
@@ -210,7 +212,7 @@ class OrderRun:
 
     def _fail(self, reason: str, outcome: Outcome | None, detail: str = "") -> None:
         session = self._session
-        self.machine.take(job_machine.fact_of(reason))
+        self.machine.take(self._fact_of(reason))
         state = self.machine.state
         states: dict[str, WorkState] = {"failed": "failed", "killed": "killed", "error": "error"}
         exit_status = outcome.exit_status if outcome is not None else None
@@ -225,6 +227,14 @@ class OrderRun:
                 detail=(detail or (outcome.detail if outcome is not None else ""))[:500],
             )
         )
+
+    def _fact_of(self, reason: str) -> str:
+        """The machine's fact for a reason. A session ends for reasons that are no job's own."""
+        try:
+            fact = job_machine.fact_of(reason)
+        except KeyError:
+            fact = "stopped" if self._stop_reason else "platform_failed"
+        return fact if self.machine.can(fact) else "platform_failed"
 
     async def _free(self, *, keep_outputs: bool) -> None:
         if self._handle is not None:
@@ -289,6 +299,15 @@ class OrderRun:
     def _tell(self, state: WorkState) -> None:
         session = self._session
         session.apply(session.machine.state(self.order.n, state, now=session.now()))
+
+
+@contextmanager
+def _within(seconds: float, code: str) -> Iterator[None]:
+    try:
+        with trio.fail_after(seconds):
+            yield
+    except trio.TooSlowError:
+        raise LumarisError(code) from None
 
 
 def _usage(usage: RunUsage) -> Usage:

@@ -133,6 +133,11 @@ class SessionHost:
         """Wait for room in the outbox; keeps a flooding guest at the buyer's pace."""
         await self._outbox.room()
 
+    def keep(self, run: OrderRun) -> None:
+        """An order is delivered: its outputs stay until the buyer's word on it."""
+        self._done[run.order.n] = run
+        self.orders_done += 1
+
     async def gate(self) -> None:
         """Wait until the exposure allows work to start."""
         while not self._gate_open:
@@ -220,9 +225,7 @@ class SessionHost:
                 continue
             self._run = OrderRun(order, self, self._executor, self._workspaces)
             try:
-                if await self._run.run():
-                    self._done[order.n] = self._run
-                    self.orders_done += 1
+                await self._run.run()
             finally:
                 self._run = None
 

@@ -35,7 +35,7 @@ async def put_file(overlay: Overlay, peer: str, session: str, source: Path, *, s
         if reply.state == "ready":
             await send_chunks(stream, source)
             await _reply(stream)
-    except (trio.BrokenResourceError, trio.ClosedResourceError):
+    except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
         raise RefusedError("unreachable", "The seller went away during an upload.") from None
     finally:
         await stream.aclose()

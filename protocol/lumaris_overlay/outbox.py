@@ -80,7 +80,9 @@ class Outbox:
             await self._stream.send_encoded(bytes(batch))
             self._wake()
         else:
-            await self._keep(self._queue.popleft())
+            # Taken off only when it is stored: a cancelled write is made up for by `keep_rest`.
+            await self._keep(self._queue[0])
+            self._queue.popleft()
 
     def _wake(self) -> None:
         self._drained.set()

@@ -33,7 +33,7 @@ from lumaris_protocol.effects import (
     SessionOver,
     SessionReadied,
 )
-from lumaris_protocol.errors import EnvelopeError, LumarisError, RemoteError
+from lumaris_protocol.errors import EnvelopeError, LumarisError, RefusedError, RemoteError
 from lumaris_protocol.frames import Kind
 from lumaris_protocol.limits import LOG_BYTES_MAX, OUTPUT_FILES_MAX
 from lumaris_protocol.machines.buyer import BuyerSession
@@ -140,16 +140,21 @@ class Session:
     ) -> JobResult:
         """Run one order to its end. Cancelling the caller cancels the order at the seller."""
         await self.ready.wait()
-        n, effects = self.machine.order(
-            job=job,
-            image=image,
-            command=request.command,
-            environment=dict(request.environment),
-            inputs=inputs,
-            limits=_limits(request),
-            idempotency_key=job,
-            now=trio.current_time(),
-        )
+        if self.over.is_set():
+            raise RefusedError("seller_lost", f"The session ended: {self.reason}.")
+        try:
+            n, effects = self.machine.order(
+                job=job,
+                image=image,
+                command=request.command,
+                environment=dict(request.environment),
+                inputs=inputs,
+                limits=_limits(request),
+                idempotency_key=job,
+                now=trio.current_time(),
+            )
+        except ValueError as error:
+            raise LumarisError("bad_command", f"The order is out of bounds: {error}") from None
         order = self._orders[n] = _Order(job, request, files, observe, folder)
         self._apply(effects)
         try:
@@ -235,9 +240,10 @@ class Session:
         if event.state in _TERMINAL:
             # The seller's word: a reason that exists, and never that a failure succeeded.
             known = event.reason in CODES and event.reason != "succeeded"
-            order.reason = event.reason if known else "platform_error"
             order.exit_status, order.usage = event.exit_status, event.usage
-            order.detail = event.detail
+            if not order.reason:  # else we stopped it ourselves and know better why
+                order.reason = event.reason if known else "platform_error"
+                order.detail = event.detail
             self._end_order(event.n)
 
     def _on_log(self, n: int, stream: str, data: bytes) -> None:

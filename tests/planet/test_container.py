@@ -1,0 +1,52 @@
+"""A container bought and paid on the market, when a Docker engine answers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import docker
+import pytest
+
+from lumaris.testing.devnet import Devnet
+
+pytestmark = [pytest.mark.planet, pytest.mark.slow, pytest.mark.docker]
+
+REASON = "needs a Docker engine: set DOCKER_HOST (tests/engine.sh up DIR starts one)"
+
+
+@pytest.fixture
+def image() -> str:
+    """The digest of the test image in the engine."""
+    if not os.environ.get("DOCKER_HOST"):
+        if os.environ.get("LUMARIS_REQUIRE_DOCKER"):
+            pytest.fail(REASON)
+        pytest.skip(REASON)
+    client = docker.DockerClient(base_url=os.environ["DOCKER_HOST"])
+    try:
+        return str(client.images.get("lumaris/busybox:test").id)
+    finally:
+        client.close()
+
+
+def test_a_container_runs_with_files_in_and_out(image: str, net: Devnet, tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("walter\nada\ngrace\n")
+    with net.client() as client:
+        result = client.run(
+            image,
+            ["sh", "-c", "sort /in/names.txt > /out/sorted.txt; echo sorted; id -u >&2"],
+            inputs={"names.txt": names},
+        )
+        assert result.ok, result
+        assert result.stdout == b"sorted\n" and result.stderr.strip() != b"0"
+        sorted_names = result.artifacts["sorted.txt"].file.read_text()
+        assert sorted_names == "ada\ngrace\nwalter\n"
+        assert result.cost_nanos > 0
+        bad = client.run(image, ["no-such-program"])
+        assert bad.reason == "bad_command" and bad.cost_nanos == 0
+    engine = docker.DockerClient(base_url=os.environ["DOCKER_HOST"])
+    try:
+        assert engine.containers.list(all=True, filters={"label": "lumaris.node"}) == []
+    finally:
+        engine.close()
