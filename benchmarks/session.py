@@ -126,12 +126,12 @@ async def measure_cold(buyer: Buyer, request: JobRequest) -> tuple[list[float], 
         marks.append(time.perf_counter())
         return result
 
-    market.quotes, market.agree = timed_quotes, timed_agree  # type: ignore[method-assign]
+    market.quotes, market.agree = timed_quotes, timed_agree  # type: ignore[method-assign, assignment]
     cold = []
     for _ in range(COLD_RUNS):
         cold.append(1e3 * await timed_async(lambda: buyer.run(request)))
         await buyer.pool.close_all()
-    market.quotes, market.agree = quotes, agree  # type: ignore[method-assign]
+    market.quotes, market.agree = quotes, agree  # type: ignore[method-assign, assignment]
     return cold, [1e3 * (end - start) for start, end in zip(marks[::2], marks[1::2], strict=True)]
 
 
@@ -149,13 +149,12 @@ def measure_dask() -> tuple[float, float] | None:
     except ImportError:
         return None
     with (
-        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,
-        Client(cluster) as client,
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,  # type: ignore[no-untyped-call]
+        Client(cluster) as client,  # type: ignore[no-untyped-call]
     ):
         client.submit(abs, -1).result()
         single = [
-            timed(lambda number=number: client.submit(abs, -number, pure=False).result())  # type: ignore[misc]
-            for number in range(WARM_RUNS)
+            timed(lambda: client.submit(abs, -1, pure=False).result()) for _ in range(WARM_RUNS)
         ]
         began = time.perf_counter()
         client.gather(client.map(abs, range(1000), pure=False))

@@ -1,4 +1,4 @@
-"""Writes the parts of docs/ that follow from the code; `--check` only says whether they are current.
+"""Writes the parts of docs/ that follow from the code; `--check` only says if they are current.
 
 A generated part stands between `<!-- generated:NAME -->` and `<!-- end:NAME -->` in a page; the
 rest of the page is written by people. `make docs` runs this program.
@@ -43,7 +43,7 @@ NODE_MEANINGS: Final = {
     "listen": "IP and TCP port for peers; port 0 lets the system choose. Flag: `--listen`.",
     "region": "A free name that buyers can filter by. Flag: `--region`.",
     "bootstrap": "Addresses of peers to join by, besides those the coordinator names.",
-    "modules": "A folder for compiled WebAssembly modules; empty means `wasm/` in the state folder.",
+    "modules": "A folder for compiled WebAssembly; empty means `wasm/` in the state folder.",
     "share.cpu_percent": "Part of the hardware threads that is for sale.",
     "share.memory_percent": "Part of the memory that is for sale.",
     "share.disk_percent": "Part of the free disk that is for sale.",
@@ -66,15 +66,19 @@ COORDINATOR_MEANINGS: Final = {
     "currency": ("", "The currency's code. The command line always uses the default."),
     "fee_bps": ("--fee-bps", "The fee on what is paid, in hundredths of a per cent."),
     "settle_window_s": ("--settle-window", "Seconds a seller has to claim after a session's end."),
-    "test_credit_nanos": ("--test-credit", "Test credit an account may get; the flag is in credits."),
+    "test_credit_nanos": (
+        "--test-credit",
+        "Test credit an account may get; the flag is in credits.",
+    ),
 }
 ENVIRONMENT_MEANINGS: Final = {
-    "LUMARIS_STATE": "The buyer's folder, as `--state`. Default: `buyer` in the user's data folder.",
+    "LUMARIS_STATE": "The buyer's folder, as `--state`. Default: `buyer` in the user's data"
+    " folder.",
     "LUMARIS_COORDINATOR_URL": "The coordinator, as `--coordinator`. Default:"
     " `http://127.0.0.1:24480`.",
     "LUMARIS_OVERLAY_LINGER_S": "Seconds the buyer's overlay process stays after its last client."
     " Default: 180.",
-    "LUMARIS_REQUIRE_DOCKER": "Tests only: `1` makes a missing Docker engine a failure, not a skip.",
+    "LUMARIS_REQUIRE_DOCKER": "Tests only: `1` makes a missing Docker engine a failure.",
 }
 _TYPES: Final = {
     base.Id: "id",
@@ -116,8 +120,8 @@ def messages() -> str:
     done: set[str] = set()
     while left := [name for name in parts if name not in done]:
         done.add(left[0])
-        kind = parts[left[0]]
-        blocks.append(f"#### {left[0]}\n\n{_first_paragraph(kind)}\n\n{_fields(kind, parts)}")
+        part = parts[left[0]]
+        blocks.append(f"#### {left[0]}\n\n{_first_paragraph(part)}\n\n{_fields(part, parts)}")
     return "\n".join(blocks)
 
 
@@ -326,7 +330,9 @@ def _type(kind: inspect.Type, parts: dict[str, type[msgspec.Struct]]) -> str:
     if isinstance(kind, inspect.VarTupleType):
         return f"list{_range(kind)} of {_type(kind.item_type, parts)}"
     if isinstance(kind, inspect.DictType):
-        return f"map{_range(kind)} of {_type(kind.key_type, parts)} to {_type(kind.value_type, parts)}"
+        return (
+            f"map{_range(kind)} of {_type(kind.key_type, parts)} to {_type(kind.value_type, parts)}"
+        )
     if isinstance(kind, inspect.NoneType):
         return "null"
     name = type(kind).__name__.removesuffix("Type").lower()
@@ -352,7 +358,9 @@ def _first_paragraph(thing: Any) -> str:
 
 def _comment_above(lines: list[str], index: int) -> str:
     found: list[str] = []
-    while index > 0 and lines[index - 1].startswith("# ") and not lines[index - 1].startswith("# -"):
+    while (
+        index > 0 and lines[index - 1].startswith("# ") and not lines[index - 1].startswith("# -")
+    ):
         index -= 1
         found.insert(0, lines[index].removeprefix("# "))
     return " ".join(found)

@@ -167,7 +167,7 @@ class Seller:
         self.node._desk.expire()
         await eventually(lambda: self.quotes.free == self.quotes.total, "the capacity is free")
         assert not self.node._desk._session_keys
-        left = [path for path in self.state.glob("sessions/*")]
+        left = list(self.state.glob("sessions/*"))
         assert not left, left
 
     async def assert_settled(self) -> None:

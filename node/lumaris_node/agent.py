@@ -128,6 +128,8 @@ class Node:
 
     async def _build(self, stack: AsyncExitStack) -> None:
         state, config = self.state, self.config
+        # Asked before anything that a running node may be using is touched.
+        await api.check_free(state / api.SOCKET_NAME)
         key = self._key = load_or_create_key(state / "node.key")
         store = self._store = Store(state / "node.db")
         stack.callback(store.close)

@@ -36,10 +36,7 @@ async def serve(
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answer local calls until cancelled. Raises LumarisError `already_running`, `not_writable`."""
-    if len(os.fsencode(path)) > _SOCKET_PATH_MAX:
-        raise LumarisError("config_invalid", f"The state directory's path is too long: {path}")
-    if await _answers(path):
-        raise LumarisError("already_running", f"A node already runs with {path.parent}.")
+    await check_free(path)
 
     async def answer(stream: trio.SocketStream) -> None:
         framed = FramedStream(stream)
@@ -51,7 +48,9 @@ async def serve(
                     stop()
                 else:
                     await framed.send(Kind.HEADER, msgspec.json.encode(await status()))
-        except (LumarisError, trio.BrokenResourceError, trio.ClosedResourceError):
+        except LumarisError as error:
+            await framed.refuse(error)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
             return
         finally:
             await trio.aclose_forcefully(stream)
@@ -66,6 +65,14 @@ async def serve(
             await trio.serve_listeners(answer, [trio.SocketListener(sock)])
         finally:
             path.unlink(missing_ok=True)
+
+
+async def check_free(path: Path) -> None:
+    """Raises LumarisError `already_running`, or `config_invalid` for a path that is too long."""
+    if len(os.fsencode(path)) > _SOCKET_PATH_MAX:
+        raise LumarisError("config_invalid", f"The state directory's path is too long: {path}")
+    if await _answers(path):
+        raise LumarisError("already_running", f"A node already runs with {path.parent}.")
 
 
 async def call(path: Path, name: str) -> dict[str, Any]:
@@ -85,6 +92,6 @@ async def call(path: Path, name: str) -> dict[str, Any]:
 async def _answers(path: Path) -> bool:
     try:
         await call(path, "status")
-    except LumarisError:
-        return False
+    except LumarisError as error:
+        return error.code != "not_running"  # a refusal comes from a node that runs
     return True

@@ -82,7 +82,7 @@ def load(state: Path, **flags: object) -> NodeConfig:
         config = msgspec.toml.decode(path.read_bytes(), type=NodeConfig)
     except FileNotFoundError:
         config = NodeConfig()
-    except (msgspec.MsgspecError, UnicodeDecodeError, ValueError) as error:
+    except (msgspec.MsgspecError, OSError, ValueError) as error:
         raise LumarisError("config_invalid", f"{path}: {error}") from None
     given = {name: value for name, value in flags.items() if value is not None}
     config = structs.replace(config, **given)

@@ -15,9 +15,10 @@ from lumaris_node.store import Store
 from lumaris_overlay.framed_stream import FramedStream
 from lumaris_overlay.ports import OverlayStream
 from lumaris_overlay.tasks import StrangerLog
-from lumaris_protocol import codec, envelope
+from lumaris_protocol import agreements, codec, envelope
 from lumaris_protocol.errors import LumarisError, RefusedError
 from lumaris_protocol.frames import Kind
+from lumaris_protocol.machines.chain import ReceiveChain
 from lumaris_protocol.machines.seller import SellerSession
 from lumaris_protocol.messages.execution import SessionOpen
 from lumaris_protocol.protocols import BlobHeader
@@ -74,7 +75,11 @@ class Sessions:
             raise RefusedError("wrong_type", "A session begins with session_open.")
         # Only the session's id is read before the machine has checked the signature.
         session = codec.decode_payload(found.payload, SessionOpen).session
-        hold = self._desk.find_contract(session)
+        try:
+            hold = self._desk.find_contract(session)
+        except RefusedError:
+            await self._end_lapsed(session, opening)
+            raise
         contract = hold.contract
         assert contract is not None, "find_contract returns agreed holds only"
         if peer != contract.agreement.buyer or session in self._hosts:
@@ -103,6 +108,31 @@ class Sessions:
             log.info(
                 "session over session=%s reason=%s orders=%d", session, reason, host.orders_done
             )
+
+    async def _end_lapsed(self, session: str, opening: bytes) -> None:
+        """A grant for an agreement that lapsed: claim nothing, so that the buyer's money is freed.
+
+        Raises LumarisError when the opening does not hold; nothing changes then.
+        """
+        found = await self._store.find_ungranted(session)
+        if found is None:
+            return
+        contract = agreements.join(*found, network=self._network)
+        agreement = contract.agreement
+        first = ReceiveChain(
+            agreement.buyer_session_key,
+            network=self._network,
+            session=session,
+            root=contract.hash,
+            kinds=(SessionOpen,),
+        ).open(opening)
+        assert isinstance(first.message, SessionOpen)
+        grant = first.message.grant
+        agreements.open_grant(
+            grant, contract, network=self._network, coordinator=agreement.coordinator, now=None
+        )
+        await self._store.end_ungranted(session, grant, now=self._clock())
+        self._ended()
 
     async def serve_blob(self, stream: OverlayStream) -> None:
         """One file of an open session."""

@@ -94,6 +94,24 @@ class Store:
             (agreement.session, agreement.buyer, contract.by_buyer, contract.by_seller, int(now)),
         )
 
+    async def find_ungranted(self, session: str) -> tuple[bytes, bytes] | None:
+        """The signed copies (buyer's, seller's) of an agreement whose grant never came."""
+        row: tuple[bytes, bytes] | None = await self._run(
+            lambda: self._connection.execute(
+                'SELECT by_buyer, by_seller FROM session WHERE session = ? AND "grant" IS NULL',
+                (session,),
+            ).fetchone()
+        )
+        return row
+
+    async def end_ungranted(self, session: str, grant: bytes, *, now: float) -> None:
+        """The grant came when the session could no longer begin: it settles for nothing."""
+        await self._write(
+            "UPDATE session SET \"grant\" = ?, state = 'ended', reason = 'quote_expired',"
+            ' ended_at = ? WHERE session = ? AND "grant" IS NULL',
+            (grant, int(now), session),
+        )
+
     async def keep_grant(self, session: str, grant: bytes) -> None:
         """The session is open."""
         await self._write(

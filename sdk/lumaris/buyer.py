@@ -32,6 +32,7 @@ from lumaris.store import Store
 from lumaris_overlay.ports import Overlay
 from lumaris_overlay.private_files import load_or_create_key
 from lumaris_overlay.supervisor import OverlayConfig, attach_or_spawn
+from lumaris_overlay.tasks import background
 from lumaris_protocol import codec, coordinator_api, ids, matching, pricing
 from lumaris_protocol.codec import Signed
 from lumaris_protocol.coordinator_api import Account, Audit
@@ -361,18 +362,14 @@ class _MapRun:
 
     async def run(self) -> list[JobResult]:
         """Until every job has a result. Raises LumarisError when no seller can be had at all."""
-        try:
-            async with trio.open_nursery() as nursery:
-                while self._left:
-                    if self._queue and len(self._active) < self._wanted:
-                        await self._recruit(nursery)
-                    if self._left:
-                        self._changed = trio.Event()
-                        with trio.move_on_after(_RETRY_S):
-                            await self._changed.wait()
-                nursery.cancel_scope.cancel()
-        except* LumarisError as group:
-            raise group.exceptions[0] from None
+        async with background() as nursery:
+            while self._left:
+                if self._queue and len(self._active) < self._wanted:
+                    await self._recruit(nursery)
+                if self._left:
+                    self._changed = trio.Event()
+                    with trio.move_on_after(_RETRY_S):
+                        await self._changed.wait()
         return [result for result in self._results if result is not None]
 
     async def _recruit(self, nursery: trio.Nursery) -> None:

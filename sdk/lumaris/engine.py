@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import os
 import threading
 from collections.abc import Awaitable, Callable
@@ -34,8 +35,13 @@ class Engine:
         self._nursery: trio.Nursery | None = None
         self._stop: trio.Event | None = None
 
-    def submit(self, work: Callable[[], Awaitable[T]]) -> concurrent.futures.Future[T]:
-        """Run `work` in the engine; cancelling the future cancels it there."""
+    def submit(
+        self, work: Callable[[], Awaitable[T]], *, on_end: Callable[[], object] = lambda: None
+    ) -> concurrent.futures.Future[T]:
+        """Run `work` in the engine; cancelling the future cancels it there.
+
+        `on_end` is called in the engine when the work has ended and cleaned up.
+        """
         token = self._start()
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
         scope = trio.CancelScope()
@@ -51,6 +57,7 @@ class Engine:
                 try:
                     result = await work()
                 except trio.Cancelled:
+                    future.cancel()  # also when the engine itself ends: nobody waits for ever
                     raise
                 except BaseException as error:
                     if not future.done():
@@ -61,44 +68,55 @@ class Engine:
             if scope.cancelled_caught:
                 future.cancel()
 
+        async def run() -> None:
+            try:
+                await task()
+            finally:
+                with contextlib.suppress(RuntimeError):  # the caller's loop is gone
+                    on_end()
+
         future.add_done_callback(on_done)
         assert self._nursery is not None
-        token.run_sync_soon(self._nursery.start_soon, task)
+        token.run_sync_soon(self._nursery.start_soon, run)
         return future
 
     def call(self, work: Callable[[], Awaitable[T]]) -> T:
         """Run `work` from sync code. Ctrl-C cancels it and waits for its clean-up."""
         if threading.current_thread() is self._thread:
             raise LumarisError("usage", "Use AsyncClient inside the engine; this call would block.")
-        finished = threading.Event()
-
-        async def tracked() -> T:
-            try:
-                return await work()
-            finally:
-                finished.set()
-
-        future = self.submit(tracked)
+        ended = threading.Event()
+        future = self.submit(work, on_end=ended.set)
         try:
             return future.result()
         except KeyboardInterrupt:
             future.cancel()
-            finished.wait(_START_S)
+            ended.wait(_START_S)
             raise
 
     async def call_async(self, work: Callable[[], Awaitable[T]]) -> T:
         """Run `work` from asyncio or trio."""
-        future = self.submit(work)
         if sniffio.current_async_library() == "asyncio":
-            return await asyncio.wrap_future(future)
-        done, token = trio.Event(), trio.lowlevel.current_trio_token()
-        future.add_done_callback(lambda _: token.run_sync_soon(done.set))
+            return await self._call_asyncio(work)
+        ended, token = trio.Event(), trio.lowlevel.current_trio_token()
+        future = self.submit(work, on_end=lambda: token.run_sync_soon(ended.set))
         try:
-            await done.wait()
+            await ended.wait()
         except trio.Cancelled:
             future.cancel()
+            with trio.move_on_after(_START_S, shield=True):
+                await ended.wait()
             raise
         return future.result()
+
+    async def _call_asyncio(self, work: Callable[[], Awaitable[T]]) -> T:
+        ended, loop = asyncio.Event(), asyncio.get_running_loop()
+        future = self.submit(work, on_end=lambda: loop.call_soon_threadsafe(ended.set))
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:  # wrap_future has cancelled the work
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), _START_S)
+            raise
 
     def close(self) -> None:
         """Stop the thread and wait for it."""

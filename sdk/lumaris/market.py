@@ -122,8 +122,10 @@ class Market:
         Raises LumarisError `no_sellers` or `no_offers` with the counts of what excluded whom.
         """
         with trio.move_on_after(_FIRST_SELLER_S):
-            while len(self.adverts) < count and not self._match(needs, lease_s).matches:
+            while not self.adverts:
                 await self._changed.wait()
+        if len(self.adverts) < count:
+            await self.settle_in()  # a network just joined is still telling us about itself
         report = self._match(needs, lease_s)
         if not report.matches:
             # What is free changes faster than adverts travel; a seller that has it all is asked.

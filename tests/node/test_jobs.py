@@ -63,19 +63,17 @@ async def test_bytes_that_are_no_module(market: Market, tmp_path):
 
 
 async def test_a_module_that_nobody_has(market: Market, monkeypatch):
-    seller = await market.seller()
-    monkeypatch.setattr(
-        images, "resolve", lambda name: _resolved(Image("wasm", "sha256:" + "0" * 64))
-    )
+    await market.seller()
+
+    async def resolve(_name: str) -> Image:
+        return Image("wasm", "sha256:" + "0" * 64)
+
+    monkeypatch.setattr(images, "resolve", resolve)
     async with market.buyer() as buyer:
         result = await buyer.run(market.request(m.HELLO))
         assert (result.reason, result.cost_nanos) == ("bad_image", 0)
         assert "Neither side" in result.detail
         await market.assert_at_rest(buyer, cost_nanos=0)
-
-
-async def _resolved(image: Image) -> Image:
-    return image
 
 
 async def test_an_input_that_changes_on_the_way(market: Market, tmp_path):

@@ -24,6 +24,7 @@ from lumaris.cli.work import (
     GUEST_CONTEXT,
     asks,
     check_image,
+    confirm,
     failure_of,
     job_options,
     open_client,
@@ -177,7 +178,7 @@ def _approved(
     note(f"budget   at most {budget} credits are held in all; what is unused returns")
     if dry_run:
         return False
-    if asks(settings, yes=yes) and not click.confirm("Continue?", default=True, err=True):
+    if asks(settings, yes=yes) and not confirm():
         raise LumarisError("interrupted", "Declined; nothing was spent.")
     return True
 

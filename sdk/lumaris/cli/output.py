@@ -161,6 +161,9 @@ class GuestOutput:
             target.flush()
         except BrokenPipeError:
             self._broken.add(stream)
+            # What Python still holds for the pipe is flushed at exit, and must not fail then.
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), target.fileno())
 
 
 class Progress:

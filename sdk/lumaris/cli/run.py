@@ -27,6 +27,7 @@ from lumaris.cli.work import (
     amount,
     asks,
     check_image,
+    confirm,
     describe_artifact,
     exit_code_of,
     failure_of,
@@ -230,7 +231,7 @@ class _Run:
         if self.dry_run:
             return False
         if asks(self.settings, yes=self.yes):
-            return click.confirm("Continue?", default=True, err=True)
+            return confirm()
         return True
 
     def _say_plan(self, plan: Plan) -> None:

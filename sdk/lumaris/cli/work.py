@@ -33,6 +33,8 @@ GUEST_CONTEXT: Final = {
 }
 _GUEST_EXIT_MAX: Final = 124  # above, shells and our own codes have meanings of their own
 _FAILED: Final = 125
+_QUESTIONS_MAX: Final = 3
+_ANSWER_BYTES_MAX: Final = 1024
 
 
 def job_options(command: F) -> F:
@@ -130,6 +132,27 @@ def describe_artifact(path: str, artifact: Any, file: Path) -> dict[str, Any]:
 def asks(settings: Settings, *, yes: bool) -> bool:
     """Whether a person is there to be asked."""
     return not yes and not settings.json and sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def confirm() -> bool:
+    """Ask on the terminal, from whichever thread.
+
+    Reads the descriptor itself: a thread left inside `sys.stdin` by Ctrl-C holds its lock, and the
+    interpreter aborts on that when it ends.
+    """
+    try:
+        descriptor = sys.stdin.fileno()
+    except (OSError, ValueError):
+        return click.confirm("Continue?", default=True, err=True)
+    for _ in range(_QUESTIONS_MAX):
+        click.echo("Continue? [Y/n]: ", nl=False, err=True)
+        line = os.read(descriptor, _ANSWER_BYTES_MAX)
+        answer = line.decode(errors="replace").strip().lower()
+        if line and answer in ("", "y", "yes"):
+            return True
+        if not line or answer in ("n", "no"):
+            return False
+    return False
 
 
 def say_wanted(request: JobRequest) -> None:

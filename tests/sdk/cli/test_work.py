@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from lumaris.cli import work
 from lumaris.jobs import Artifact, JobRequest, JobResult, JobUpdate, LogLine, Plan
 from lumaris_protocol import codec, codes
 from lumaris_protocol.errors import LumarisError
@@ -250,6 +251,19 @@ def test_a_person_is_asked(
     found = call("run", _IMAGE, "python", input=answer)
     assert market.bought == bought
     assert found.exit_code == (0 if bought else 130)
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [(b"\n", True), (b"Yes\n", True), (b"n\n", False), (b"", False), (b"what\n", False)],
+)
+def test_answers_on_a_terminal(typed: bytes, answer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = os.pipe()
+    with open(ours) as stdin, open(theirs, "wb") as terminal:
+        monkeypatch.setattr("sys.stdin", stdin)
+        terminal.write(typed)
+        terminal.close()
+        assert work.confirm() is answer
 
 
 def test_a_run_that_settles_later(market: Market) -> None:

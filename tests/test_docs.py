@@ -1,0 +1,185 @@
+"""The documentation says what the code says: generated parts, names, commands, links, settings."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import click
+import msgspec
+import pytest
+
+from lumaris.cli.options import Settings
+from lumaris.cli.root import root
+from lumaris_node.config import NodeConfig
+from lumaris_protocol.codes import CODES
+from lumaris_protocol.registry import MESSAGES
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS.glob("*.md"))
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
+_PATH = re.compile(r"`((?:[\w.-]+/)+[\w.*-]*)`")
+
+
+def load_generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+generate = load_generator()
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def text_of(*names: str) -> str:
+    return "\n".join((ROOT / name).read_text(encoding="utf-8") for name in names)
+
+
+def commands_in(text: str) -> list[str]:
+    """The `lumaris ...` lines of fenced shell blocks."""
+    found = []
+    for language, body in _FENCE.findall(text):
+        if language in ("sh", "console"):
+            lines = (line.removeprefix("$ ") for line in body.splitlines())
+            found += [line for line in lines if line.startswith("lumaris ")]
+    return found
+
+
+def parse(words: list[str]) -> click.Command:
+    """Parse a command line without running it; the command it calls."""
+    command: click.Command = root
+    context = command.make_context("lumaris", list(words), obj=Settings())
+    while isinstance(command, click.Group):
+        name, found, rest = command.resolve_command(
+            context, [*context._protected_args, *context.args]
+        )
+        assert name is not None
+        assert found is not None
+        command = found
+        context = command.make_context(name, rest, parent=context)
+    return command
+
+
+def anchors_of(page: Path) -> set[str]:
+    text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    slugs = {re.sub(r"[^\w\- ]", "", line.lower()).strip().replace(" ", "-") for line in headings}
+    return slugs | set(re.findall(r'<a id="([^"]+)">', text))
+
+
+@pytest.mark.slow
+def test_the_generated_parts_are_current() -> None:
+    assert generate.main(["--check"]) == 0, "run `make docs`"
+
+
+@pytest.mark.slow
+def test_a_stale_page_is_noticed_and_rewritten(tmp_path: Path) -> None:
+    page = tmp_path / "errors.md"
+    shutil.copy(DOCS / "errors.md", page)
+    before = page.read_text(encoding="utf-8")
+    page.write_text(before.replace("| `no_offers` |", "| `no_offer` |").replace("Add its", "Ad"))
+    assert generate.main(["--check"], tmp_path) == 1
+    assert generate.main([], tmp_path) == 0
+    assert page.read_text(encoding="utf-8") == before
+
+
+def test_every_generated_part_is_shown_once() -> None:
+    shown = re.findall(r"<!-- generated:([a-z-]+) -->", "".join(page.read_text() for page in PAGES))
+    assert sorted(shown) == sorted(generate.PARTS)
+
+
+def test_every_command_is_documented() -> None:
+    text = text_of("docs/cli.md")
+    paths = [" ".join(path) for path, _ in generate.walk()]
+    assert [path for path in paths if f"`{path}`" not in text] == []
+    assert len(paths) > 10
+
+
+def test_every_code_is_documented() -> None:
+    text = text_of("docs/errors.md")
+    assert [code for code in CODES if f"`{code}`" not in text] == []
+
+
+def test_every_message_is_documented() -> None:
+    text = text_of("docs/protocol.md")
+    assert [name for name in MESSAGES if f"#### `{name}`" not in text] == []
+
+
+def test_every_setting_is_documented() -> None:
+    text = text_of("docs/settings.md")
+    names = [name for name, _ in generate.node_fields()]
+    names += [field.name for field in generate.dataclasses.fields(generate.Settings)]
+    assert [name for name in names if f"| `{name}` |" not in text] == []
+
+
+def test_every_environment_variable_is_documented() -> None:
+    text = text_of("docs/settings.md")
+    names = generate.environment_names()
+    assert {"LUMARIS_STATE", "LUMARIS_OVERLAY_LINGER_S"} <= names
+    assert [name for name in sorted(names) if f"`{name}`" not in text] == []
+
+
+@pytest.mark.parametrize(
+    "line", sorted({line for page in PAGES for line in commands_in(page.read_text())})
+)
+def test_commands_in_the_docs_parse(line: str) -> None:
+    parse(shlex.split(line)[1:])
+
+
+def test_a_command_that_does_not_exist_is_noticed() -> None:
+    with pytest.raises(click.UsageError):
+        parse(["wallet", "empty"])
+    with pytest.raises(click.UsageError):
+        parse(["run", "--no-such", "image", "command"])
+
+
+def test_the_sample_of_node_toml_is_valid() -> None:
+    samples = [
+        body for language, body in _FENCE.findall(text_of("docs/settings.md")) if language == "toml"
+    ]
+    for sample in samples:
+        msgspec.toml.decode(sample, type=NodeConfig).price.table()
+    assert samples
+
+
+def test_make_targets_in_the_readme_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", text_of("Makefile"), re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z]+)\b[ `\n]", text_of("README.md", "CONTRIBUTING.md")))
+    assert {"demo", "test"} <= named & targets
+    assert set(re.findall(r"`make ([a-z]+)", text_of("CONTRIBUTING.md"))) <= targets
+
+
+@pages
+def test_links_lead_somewhere(page: Path) -> None:
+    broken = []
+    for link in _LINK.findall(page.read_text(encoding="utf-8")):
+        if re.match(r"https?:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        missing = not target.exists() or (anchor and anchor not in anchors_of(target))
+        if missing:
+            broken.append(link)
+    assert broken == []
+
+
+def test_paths_in_contributing_exist() -> None:
+    named = _PATH.findall(text_of("CONTRIBUTING.md"))
+    bases = (ROOT, ROOT / "protocol/lumaris_protocol", ROOT / "coordinator/lumaris_coordinator")
+    missing = [name for name in named if not any(list(base.glob(name)) for base in bases)]
+    assert missing == []
+
+
+@pages
+def test_no_page_names_a_machine_of_its_author(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert re.findall(r"/work/|/tmp/\w|/root/|/home/\w+", text) == []
