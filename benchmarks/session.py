@@ -131,7 +131,7 @@ async def measure_cold(buyer: Buyer, request: JobRequest) -> tuple[list[float], 
     for _ in range(COLD_RUNS):
         cold.append(1e3 * await timed_async(lambda: buyer.run(request)))
         await buyer.pool.close_all()
-    market.quotes, market.agree = quotes, agree  # type: ignore[method-assign, assignment]
+    market.quotes, market.agree = quotes, agree  # type: ignore[method-assign]
     return cold, [1e3 * (end - start) for start, end in zip(marks[::2], marks[1::2], strict=True)]
 
 

@@ -173,6 +173,10 @@ class OrderRun:
             return Outcome(self._stop_reason, None, outcome.usage, outcome.detail)
         if outcome.reason == "succeeded":
             self.machine.take("exited_zero")
+            terms = session.machine.terms
+            if pricing.order_nanos(terms, outcome.usage.wall_ms) > terms.cap_nanos:
+                # It ended before its next metering. To ask for more than the cap breaks a rule.
+                return replace(outcome, reason="budget_exceeded")
         return outcome
 
     async def _meter(self) -> None:

@@ -332,8 +332,9 @@ class Session:
             self.reason = reason
             self.over.set()
         self.ready.set()
-        for order in self._orders.values():
+        for n, order in self._orders.items():
             if not order.ended.is_set():
+                order.cost_nanos = self.machine.tab.strike(n)  # vouchers given stay given
                 order.reason = order.reason or ("seller_lost" if reason == "closed" else reason)
                 order.ended.set()
 
