@@ -9,7 +9,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +18,7 @@ import trio
 from lumaris_node.executors.port import Executor, Handle, JobLimits, JobSpec, Outcome, Stream
 from lumaris_node.executors.port import Usage as RunUsage
 from lumaris_node.workspace import Workspace
-from lumaris_protocol import ids
+from lumaris_protocol import ids, pricing
 from lumaris_protocol.effects import Effect
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.limits import LOG_CHUNK_BYTES_MAX, MODULE_BYTES_MAX, PREPARE_S_MAX

@@ -72,6 +72,7 @@ CODES: dict[str, Code] = {
     "already_granted": Code("The agreement already has a grant.", "Use the grant you hold.", 7),
     "credit_limit": Code("The test-credit limit of this account is reached.", "Ask the operator, or use a new devnet.", 7),
     "window_open": Code("The seller may still settle this session.", "The rest returns when the settle window ends.", 7),
+    "declined": Code("You declined the plan; nothing was held or spent.", "", 1),
     # --- a job ---
     "succeeded": Code("The command exited with status 0 and its outputs were delivered.", "", 0),
     "exit_nonzero": Code("The command exited with a non-zero status.", "Read the log: `lumaris job logs`.", 3),

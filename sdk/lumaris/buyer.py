@@ -18,7 +18,7 @@ import msgspec
 import trio
 from msgspec import structs
 
-from lumaris import artifacts, images, membership
+from lumaris import artifacts, images, membership, processes
 from lumaris.coordinator import CoordinatorLink
 from lumaris.images import Image
 from lumaris.jobs import JobRequest, JobResult, JobUpdate, Observer, ignore
@@ -294,6 +294,7 @@ class Buyer:
             "command": msgspec.json.encode(request.command).decode(),
             "state": "running",
             "attempts": attempt,
+            "owner": processes.this_process(),
             "created_at": created,
         }
 
@@ -478,6 +479,7 @@ async def open_buyer(
             nursery.start_soon(buyer.pool.run, nursery)
             nursery.start_soon(buyer.write_rows)
             nursery.start_soon(buyer.pool.settle)
+            await store.end_orphan_jobs(now=time.time())
             try:
                 yield buyer
             finally:

@@ -41,13 +41,18 @@ class _Holder:
         self._ready = trio.Event()
         self._stop = trio.Event()
         self._closed = trio.Event()
+        self._scope = trio.CancelScope()  # ends an opening that nobody waits for any more
         self._buyer: Buyer | None = None
         self._error: BaseException | None = None
 
     async def open(self) -> None:
         """Start the buyer. Raises what its wiring raises."""
         trio.lowlevel.spawn_system_task(self._hold)
-        await self._ready.wait()
+        try:
+            await self._ready.wait()
+        except trio.Cancelled:
+            self._scope.cancel()
+            raise
         if self._error is not None:
             raise self._error
 
@@ -65,9 +70,10 @@ class _Holder:
 
     async def _hold(self) -> None:
         try:
-            async with open_buyer(self._profile) as self._buyer:
-                self._ready.set()
-                await self._stop.wait()
+            with self._scope:
+                async with open_buyer(self._profile) as self._buyer:
+                    self._ready.set()
+                    await self._stop.wait()
         except* Exception as group:
             self._error = _first(group)
         finally:

@@ -164,7 +164,7 @@ class Pool:
         if not await approve(plan):
             for item in chosen:
                 await item.decline()
-            raise LumarisError("interrupted", "Declined; nothing was spent.")
+            raise LumarisError("declined")
         if chosen[0].quote.message.hold_until > time.time():
             return chosen
         for item in chosen:

@@ -16,6 +16,7 @@ import sqlite_utils
 import trio
 from sqlite_utils.migrations import Migrations
 
+from lumaris import processes
 from lumaris_protocol.agreements import Contract
 from lumaris_protocol.errors import LumarisError
 
@@ -38,6 +39,7 @@ JOB_COLUMNS: Final = (
     "cpu_ms",
     "fuel",
     "attempts",
+    "owner",
     "created_at",
     "ended_at",
 )
@@ -61,6 +63,7 @@ def create_tables(db: sqlite_utils.Database) -> None:
             "state": str,
             "reason": str,
             "started_at": int,
+            "owner": str,
             "receipt_id": str,
             "receipt": bytes,
         },
@@ -108,6 +111,7 @@ class Store:
             raise LumarisError("not_writable", f"{path}: {error}") from None
         self._connection = connection
         self._limiter = trio.CapacityLimiter(1)
+        self._owner = processes.this_process()
 
     # --- sessions ---
 
@@ -115,9 +119,16 @@ class Store:
         """An agreement, before its grant is asked for."""
         agreement = contract.agreement
         await self._write(
-            "INSERT INTO session (session, seller, by_buyer, by_seller, state, started_at)"
-            " VALUES (?, ?, ?, ?, 'agreed', ?)",
-            (agreement.session, agreement.seller, contract.by_buyer, contract.by_seller, int(now)),
+            "INSERT INTO session (session, seller, by_buyer, by_seller, state, started_at, owner)"
+            " VALUES (?, ?, ?, ?, 'agreed', ?, ?)",
+            (
+                agreement.session,
+                agreement.seller,
+                contract.by_buyer,
+                contract.by_seller,
+                int(now),
+                self._owner,
+            ),
         )
 
     async def keep_grant(self, session: str, grant: bytes, opening: bytes) -> None:
@@ -156,16 +167,18 @@ class Store:
         )
 
     async def unsettled(self) -> list[Unsettled]:
-        """Sessions that are not settled, oldest first."""
+        """Sessions that are not settled, oldest first; not those another live program runs."""
         rows = await self._run(
             lambda: self._connection.execute(
                 'SELECT session, seller, by_buyer, by_seller, "grant", opening, voucher,'
-                " total_nanos, close_buyer, close_seller, state FROM session"
+                " total_nanos, owner, close_buyer, close_seller, state FROM session"
                 " WHERE state != 'settled' ORDER BY started_at"
             ).fetchall()
         )
         found = []
-        for *fields, by_buyer, by_seller, state in rows:
+        for *fields, owner, by_buyer, by_seller, state in rows:
+            if state in ("agreed", "open") and owner != self._owner and processes.alive(owner):
+                continue
             closes = (by_buyer, by_seller) if by_buyer and by_seller else ()
             found.append(Unsettled(*fields, closes=closes, state=state))
         return found
@@ -220,13 +233,16 @@ class Store:
         rows = await self._rows("SELECT * FROM job WHERE job = ?", (job,))
         return rows[0] if rows else None
 
-    async def orphan_jobs(self, *, now: float) -> int:
-        """After a crash: jobs still marked as running were lost with their process."""
-        return await self._write(
-            "UPDATE job SET state = 'error', reason = 'buyer_lost', ended_at = ?"
-            " WHERE ended_at IS NULL",
-            (int(now),),
-        )
+    async def end_orphan_jobs(self, *, now: float) -> None:
+        """Jobs still marked as running whose program is gone were lost with it."""
+        rows = await self._rows("SELECT job, owner FROM job WHERE ended_at IS NULL", ())
+        for row in rows:
+            if not processes.alive(row["owner"] or ""):
+                await self._write(
+                    "UPDATE job SET state = 'failed', reason = 'buyer_lost', ended_at = ?"
+                    " WHERE job = ? AND ended_at IS NULL",
+                    (int(now), row["job"]),
+                )
 
     def close(self) -> None:
         """Close the file."""

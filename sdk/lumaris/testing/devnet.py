@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from lumaris.client import Client
+from lumaris.processes import start_time
 from lumaris_overlay.private_files import make_private_folder
 from lumaris_protocol import codes
 from lumaris_protocol.errors import LumarisError
@@ -48,7 +49,7 @@ class Program:
     @property
     def alive(self) -> bool:
         """Whether this very process still runs."""
-        return self.started != 0 and _start_time(self.pid) == self.started
+        return self.started != 0 and start_time(self.pid) == self.started
 
     def end(self, number: int = signal.SIGTERM, *, wait_s: float = _STOP_S) -> None:
         """Signal it and wait until it is gone; SIGKILL when it does not go."""
@@ -243,7 +244,7 @@ def _spawn(role: str, module: str, folder: Path, arguments: Sequence[str]) -> Pr
         process.wait()
         raise _why(role, log, position)
     _reap_when_done(process)
-    return Program(role, str(folder), process.pid, _start_time(process.pid), line[1], line[2])
+    return Program(role, str(folder), process.pid, start_time(process.pid), line[1], line[2])
 
 
 def _why(role: str, log: Path, position: int) -> LumarisError:
@@ -262,15 +263,6 @@ def _reap_when_done(process: subprocess.Popen[bytes]) -> None:
     import threading
 
     threading.Thread(target=process.wait, daemon=True).start()
-
-
-def _start_time(pid: int) -> int:
-    """When a process started, in clock ticks since boot; 0 when it does not run."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0
-    return 0 if fields[0] in "ZX" else int(fields[19])
 
 
 def _wait_gone(program: Program, wait_s: float) -> bool:
