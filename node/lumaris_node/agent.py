@@ -302,8 +302,8 @@ class Node:
             if entry.tier == "wasm" and await executor.has_image(entry.digest):
                 try:
                     await executor.compile(entry.digest)
-                except LumarisError as error:
-                    log.warning("not compiled image=%s code=%s", entry.name, error.code)
+                except (LumarisError, OSError) as error:
+                    log.warning("not compiled image=%s error=%r", entry.name, error)
 
     async def _watch_tiers(self) -> None:
         """A tier whose engine went away leaves the advert, and comes back with it."""

@@ -65,10 +65,10 @@ class Desk:
                 hold = await self._quote(framed, stream.peer)
             try:
                 with trio.fail_after(QUOTE_HOLD_S_MAX):
-                    await self._agree(framed, hold)
+                    agreed = await self._agree(framed, hold)
             finally:
                 self._drop_offer(hold)
-            self._count("agreed")
+            self._count("agreed" if agreed else "declined")
         except LumarisError as error:
             self._count(error.code)
             self._strangers.note(stream.peer, error.code, error.message)
@@ -141,10 +141,11 @@ class Desk:
         await framed.send(Kind.ENVELOPE, quote.data)
         return hold
 
-    async def _agree(self, framed: FramedStream, hold: Hold) -> None:
+    async def _agree(self, framed: FramedStream, hold: Hold) -> bool:
+        """Whether the buyer took the quote. Raises LumarisError for what is no agreement."""
         frame = await framed.receive()
         if frame is None:
-            raise RefusedError("quote_expired", "The buyer did not take the quote.")
+            return False
         buyer, network = hold.quote.message.buyer, self._terms.network
         signed = codec.open_signed(frame.body, Agreement, network=network, signer=buyer)
         found = self.quotes.find_quote(signed.message, now=self._clock())
@@ -156,6 +157,7 @@ class Desk:
         )
         contract = agreements.join(signed.data, ours, network=network)
         await self._countersign(framed, hold, contract)
+        return True
 
     async def _countersign(self, framed: FramedStream, hold: Hold, contract: Contract) -> None:
         """Store, then say: what we signed must survive us."""

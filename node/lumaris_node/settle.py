@@ -22,8 +22,16 @@ from lumaris_protocol.messages.receipt import Receipt
 log = logging.getLogger(__name__)
 
 _RETRY_S_MIN, _RETRY_S_MAX = 0.5, 60.0
-# Refusals that no retry can change; the claim is then closed with the code as its reason.
-_RETRYABLE = ("coordinator_unreachable", "busy", "internal", "unauthorized", "timeout")
+# Any other refusal stands whatever is retried; the claim is then closed with it as its reason.
+# A claim that is `not_yet_valid` waits for our clock to be put right.
+_RETRYABLE = (
+    "coordinator_unreachable",
+    "busy",
+    "internal",
+    "unauthorized",
+    "timeout",
+    "not_yet_valid",
+)
 
 
 class Settler:

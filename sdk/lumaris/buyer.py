@@ -385,8 +385,10 @@ class _MapRun:
                 raise LumarisError("budget_exceeded")
             sessions = await self._buyer.pool.buy(needs, cap_nanos=cap_nanos, count=missing)
         except LumarisError:
-            if not self._active:
+            if not self._active and not self._failed:
                 raise
+            if not self._active:
+                self._failed.clear()  # nobody else is left: those that failed get another chance
             return  # the sellers we have go on; others are sought again in a moment
         for session in sessions:
             self._active[session.session] = session

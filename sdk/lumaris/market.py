@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 _QUOTES_AT_ONCE = 3
 _REPLY_S = 3.0
-_QUIET_S = 0.2
+_QUIET_S = 0.5
 _FIRST_SELLER_S = 5.0  # how long a search waits for the first matching advert of a fresh overlay
 
 
@@ -155,7 +155,7 @@ class Market:
         *,
         lease_s: int,
         cap_nanos: int,
-        verification: Verification = "det",
+        verification: Verification,
         count: int = 1,
     ) -> list[Offered]:
         """Signed quotes of the best sellers, cheapest first; asks the next ones when some refuse.

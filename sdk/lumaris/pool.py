@@ -23,7 +23,7 @@ from lumaris_protocol.effects import Send
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.machines.buyer import BuyerSession
 from lumaris_protocol.matching import MatchReport
-from lumaris_protocol.messages.advert import Resources
+from lumaris_protocol.messages.advert import Resources, Verification
 from lumaris_protocol.messages.negotiation import Requirements
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,12 @@ class Pool:
         """
         report = await self._market.search(needs, lease_s=LEASE_S, count=count)
         offered = await self._market.quotes(
-            needs, report, lease_s=LEASE_S, cap_nanos=cap_nanos, count=count
+            needs,
+            report,
+            lease_s=LEASE_S,
+            cap_nanos=cap_nanos,
+            verification=_verification(needs),
+            count=count,
         )
         chosen, rest = offered[:count], offered[count:]
         for item in rest:
@@ -170,7 +175,12 @@ class Pool:
         for item in chosen:
             await item.decline()
         again = await self._market.quotes(
-            needs, report, lease_s=LEASE_S, cap_nanos=cap_nanos, count=len(chosen)
+            needs,
+            report,
+            lease_s=LEASE_S,
+            cap_nanos=cap_nanos,
+            verification=_verification(needs),
+            count=len(chosen),
         )
         if again[0].price_nanos > chosen[0].price_nanos:
             raise LumarisError("quote_expired", "The price rose while you decided; try again.")
@@ -227,6 +237,11 @@ def plan_of(best: Offered, others: list[Offered], report: MatchReport) -> Plan:
         excluded=report.excluded,
         seen=report.seen,
     )
+
+
+def _verification(needs: Requirements) -> Verification:
+    """A wasm guest is deterministic, so running it again settles a doubt; others have evidence."""
+    return "det" if needs.tier == "wasm" else "evid"
 
 
 def _same(had: Requirements, needs: Requirements) -> bool:

@@ -17,6 +17,7 @@ from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.frames import Kind
 from lumaris_protocol.ids import derive_id
 from lumaris_protocol.keys import KeyPair
+from lumaris_protocol.limits import CLOCK_SKEW_S
 from lumaris_protocol.messages.budget import GrantRequest
 from lumaris_protocol.messages.payment import Settle
 from lumaris_protocol.messages.receipt import Receipt
@@ -97,9 +98,10 @@ class Settling:
 
     async def _recover_grant(self, item: Unsettled) -> None:
         contract = agreements.join(item.by_buyer, item.by_seller, network=self._terms.network)
-        if contract.agreement.start_by >= time.time():
+        # Past start_by, and what clocks may differ by, the coordinator gives no new grant: it only
+        # repeats one it has given.
+        if contract.agreement.start_by + 2 * CLOCK_SKEW_S >= time.time():
             return
-        # Past start_by the coordinator refuses a new grant and only repeats one it has given.
         try:
             grant = await self.grant(item.by_buyer, item.by_seller)
         except LumarisError as error:

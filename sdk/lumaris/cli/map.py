@@ -26,6 +26,7 @@ from lumaris.cli.work import (
     check_image,
     confirm,
     failure_of,
+    guest_command,
     job_options,
     open_client,
     pairs,
@@ -60,7 +61,7 @@ class _EachCommand(click.Command):
 
 @click.command("map", cls=_EachCommand, context_settings=GUEST_CONTEXT)
 @click.argument("image")
-@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, callback=guest_command)
 @click.option(
     "--each",
     "files",

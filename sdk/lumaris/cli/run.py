@@ -31,6 +31,7 @@ from lumaris.cli.work import (
     describe_artifact,
     exit_code_of,
     failure_of,
+    guest_command,
     job_options,
     open_client,
     pairs,
@@ -62,7 +63,7 @@ _RESULT = ("job", "session", "seller", "reason", "exit_status", "wall_ms", "cpu_
 
 @click.command("run", context_settings=GUEST_CONTEXT)
 @click.argument("image")
-@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, callback=guest_command)
 @click.option(
     "--in",
     "inputs",

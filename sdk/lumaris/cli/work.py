@@ -56,6 +56,13 @@ def job_options(command: F) -> F:
     return command
 
 
+def guest_command(
+    _context: click.Context, _parameter: click.Parameter, words: tuple[str, ...]
+) -> tuple[str, ...]:
+    """The guest's command line; a `--` before it, which some write out of habit, is not part."""
+    return words[1:] if words[:1] == ("--",) else words
+
+
 def open_client(settings: Settings) -> Client:
     """The buyer; a context manager. Raises LumarisError."""
     from lumaris.client import Client
