@@ -135,7 +135,7 @@ class Store:
     async def end_session(self, session: str, reason: str, *, orders: int, now: float) -> None:
         """The session is over; one that never got a grant has nothing to settle."""
         await self._write(
-            f"UPDATE session SET state = {_ENDED}, reason = ?, orders_done = ?, ended_at = ?"  # noqa: S608 - our own text
+            f"UPDATE session SET state = {_ENDED}, reason = ?, orders_done = ?, ended_at = ?"
             " WHERE session = ? AND state IN ('agreed', 'open')",
             (reason, orders, int(now), session),
         )
@@ -143,7 +143,7 @@ class Store:
     async def recover(self, *, now: float) -> int:
         """After a start: sessions cut off by the death of the last process end here."""
         return await self._write(
-            f"UPDATE session SET state = {_ENDED}, reason = 'platform_error', ended_at = ?"  # noqa: S608 - our own text
+            f"UPDATE session SET state = {_ENDED}, reason = 'platform_error', ended_at = ?"
             " WHERE state IN ('agreed', 'open')",
             (int(now),),
         )

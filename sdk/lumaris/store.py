@@ -45,6 +45,10 @@ JOB_COLUMNS: Final = (
 )
 
 
+# What people see of a job; its owner is our own book-keeping.
+_SHOWN: Final = ", ".join(name for name in JOB_COLUMNS if name != "owner")
+
+
 @migrations()
 def create_tables(db: sqlite_utils.Database) -> None:
     """Sessions (agreed, open, ended, claimed, settled) and jobs."""
@@ -215,7 +219,7 @@ class Store:
         def write() -> None:
             self._connection.execute("BEGIN")
             self._connection.executemany(
-                f"INSERT OR REPLACE INTO job ({names}) VALUES ({marks})",  # noqa: S608 - our names
+                f"INSERT OR REPLACE INTO job ({names}) VALUES ({marks})",
                 values,
             )
             self._connection.execute("COMMIT")
@@ -225,12 +229,12 @@ class Store:
     async def jobs(self, count: int) -> list[dict[str, Any]]:
         """The newest jobs first."""
         return await self._rows(
-            "SELECT * FROM job ORDER BY created_at DESC, rowid DESC LIMIT ?", (count,)
+            f"SELECT {_SHOWN} FROM job ORDER BY created_at DESC, rowid DESC LIMIT ?", (count,)
         )
 
     async def job(self, job: str) -> dict[str, Any] | None:
         """One job."""
-        rows = await self._rows("SELECT * FROM job WHERE job = ?", (job,))
+        rows = await self._rows(f"SELECT {_SHOWN} FROM job WHERE job = ?", (job,))
         return rows[0] if rows else None
 
     async def end_orphan_jobs(self, *, now: float) -> None:

@@ -19,7 +19,7 @@ from lumaris_protocol.messages.advert import Advert, PriceTable, Resources, Runt
 
 log = logging.getLogger(__name__)
 
-# A change after a quiet time goes out at once; closer ones together: gossip has a budget per origin.
+# A change after a quiet time goes out at once, closer ones together: gossip has a budget.
 _SPACING_S = 0.3
 _CHANGE_PERCENT = 20
 
