@@ -18,7 +18,6 @@ from lumaris_overlay.tasks import StrangerLog
 from lumaris_protocol import agreements, codec, envelope
 from lumaris_protocol.errors import LumarisError, RefusedError
 from lumaris_protocol.frames import Kind
-from lumaris_protocol.machines.chain import ReceiveChain
 from lumaris_protocol.machines.seller import SellerSession
 from lumaris_protocol.messages.execution import SessionOpen
 from lumaris_protocol.protocols import BlobHeader
@@ -74,11 +73,12 @@ class Sessions:
         if found.payload_type != SessionOpen.TYPE:
             raise RefusedError("wrong_type", "A session begins with session_open.")
         # Only the session's id is read before the machine has checked the signature.
-        session = codec.decode_payload(found.payload, SessionOpen).session
+        first = codec.decode_payload(found.payload, SessionOpen)
+        session = first.session
         try:
             hold = self._desk.find_contract(session)
         except RefusedError:
-            await self._end_lapsed(session, opening)
+            await self._end_lapsed(first, peer)
             raise
         contract = hold.contract
         assert contract is not None, "find_contract returns agreed holds only"
@@ -109,29 +109,27 @@ class Sessions:
                 "session over session=%s reason=%s orders=%d", session, reason, host.orders_done
             )
 
-    async def _end_lapsed(self, session: str, opening: bytes) -> None:
+    async def _end_lapsed(self, opening: SessionOpen, peer: str) -> None:
         """A grant for an agreement that lapsed: claim nothing, so that the buyer's money is freed.
 
-        Raises LumarisError when the opening does not hold; nothing changes then.
+        The grant speaks for itself: the coordinator signed it for this one agreement, and the buyer
+        may have lost its session key. Raises LumarisError for another's; nothing changes then.
         """
-        found = await self._store.find_ungranted(session)
+        found = await self._store.find_ungranted(opening.session)
         if found is None:
             return
         contract = agreements.join(*found, network=self._network)
         agreement = contract.agreement
-        first = ReceiveChain(
-            agreement.buyer_session_key,
-            network=self._network,
-            session=session,
-            root=contract.hash,
-            kinds=(SessionOpen,),
-        ).open(opening)
-        assert isinstance(first.message, SessionOpen)
-        grant = first.message.grant
+        if peer != agreement.buyer:
+            raise RefusedError("wrong_signer", "Another peer's session.")
         agreements.open_grant(
-            grant, contract, network=self._network, coordinator=agreement.coordinator, now=None
+            opening.grant,
+            contract,
+            network=self._network,
+            coordinator=agreement.coordinator,
+            now=None,
         )
-        await self._store.end_ungranted(session, grant, now=self._clock())
+        await self._store.end_ungranted(opening.session, opening.grant, now=self._clock())
         self._ended()
 
     async def serve_blob(self, stream: OverlayStream) -> None:
@@ -147,6 +145,9 @@ class Sessions:
         except LumarisError as error:
             self._strangers.note(stream.peer, error.code, error.message)
             await framed.refuse(error)
+        except OSError as error:
+            log.warning("transfer failed peer=%s error=%r", stream.peer, error)
+            await framed.refuse(LumarisError("platform_error"))
         except (trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             log.info("transfer ended early peer=%s error=%r", stream.peer, error)
         finally:

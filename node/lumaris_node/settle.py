@@ -12,12 +12,12 @@ import trio
 
 from lumaris_node.coordinator_link import CoordinatorLink
 from lumaris_node.desk import Terms
-from lumaris_node.store import Store, Unsettled
-from lumaris_protocol import codec, coordinator_api, receipts
+from lumaris_node.store import Store
+from lumaris_protocol import codec, coordinator_api, receipts, settlement
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.keys import KeyPair
-from lumaris_protocol.messages.payment import Settle
 from lumaris_protocol.messages.receipt import Receipt
+from lumaris_protocol.settlement import Papers
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +80,14 @@ class Settler:
                 await self._store.give_up(item.session, error.code)
         return clear
 
-    async def _settle(self, item: Unsettled) -> None:
-        claim = claim_of(item, self._key, self._terms, now=int(self._clock()))
+    async def _settle(self, item: Papers) -> None:
+        claim = settlement.claim(
+            item,
+            self._key,
+            network=self._terms.network,
+            coordinator=self._terms.coordinator,
+            now=int(self._clock()),
+        )
         answer = await self._link.call(coordinator_api.settle(claim))
         if isinstance(answer, coordinator_api.Claimed):
             raise LumarisError("internal", "The coordinator let a seller's claim wait.")
@@ -91,20 +97,3 @@ class Settler:
         ).message
         await self._store.settled(item.session, receipt=answer, earned_nanos=receipt.seller_nanos)
         log.info("settled session=%s earned_nanos=%d", item.session, receipt.seller_nanos)
-
-
-def claim_of(item: Unsettled, key: KeyPair, terms: Terms, *, now: int) -> bytes:
-    """The signed claim for an ended session."""
-    settle = Settle(
-        session=item.session,
-        party=key.peer_id,
-        coordinator=terms.coordinator,
-        total_nanos=item.total_nanos,
-        agreement_by_buyer=item.by_buyer,
-        agreement_by_seller=item.by_seller,
-        grant=item.grant,
-        voucher=item.voucher,
-        closes=item.closes,
-        issued_at=now,
-    )
-    return codec.sign(settle, key, terms.network).data

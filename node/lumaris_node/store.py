@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +17,7 @@ from sqlite_utils.migrations import Migrations
 
 from lumaris_protocol.agreements import Contract
 from lumaris_protocol.errors import LumarisError
+from lumaris_protocol.settlement import Papers
 
 T = TypeVar("T")
 
@@ -55,19 +55,6 @@ def create_sessions(db: sqlite_utils.Database) -> None:
     )
     db.table("session").create_index(["state"])
     db.table("counter").create({"name": str, "value": int}, pk="name")
-
-
-@dataclass(frozen=True)
-class Unsettled:
-    """A session that has ended, or was cut off, and is not settled yet."""
-
-    session: str
-    by_buyer: bytes
-    by_seller: bytes
-    grant: bytes
-    voucher: bytes | None
-    total_nanos: int
-    closes: tuple[bytes, ...] = field(kw_only=True)
 
 
 class Store:
@@ -161,7 +148,7 @@ class Store:
             "UPDATE session SET state = 'settled', reason = ? WHERE session = ?", (reason, session)
         )
 
-    async def unsettled(self) -> list[Unsettled]:
+    async def unsettled(self) -> list[Papers]:
         """Every session that waits for its settlement, oldest first."""
         rows = await self._run(
             lambda: self._connection.execute(
@@ -172,7 +159,7 @@ class Store:
         found = []
         for *fields, by_buyer, by_seller in rows:
             closes = (by_buyer, by_seller) if by_buyer and by_seller else ()
-            found.append(Unsettled(*fields, closes=closes))
+            found.append(Papers(*fields, closes=closes))
         return found
 
     async def next_advert_seq(self, *, now: float) -> int:

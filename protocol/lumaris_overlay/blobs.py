@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import trio
 
-from lumaris_overlay.framed_stream import FramedStream
+from lumaris_overlay.framed_stream import FramedStream, read_refusal
 from lumaris_overlay.ports import Overlay
 from lumaris_protocol.errors import EnvelopeError, RefusedError
 from lumaris_protocol.frames import Kind
@@ -84,6 +84,8 @@ async def receive_chunks(
                     raise EnvelopeError("truncated", "The file ended early.")
                 if frame.kind == Kind.END:
                     break
+                if frame.kind == Kind.REFUSAL:
+                    raise read_refusal(frame.body)
                 if frame.kind != Kind.DATA:
                     raise EnvelopeError("malformed", "Not a part of a file.")
                 received += len(frame.body)

@@ -6,7 +6,7 @@ receipt is verified with them years later.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from lumaris_protocol import agreements, codec
@@ -14,6 +14,7 @@ from lumaris_protocol.agreements import Contract
 from lumaris_protocol.codec import Signed
 from lumaris_protocol.errors import RefusedError
 from lumaris_protocol.ids import derive_id
+from lumaris_protocol.keys import KeyPair
 from lumaris_protocol.messages.budget import BudgetGrant
 from lumaris_protocol.messages.negotiation import Agreement
 from lumaris_protocol.messages.payment import Close, Settle, Voucher
@@ -32,6 +33,19 @@ NOT_GUARANTEED = {
     "repl": ("That the result is correct beyond the agreement of the named replicas.",),
     "evid": ("That the result is correct: only the signed evidence of both sides stands for it.",),
 }
+
+
+@dataclass(frozen=True)
+class Papers:
+    """What a party holds of one session: with a grant, everything a claim needs."""
+
+    session: str
+    by_buyer: bytes
+    by_seller: bytes
+    grant: bytes | None
+    voucher: bytes | None
+    total_nanos: int
+    closes: tuple[bytes, ...] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -56,6 +70,25 @@ def open_voucher(data: bytes, agreement: Agreement, *, network: str) -> Signed[V
     if voucher.message.total_nanos > agreement.terms.cap_nanos:
         raise RefusedError("over_cap")
     return voucher
+
+
+def claim(papers: Papers, key: KeyPair, *, network: str, coordinator: str, now: int) -> bytes:
+    """A party's signed claim. Raises ValueError for papers without a grant: nothing was held."""
+    if papers.grant is None:
+        raise ValueError("a session without a grant cannot be claimed")
+    settle = Settle(
+        session=papers.session,
+        party=key.peer_id,
+        coordinator=coordinator,
+        total_nanos=papers.total_nanos,
+        agreement_by_buyer=papers.by_buyer,
+        agreement_by_seller=papers.by_seller,
+        grant=papers.grant,
+        voucher=papers.voucher,
+        closes=papers.closes,
+        issued_at=now,
+    )
+    return codec.sign(settle, key, network).data
 
 
 def open_claim(settle: Signed[Settle], *, network: str, coordinator: str) -> Claim:

@@ -36,14 +36,18 @@ class Engine:
         self._stop: trio.Event | None = None
 
     def submit(
-        self, work: Callable[[], Awaitable[T]], *, on_end: Callable[[], object] = lambda: None
+        self,
+        work: Callable[[], Awaitable[T]],
+        *,
+        on_end: Callable[[], object] = lambda: None,
+        future: concurrent.futures.Future[T] | None = None,
     ) -> concurrent.futures.Future[T]:
         """Run `work` in the engine; cancelling the future cancels it there.
 
         `on_end` is called in the engine when the work has ended and cleaned up.
         """
         token = self._start()
-        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        future = concurrent.futures.Future() if future is None else future
         scope = trio.CancelScope()
         cancelled = threading.Event()
 
@@ -85,9 +89,11 @@ class Engine:
         if threading.current_thread() is self._thread:
             raise LumarisError("usage", "Use AsyncClient inside the engine; this call would block.")
         ended = threading.Event()
-        future = self.submit(work, on_end=ended.set)
+        self._start()
+        # Made out here, so that a Ctrl-C in the middle of `submit` still finds what to cancel.
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
         try:
-            return future.result()
+            return self.submit(work, on_end=ended.set, future=future).result()
         except KeyboardInterrupt:
             future.cancel()
             ended.wait(_START_S)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -19,6 +19,7 @@ from sqlite_utils.migrations import Migrations
 from lumaris import processes
 from lumaris_protocol.agreements import Contract
 from lumaris_protocol.errors import LumarisError
+from lumaris_protocol.settlement import Papers
 
 T = TypeVar("T")
 
@@ -88,16 +89,10 @@ def create_tables(db: sqlite_utils.Database) -> None:
 class Unsettled:
     """A session whose money has not come to rest."""
 
-    session: str
+    papers: Papers
     seller: str
-    by_buyer: bytes
-    by_seller: bytes
-    grant: bytes | None
-    opening: bytes | None
-    voucher: bytes | None
-    total_nanos: int
-    closes: tuple[bytes, ...] = field(kw_only=True)
-    state: str = field(kw_only=True)
+    opening: bytes | None  # our signed first word to the seller
+    state: str
 
 
 class Store:
@@ -174,17 +169,17 @@ class Store:
         """Sessions that are not settled, oldest first; not those another live program runs."""
         rows = await self._run(
             lambda: self._connection.execute(
-                'SELECT session, seller, by_buyer, by_seller, "grant", opening, voucher,'
-                " total_nanos, owner, close_buyer, close_seller, state FROM session"
+                'SELECT session, by_buyer, by_seller, "grant", voucher, total_nanos, close_buyer,'
+                " close_seller, seller, opening, state, owner FROM session"
                 " WHERE state != 'settled' ORDER BY started_at"
             ).fetchall()
         )
         found = []
-        for *fields, owner, by_buyer, by_seller, state in rows:
+        for *held, close_buyer, close_seller, seller, opening, state, owner in rows:
             if state in ("agreed", "open") and owner != self._owner and processes.alive(owner):
                 continue
-            closes = (by_buyer, by_seller) if by_buyer and by_seller else ()
-            found.append(Unsettled(*fields, closes=closes, state=state))
+            closes = (close_buyer, close_seller) if close_buyer and close_seller else ()
+            found.append(Unsettled(Papers(*held, closes=closes), seller, opening, state))
         return found
 
     async def receipt(self, name: str) -> bytes | None:

@@ -149,8 +149,9 @@ def test_an_asyncio_program_that_gives_up_cancels_the_job_at_the_seller(net: Dev
     net.client().close()
 
     async def give_up() -> JobResult:
-        arguments = {"state": net.buyer_state, "coordinator": net.url, "overlay_linger_s": 2}
-        async with AsyncClient(**arguments) as client:
+        async with AsyncClient(
+            state=net.buyer_state, coordinator=net.url, overlay_linger_s=2
+        ) as client:
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(client.run(IMAGE, LONG), timeout=5)
             # The seller's one core is free again although the guest would have slept on.

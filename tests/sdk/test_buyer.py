@@ -93,7 +93,9 @@ async def test_refused_quotes_say_why(market: Market):
 
         async def refusal(needs: Requirements, lease_s: int = LEASE_S) -> str:
             with pytest.raises(LumarisError) as caught:
-                await buyer.market.quotes(needs, report, lease_s=lease_s, cap_nanos=1000)
+                await buyer.market.quotes(
+                    needs, report, lease_s=lease_s, cap_nanos=1000, verification="det"
+                )
             return caught.value.code
 
         assert await refusal(needs, 3601) == "duration_long"
@@ -104,7 +106,9 @@ async def test_refused_quotes_say_why(market: Market):
         assert await refusal(needs) == "not_accepting"
         seller.quotes.accepting = True
         held = [
-            await buyer.market.quotes(with_cpu(needs, 10), report, lease_s=60, cap_nanos=1)
+            await buyer.market.quotes(
+                with_cpu(needs, 10), report, lease_s=60, cap_nanos=1, verification="det"
+            )
             for _ in range(QUOTES_HELD_PER_BUYER_MAX)
         ]
         assert await refusal(with_cpu(needs, 10)) == "too_many_holds"
@@ -154,7 +158,9 @@ async def contract_of(market: Market, buyer: Buyer) -> AsyncIterator[BuyerSessio
     """An agreement as `Pool` makes it, stored; the session's machine before its opening."""
     needs = await needs_of(market, buyer)
     report = matching.match(needs, buyer.market.adverts, lease_s=LEASE_S)
-    [offered] = await buyer.market.quotes(needs, report, lease_s=LEASE_S, cap_nanos=1_000_000)
+    [offered] = await buyer.market.quotes(
+        needs, report, lease_s=LEASE_S, cap_nanos=1_000_000, verification="det"
+    )
     contract, key = await buyer.market.agree(offered)
     await buyer.store.add_session(contract, now=0)
     yield BuyerSession(contract, key, network=m.NETWORK, now=trio.current_time())
@@ -274,7 +280,7 @@ async def shown(overlay: Overlay, seller: str, opening: bytes) -> str:
     return caught.value.code
 
 
-async def test_jobs_are_written_behind_and_orphans_are_named(market: Market):
+async def test_jobs_are_written_behind_and_orphans_are_named(market: Market, monkeypatch):
     await market.seller()
     async with market.buyer() as buyer:
         said = trio.Event()
@@ -294,10 +300,13 @@ async def test_jobs_are_written_behind_and_orphans_are_named(market: Market):
                 return bool(await buyer.store.jobs(1))
 
             await eventually_async(written, "the row is written")
-            assert await buyer.store.end_orphan_jobs(now=1) == 1
+            await buyer.store.end_orphan_jobs(now=1)
+            assert (await buyer.store.jobs(10))[0]["state"] == "running", "its program lives"
+            monkeypatch.setattr("lumaris.store.processes.alive", lambda owner: False)
+            await buyer.store.end_orphan_jobs(now=1)
             nursery.cancel_scope.cancel()
         [row] = await buyer.store.jobs(10)
-        assert (row["state"], row["reason"]) == ("error", "buyer_lost")
+        assert (row["state"], row["reason"]) == ("failed", "buyer_lost")
         await buyer.flush_rows()
         [row] = await buyer.store.jobs(10)
         assert (row["state"], row["reason"]) == ("failed", "cancelled")

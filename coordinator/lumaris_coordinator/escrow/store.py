@@ -54,7 +54,7 @@ class Event:
     at: int
 
 
-_SELECT: Final = "SELECT " + ", ".join(field.name for field in fields(Escrow)) + " FROM escrow"  # noqa: S608 - our own field names
+_SELECT: Final = "SELECT " + ", ".join(field.name for field in fields(Escrow)) + " FROM escrow"
 
 
 def find(connection: Connection, agreement_hash: str) -> Escrow | None:

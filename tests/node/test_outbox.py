@@ -1,0 +1,96 @@
+"""The outbox of a session: nothing is sent before it is stored, nothing stored is lost."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+from trio.testing import memory_stream_pair
+
+from lumaris_overlay.framed_stream import FramedStream
+from lumaris_overlay.outbox import Outbox
+from lumaris_protocol.effects import Effect, KeepVoucher, Send
+
+
+class Disk:
+    """Stores one effect at a time, when let."""
+
+    def __init__(self) -> None:
+        self.kept: list[Effect] = []
+        self.asked, self.go = trio.Event(), trio.Event()
+
+    async def keep(self, effect: Effect) -> None:
+        self.asked.set()
+        await self.go.wait()
+        self.kept.append(effect)
+
+
+async def test_a_message_waits_for_what_it_depends_on():
+    ours, theirs = memory_stream_pair()
+    disk, voucher = Disk(), KeepVoucher(b"v", 1)
+    outbox, reader = Outbox(FramedStream(ours), disk.keep), FramedStream(theirs)
+    outbox.put(Send(b"first"))
+    outbox.put(voucher)
+    outbox.put(Send(b"second"))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(outbox.run)
+        frame = await reader.receive()
+        assert frame is not None
+        assert frame.body == b"first"
+        await disk.asked.wait()
+        with trio.move_on_after(0.02) as scope:
+            await reader.receive()
+        assert scope.cancelled_caught, "sent before it was stored"
+        disk.go.set()
+        frame = await reader.receive()
+        assert frame is not None
+        assert frame.body == b"second"
+        await outbox.flush()
+        assert disk.kept == [voucher]
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_write_cut_off_is_made_up_for():
+    """A voucher that was being stored when the session ended is stored all the same."""
+    ours, _ = memory_stream_pair()
+    disk, voucher = Disk(), KeepVoucher(b"v", 1)
+    outbox = Outbox(FramedStream(ours), disk.keep)
+    outbox.put(voucher)
+    outbox.put(Send(b"lost"))
+    outbox.put(KeepVoucher(b"w", 2))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(outbox.run)
+        await disk.asked.wait()
+        nursery.cancel_scope.cancel()
+    assert disk.kept == []
+    disk.go.set()
+    await outbox.keep_rest()
+    assert disk.kept == [voucher, KeepVoucher(b"w", 2)]
+
+
+async def test_bulk_output_waits_for_a_slow_reader():
+    ours, theirs = memory_stream_pair()
+    outbox = Outbox(FramedStream(ours), Disk().keep)
+    for _ in range(64):
+        outbox.put(Send(b"x"))
+    with trio.move_on_after(0.02) as scope:
+        await outbox.room()
+    assert scope.cancelled_caught
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(outbox.run)
+        await outbox.room()
+        nursery.cancel_scope.cancel()
+    await theirs.aclose()
+
+
+async def test_a_reader_that_is_gone_holds_nobody_up():
+    ours, theirs = memory_stream_pair()
+    outbox = Outbox(FramedStream(ours), Disk().keep)
+    await theirs.aclose()
+    for _ in range(100):
+        outbox.put(Send(b"x"))
+    with pytest.RaisesGroup(trio.BrokenResourceError):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(outbox.run)
+    with trio.fail_after(1):
+        await outbox.room()
+        await outbox.flush()
