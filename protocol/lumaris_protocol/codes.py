@@ -99,6 +99,7 @@ CODES: dict[str, Code] = {
     "queue_full": Code("Too many orders wait in this session.", "Wait for results before sending more.", 1),
     "lease_ended": Code("The lease is over.", "Open a new session.", 8),
     "shutting_down": Code("The seller is shutting down.", "Another seller is tried automatically.", 10),
+    "idle": Code("The session had no orders for a while.", "A new session is opened when needed.", 0),
     "closed": Code("The session was closed by agreement.", "", 0),
     # --- programs ---
     "unreachable": Code("The other side cannot be reached.", "Check that it runs and that the address is right.", 10),

@@ -18,6 +18,10 @@ from lumaris_protocol.limits import MIB
 
 T = TypeVar("T")
 
+# Refusals that the same request may not meet again: what was asked may even have been done.
+TRANSIENT: Final = frozenset(
+    ("coordinator_unreachable", "busy", "internal", "timeout", "unauthorized")
+)
 # The largest answer is a page of transfers; anything longer is not our coordinator.
 ANSWER_BYTES_MAX: Final = 4 * MIB
 ENVELOPE_MEDIA_TYPE: Final = "application/octet-stream"

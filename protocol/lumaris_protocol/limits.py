@@ -64,6 +64,13 @@ PREPARE_S_MAX = 600
 FUEL_MAX = 1 << 62
 ORDERS_QUEUED_MAX = 64  # per session: enough to hide a round trip, small enough to bound memory
 GRACE_S = 2
+# How long a frozen order waits for a voucher before its session ends.
+PAY_WAIT_S = 30
+# A seller with orders in hand says something this often; a buyer gives up after several misses.
+KEEPALIVE_S = 5
+SILENCE_S = 30
+# A session without orders gives its capacity back after this long.
+IDLE_S_MAX = 60
 MODULE_BYTES_MAX = 256 * MIB  # a wasm image; CPython is 26 MB, CPython with numpy about 100 MB
 SCRATCH_FILES_MAX = 65_536  # files a job may have in /out at once; each costs the seller an inode
 

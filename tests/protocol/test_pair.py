@@ -10,6 +10,7 @@ import pytest
 
 from lumaris_protocol import codec, envelope, limits, merkle, pricing
 from lumaris_protocol import effects as fx
+from lumaris_protocol.effects import KeepVoucher, StopOrder
 from lumaris_protocol.errors import (
     EnvelopeError,
     LocalError,
@@ -18,9 +19,17 @@ from lumaris_protocol.errors import (
     ViolationError,
 )
 from lumaris_protocol.keys import KeyPair
+from lumaris_protocol.limits import (
+    CLOCK_SKEW_S,
+    IDLE_S_MAX,
+    KEEPALIVE_S,
+    PAY_WAIT_S,
+    PREPARE_S_MAX,
+    SILENCE_S,
+)
 from lumaris_protocol.machines.buyer import BuyerSession
 from lumaris_protocol.machines.chain import SendChain
-from lumaris_protocol.machines.seller import PAY_WAIT_S, SellerSession, refusal_of
+from lumaris_protocol.machines.seller import SellerSession, refusal_of
 from lumaris_protocol.messages.base import SessionMessage
 from lumaris_protocol.messages.execution import (
     Acceptance,
@@ -57,6 +66,13 @@ def chain_of_seller(pair: Pair, key: KeyPair = p.SELLER_SESSION) -> SendChain:
     """A seller's chain that has said nothing yet: for what an honest machine never says."""
     agreement = pair.contract.agreement
     return SendChain(key, network=p.NETWORK, session=agreement.session, root=pair.contract.hash)
+
+
+def say_running(pair: Pair, chain: SendChain, *orders: int) -> None:
+    """The rogue seller says that orders run: only then may they cost anything."""
+    for n in orders:
+        event = chain.sign(JobEvent, n=n, state="running", at=p.NOW)
+        pair.buyer.receive(event.data, now=pair.now)
 
 
 def rogue_seller(pair: Pair) -> SendChain:
@@ -214,7 +230,8 @@ def test_the_gate_shuts_at_the_exposure_and_a_voucher_opens_it() -> None:
     assert pair.wall_ms[1] == stopped_at
     pair.pump()
     assert pair.gate_open
-    assert pair.seller.tick(now=pair.now + PAY_WAIT_S + 1) == []
+    pair.by_seller(pair.seller.tick(now=pair.now + PAY_WAIT_S + 1))
+    assert not pair.seller.machine.done
     pair.check()
 
 
@@ -601,7 +618,10 @@ def test_what_is_said_after_the_end_is_ignored() -> None:
     assert pair.queue == []
     assert pair.over() == ("shutting_down", "shutting_down")
     late = pair.buyer._chain.sign(Voucher, total_nanos=50)
-    assert pair.seller.receive(late.data, now=pair.now) == []
+    kept = pair.seller.receive(late.data, now=pair.now)  # money that crossed the end still counts
+    assert kept == [KeepVoucher(late.data, 50)]
+    stale = pair.buyer._chain.sign(Voucher, total_nanos=50)
+    assert pair.seller.receive(stale.data, now=pair.now) == []
 
 
 # --- a hostile peer ---
@@ -761,6 +781,7 @@ def test_an_overcharging_meter_or_delivery_is_refused() -> None:
         pair = Pair()
         chain = rogue_seller(pair)
         pair.order()
+        say_running(pair, chain, 1)
         pair.now += 1  # a second at 2000 a second, and a start of 100
         data = chain.sign(kind, **fields).data
         with pytest.raises(ViolationError, match="overcharged"):
@@ -774,7 +795,7 @@ def test_orders_that_run_one_by_one_cannot_each_cost_all_the_time() -> None:
         pair = Pair(accepts=not wait)
         chain = rogue_seller(pair)
         for _ in range(10):
-            pair.order()
+            say_running(pair, chain, pair.order())
         pair.now += 10
         sent = [chain.sign(Delivery, **delivery_fields(n, 20_100)).data for n in range(1, 11)]
         with pytest.raises(ViolationError, match="overcharged"):
@@ -786,6 +807,7 @@ def test_an_amount_above_the_cap_is_refused() -> None:
     pair = Pair(msgspec.structs.replace(p.TERMS, cap_nanos=1000))
     chain = rogue_seller(pair)
     pair.order()
+    say_running(pair, chain, 1)
     pair.now += 10
     data = chain.sign(Meter, n=1, amount_nanos=1001, usage=Usage()).data
     with pytest.raises(ViolationError, match="over_cap"):
@@ -805,6 +827,7 @@ def test_a_delivery_that_contradicts_itself_is_refused(changes: dict[str, Any], 
     pair = Pair()
     chain = rogue_seller(pair)
     pair.order()
+    say_running(pair, chain, 1)
     data = chain.sign(Delivery, **(delivery_fields(1, 0) | changes)).data
     with pytest.raises(ViolationError, match=code):
         pair.buyer.receive(data, now=pair.now)
@@ -813,7 +836,7 @@ def test_a_delivery_that_contradicts_itself_is_refused(changes: dict[str, Any], 
 def test_a_second_delivery_and_too_much_output_are_refused() -> None:
     pair = Pair(accepts=False)
     chain = rogue_seller(pair)
-    pair.order()
+    say_running(pair, chain, pair.order())
     for expected in ("", "replayed"):
         data = chain.sign(Delivery, **delivery_fields(1, 0)).data
         if expected:
@@ -823,7 +846,7 @@ def test_a_second_delivery_and_too_much_output_are_refused() -> None:
             pair.buyer.receive(data, now=pair.now)
     pair = Pair()
     chain = rogue_seller(pair)
-    pair.order()
+    say_running(pair, chain, pair.order())
     big = msgspec.structs.replace(p.file("a"), size_bytes=p.LIMITS.disk_bytes + 1)
     fields = delivery_fields(1, 0) | {
         "outputs": (big,),
@@ -870,6 +893,7 @@ def test_a_seller_that_takes_a_delivery_back_leaves_nothing_to_accept() -> None:
     pair = Pair(accepts=False)
     chain = rogue_seller(pair)
     n = pair.order()
+    say_running(pair, chain, n)
     pair.buyer.receive(chain.sign(Delivery, **delivery_fields(n, 0)).data, now=pair.now)
     event = chain.sign(JobEvent, n=n, state="error", reason="platform_error", at=p.NOW)
     pair.buyer.receive(event.data, now=pair.now)
@@ -900,3 +924,98 @@ def test_session_messages_are_the_chained_ones() -> None:
     named = {"session_open", "work_order", "acceptance", "voucher", "cancel", "close"}
     named |= {"session_ready", "job_event", "log_chunk", "meter", "delivery"}
     assert chained == named
+
+
+# --- time, and work given away ---
+
+
+def test_nothing_is_paid_for_an_order_that_was_never_said_to_run() -> None:
+    pair = Pair()
+    chain = rogue_seller(pair)
+    pair.order()
+    pair.now += 100
+    meter = chain.sign(Meter, n=1, amount_nanos=100, usage=Usage())
+    with pytest.raises(ViolationError, match="out_of_sequence"):
+        pair.buyer.receive(meter.data, now=pair.now)
+    assert pair.stored()[0] == 0
+
+
+def test_an_order_costs_no_more_than_its_own_time_limit() -> None:
+    pair = Pair()
+    chain = rogue_seller(pair)
+    say_running(pair, chain, pair.order())
+    pair.now += 10 * p.LIMITS.wall_s
+    amount = pair.terms.start_nanos + pair.terms.rate_nanos_per_s * 2 * p.LIMITS.wall_s
+    meter = chain.sign(Meter, n=1, amount_nanos=amount, usage=Usage())
+    with pytest.raises(ViolationError, match="overcharged"):
+        pair.buyer.receive(meter.data, now=pair.now)
+
+
+def test_a_silent_seller_is_given_up_and_a_busy_one_is_not() -> None:
+    pair = Pair().open()
+    pair.order()
+    pair.pump()
+    for _ in range(SILENCE_S):  # preparing for long, and saying so
+        pair.now += KEEPALIVE_S
+        pair.by_seller(pair.seller.tick(now=pair.now))
+        pair.pump()
+        assert pair.buyer.tick(now=pair.now) == []
+    pair.now += SILENCE_S + 1
+    pair.by_buyer(pair.buyer.tick(now=pair.now))
+    assert pair.over()[0] == "timeout"
+
+
+def test_a_seller_that_only_says_it_lives_is_given_up_in_the_end() -> None:
+    pair = Pair().open()
+    pair.order()
+    pair.pump()
+    limit = pair.now + PREPARE_S_MAX + p.LIMITS.wall_s + PAY_WAIT_S + CLOCK_SKEW_S
+    while pair.now <= limit:
+        assert pair.buyer.tick(now=pair.now) == []
+        pair.now += KEEPALIVE_S
+        pair.by_seller(pair.seller.tick(now=pair.now))
+        pair.pump()
+    assert pair.buyer.tick(now=pair.now) != []
+
+
+def test_a_session_without_orders_gives_its_capacity_back() -> None:
+    pair = Pair().open()
+    pair.now += IDLE_S_MAX + 1
+    pair.by_seller(pair.seller.tick(now=pair.now))
+    pair.pump()
+    assert pair.over() == ("idle", "idle")
+
+
+def test_work_given_away_is_bounded_by_the_exposure() -> None:
+    """A buyer that rejects every delivery, or whose every job fails, is not served for ever."""
+    for rejects in (True, False):
+        pair = Pair(accepts=False).open()
+        given = 0
+        for _ in range(1000):
+            if pair.seller.machine.done:
+                break
+            n = pair.order()
+            pair.pump()
+            pair.start()
+            pair.pass_time(500)
+            given += pair.terms.start_nanos
+            if rejects:
+                pair.deliver()
+                pair.pump()
+                pair.by_buyer(pair.buyer.reject(n, "output_mismatch"))
+            else:
+                pair.fail(n, "failed", "exit_nonzero")
+            pair.pump()
+        assert pair.seller.machine.done
+        assert pair.over()[1] == "unpaid"
+        assert given <= 2 * pair.terms.exposure_nanos
+
+
+def test_an_order_stops_at_its_own_cost_limit() -> None:
+    pair = Pair().open()
+    limits = msgspec.structs.replace(p.LIMITS, cost_nanos=pair.terms.start_nanos + 1)
+    n = pair.order(limits=limits)
+    pair.pump()
+    pair.start()
+    pair.pass_time(1000)
+    assert StopOrder(n, "budget_exceeded") in pair.seller_did

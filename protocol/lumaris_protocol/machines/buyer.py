@@ -24,9 +24,11 @@ from lumaris_protocol.effects import (
 )
 from lumaris_protocol.errors import LocalError, LumarisError, ViolationError
 from lumaris_protocol.keys import KeyPair
+from lumaris_protocol.limits import CLOCK_SKEW_S, GRACE_S, PAY_WAIT_S, PREPARE_S_MAX, SILENCE_S
 from lumaris_protocol.machines.chain import ReceiveChain, SendChain, session_kinds
 from lumaris_protocol.machines.tab import Tab
 from lumaris_protocol.machines.table import Machine, Row, Table, late
+from lumaris_protocol.messages.base import SessionMessage
 from lumaris_protocol.messages.execution import (
     Acceptance,
     Cancel,
@@ -87,6 +89,8 @@ class _Order:
     sent_at: float
     offsets: dict[str, int] = field(default_factory=lambda: {"stdout": 0, "stderr": 0})
     delivery: Delivery | None = None
+    state: str = ""
+    running: bool = False
     claimed_nanos: int = 0  # the most the seller asked for it
     metered_nanos: int = 0  # the part of that on the tab
 
@@ -109,7 +113,8 @@ class BuyerSession:
             root=contract.hash,
             kinds=session_kinds(*_FACTS),
         )
-        self._opened_at = now
+        self._opened_at = self._heard_at = self._head_at = now
+        self._lease_s = agreement.ends_at - agreement.issued_at
         self._orders_sent = 0
         self._live: dict[int, _Order] = {}
         self._our_close = b""
@@ -155,6 +160,8 @@ class BuyerSession:
             idempotency_key=idempotency_key,
         )
         self._orders_sent = n  # only now: an order that cannot be signed uses up no number
+        if not self._live:
+            self._heard_at = self._head_at = now  # silence counts while something is expected
         self._live[n] = _Order(limits, now)
         return n, [Send(order.data)]
 
@@ -222,6 +229,29 @@ class BuyerSession:
         Raises EnvelopeError or ViolationError; the shell then calls `lost`.
         """
         message = self._peer.open(data).message
+        self._heard_at = now
+        heads = min(self._live, default=0)
+        effects = self._take(message, data, now)
+        if min(self._live, default=0) != heads:
+            self._head_at = now
+        return effects
+
+    def tick(self, *, now: float) -> list[Effect]:
+        """Time passed: a seller that says nothing, or whose order overruns, is given up on.
+
+        A seller repeats the state of its orders every few seconds, so silence means it is gone.
+        """
+        if self.machine.done or not self._live:
+            return []
+        head = self._live[min(self._live)]
+        silent = now - self._heard_at > SILENCE_S
+        allowed_s = PREPARE_S_MAX + head.limits.wall_s + PAY_WAIT_S + CLOCK_SKEW_S
+        over = now - self._opened_at > self._lease_s + CLOCK_SKEW_S
+        if silent or over or now - self._head_at > allowed_s:
+            return self.lost("lease_ended" if over else "timeout")
+        return []
+
+    def _take(self, message: SessionMessage, data: bytes, now: float) -> list[Effect]:
         state, over = self.machine.state, self.machine.done
         self.machine.take(message.TYPE)
         if over:
@@ -240,8 +270,14 @@ class BuyerSession:
         return self._on_delivery(message, now)
 
     def _on_event(self, message: JobEvent) -> list[Effect]:
-        if message.n not in self._live:
+        order = self._live.get(message.n)
+        if order is None:
             return []  # an order we gave up on: its end was on the way
+        repeated = message.state == order.state and not message.missing
+        order.state = message.state
+        order.running = order.running or message.state == "running"
+        if repeated:
+            return []  # a sign of life
         if message.state in _TERMINAL:
             del self._live[message.n]
             self.costs[message.n] = self.tab.strike(message.n)
@@ -305,16 +341,19 @@ class BuyerSession:
     def _check_amount(self, n: int, amount_nanos: int, now: float) -> None:
         """Orders of a session run one at a time, so time bounds each order and their sum."""
         rate, start = self.terms.rate_nanos_per_s * _CLOCK_TOLERANCE, self.terms.start_nanos
-        order_max = start + rate * (now - self._live[n].sent_at)
-        session_max = start * self._orders_sent + rate * (now - self._opened_at)
         order = self._live[n]
+        if not order.running:
+            raise ViolationError("out_of_sequence", f"Order {n} costs before it runs.")
+        ran_s = min(now - order.sent_at, order.limits.wall_s + GRACE_S)
+        order_max = start + rate * ran_s
+        session_max = start * self._orders_sent + rate * (now - self._opened_at)
         order.claimed_nanos = max(order.claimed_nanos, amount_nanos)
         # Deliveries that wait for our word are not on the tab yet, but their time has passed.
         waiting = sum(live.claimed_nanos - live.metered_nanos for live in self._live.values())
         owed = self.tab.vouchered_nanos + self.tab.unpaid_nanos + waiting
         if amount_nanos > order_max or owed > session_max:
             raise ViolationError("overcharged")
-        if amount_nanos > self.terms.cap_nanos:
+        if amount_nanos > (order.limits.cost_nanos or self.terms.cap_nanos):
             raise ViolationError("over_cap")
 
     def _voucher(self, total_nanos: int) -> list[Effect]:

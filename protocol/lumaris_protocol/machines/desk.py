@@ -120,6 +120,10 @@ class QuoteDesk:
             raise RefusedError("cpu_short")
         if len(self._holds) >= SESSIONS_MAX or matching.subtract(self.free, wanted) is None:
             raise RefusedError("no_capacity")
+        prices = advert.message.prices
+        least = prices.start_nanos + pricing.rate_nanos_per_s(prices, wanted)
+        if 0 < message.cap_nanos < least:
+            raise RefusedError("budget_exceeded", "The cap does not cover one second of work.")
         # The advert's own `free` may lag behind; capacity was just checked against the truth.
         current = _with_free(advert.message, self.free)
         failures = matching.explain(message.requirements, current, lease_s=message.lease_s)
@@ -145,7 +149,9 @@ class QuoteDesk:
         """Reserve what a signed quote promises."""
         hold = Hold(request, quote, Machine(QUOTE), float(quote.message.hold_until))
         self._holds[quote.hash] = hold
-        self._used[request.hash] = float(request.message.expires_at) + QUOTE_HOLD_S_MAX
+        self._used[request.hash] = float(
+            request.message.expires_at + CLOCK_SKEW_S + QUOTE_HOLD_S_MAX
+        )
         return hold
 
     def find_quote(self, agreement: Agreement, *, now: float) -> Hold:

@@ -58,6 +58,7 @@ _STOPPED: Final = (
     "unpaid",
     "lease_ended",
     "budget_exceeded",
+    "idle",
 )
 _GUEST: Final = ("exit_nonzero", "bad_image", "bad_command", "bad_input", "killed_trap")
 

@@ -26,7 +26,13 @@ from lumaris_protocol.effects import (
 )
 from lumaris_protocol.errors import LumarisError, ViolationError
 from lumaris_protocol.keys import KeyPair
-from lumaris_protocol.limits import INPUT_BYTES_MAX, ORDERS_QUEUED_MAX
+from lumaris_protocol.limits import (
+    IDLE_S_MAX,
+    INPUT_BYTES_MAX,
+    KEEPALIVE_S,
+    ORDERS_QUEUED_MAX,
+    PAY_WAIT_S,
+)
 from lumaris_protocol.machines.chain import ReceiveChain, SendChain, session_kinds
 from lumaris_protocol.machines.tab import Tab
 from lumaris_protocol.machines.table import Machine, Row, Table, late
@@ -75,8 +81,6 @@ SELLER_SESSION: Final = Table(
 
 # Retries come soon after; the hash chain already refuses a replayed order of any age.
 _KEYS_REMEMBERED: Final = 4096
-# How long a frozen order waits for a voucher before the session ends.
-PAY_WAIT_S: Final = 30
 
 
 class SellerSession:
@@ -105,6 +109,9 @@ class SellerSession:
         self._gate_open = True
         self._gate_shut_at = 0.0
         self._metered_at = 0.0
+        self._states: dict[int, WorkState] = {}  # the last said of each live order
+        self._said_at = self._busy_at = 0.0
+        self._written_off_nanos = 0
 
     # --- what the buyer says ---
 
@@ -120,8 +127,9 @@ class SellerSession:
             self._check_grant(message, now)  # before the state moves: a bad one opens nothing
         over = self.machine.done
         self.machine.take(message.TYPE)
+        self._busy_at = now
         if over:
-            return []
+            return self._on_late(message, signed)
         if isinstance(message, SessionOpen):
             return self._on_open(message, now)
         if isinstance(message, WorkOrder):
@@ -134,6 +142,13 @@ class SellerSession:
             return [StopOrder(message.n, "cancelled")] if message.n in self._live else []
         assert isinstance(message, Close)
         return self._on_close(message, data)
+
+    def _on_late(self, message: SessionMessage, signed: Signed[SessionMessage]) -> list[Effect]:
+        """A voucher that crossed our own end still counts."""
+        if isinstance(message, Voucher) and message.total_nanos > self.tab.vouchered_nanos:
+            self.tab.voucher(message.total_nanos)
+            return [KeepVoucher(signed.data, message.total_nanos)]
+        return []
 
     def _check_grant(self, message: SessionOpen, now: float) -> None:
         agreement = self.contract.agreement
@@ -193,7 +208,7 @@ class SellerSession:
         else:
             self._strike(message.n)
         self._metered.pop(message.n, None)
-        return self._gate(now)
+        return [*self._gate(now), *self._bad_debt()]
 
     def _on_voucher(
         self, message: Voucher, signed: Signed[SessionMessage], now: float
@@ -216,9 +231,8 @@ class SellerSession:
 
     def running(self, n: int, *, now: float) -> list[Effect]:
         """The sandbox runs: the bill begins with the start fee."""
-        self._metered_at = (
-            now  # the interval counts from the start: a short order that fails is free
-        )
+        # The interval counts from the start, so a short order that fails is free.
+        self._metered_at = now
         self.tab.accrue(n, pricing.order_nanos(self.terms, 0))
         return [*self._event(n, "running", now=now), *self._gate(now)]
 
@@ -231,7 +245,9 @@ class SellerSession:
         """The order has run this long; meter it when due, freeze it at the exposure."""
         amount = pricing.order_nanos(self.terms, usage.wall_ms)
         self.tab.accrue(n, amount)
-        if self._spent > self.terms.cap_nanos:
+        order = self._live.get(n)
+        cost_max = order.limits.cost_nanos if order is not None else 0
+        if self._spent > self.terms.cap_nanos or 0 < cost_max < amount:
             return [StopOrder(n, "budget_exceeded")]
         effects: list[Effect] = []
         waited = now - self._metered_at >= self.terms.voucher_interval_s
@@ -257,6 +273,9 @@ class SellerSession:
         More or longer file names than a delivery can carry make it `killed_output` instead.
         """
         amount = pricing.order_nanos(self.terms, usage.wall_ms)
+        cost_max = self._live[n].limits.cost_nanos
+        if 0 < cost_max < amount:
+            return self.failed(n, "killed", "budget_exceeded", now=now, usage=usage)
         try:
             delivery = self._chain.sign(
                 Delivery,
@@ -274,6 +293,7 @@ class SellerSession:
             return self.failed(n, "killed", "killed_output", now=now, usage=usage)
         self.tab.accrue(n, amount)
         del self._live[n]
+        self._states.pop(n, None)
         self._delivered[n] = amount
         return [Send(delivery.data), *self._gate(now)]
 
@@ -291,6 +311,7 @@ class SellerSession:
         """The order ended without a delivery: its unpaid part is struck off."""
         self._live.pop(n, None)
         self._strike(n)
+        self._busy_at = now
         event = self._event(
             n,
             state,
@@ -300,20 +321,28 @@ class SellerSession:
             exit_status=exit_status,
             detail=detail,
         )
-        return [*event, *self._gate(now)]
+        self._states.pop(n, None)
+        return [*event, *self._gate(now), *self._bad_debt()]
 
     def state(self, n: int, state: WorkState, *, now: float) -> list[Effect]:
         """Tell the buyer a state that changes no money (paused, collecting)."""
         return self._event(n, state, now=now)
 
     def tick(self, *, now: float) -> list[Effect]:
-        """Time passed: an unpaid session and a finished lease end here."""
-        if self.machine.done:
+        """Time passed: unpaid, idle and finished sessions end; busy ones give a sign of life."""
+        if self.machine.state != "open":
             return []
-        late = not self._gate_open and now - self._gate_shut_at > PAY_WAIT_S
-        over = now > self.contract.agreement.ends_at
-        if late or over:
-            return self.end("unpaid" if late else "lease_ended")
+        if self._live or self._delivered:
+            self._busy_at = now
+        if not self._gate_open and now - self._gate_shut_at > PAY_WAIT_S:
+            return self.end("unpaid")
+        if now > self.contract.agreement.ends_at:
+            return self.end("lease_ended")
+        if now - self._busy_at > IDLE_S_MAX:
+            return self.end("idle")
+        if self._live and now - self._said_at >= KEEPALIVE_S:
+            n = min(self._live)
+            return self._event(n, self._states.get(n, "accepted"), now=now)
         return []
 
     def end(self, reason: str) -> list[Effect]:
@@ -331,7 +360,16 @@ class SellerSession:
     # --- inside ---
 
     def _strike(self, n: int) -> None:
+        unpaid_nanos = self.tab.unpaid_nanos
         self.tab.strike(n, metered_nanos=self._metered.pop(n, 0))
+        self._written_off_nanos += max(0, unpaid_nanos - self.tab.unpaid_nanos)
+
+    def _bad_debt(self) -> list[Effect]:
+        """Work given away is bounded like work unpaid: the exposure, and as much as was paid."""
+        bound = self.terms.exposure_nanos + self.tab.vouchered_nanos
+        if self.terms.exposure_nanos == 0 or self._written_off_nanos < bound:
+            return []
+        return self.end("unpaid")
 
     @property
     def _spent(self) -> int:
@@ -357,6 +395,7 @@ class SellerSession:
         missing: tuple[str, ...] = (),
         usage: Usage | None = None,
     ) -> list[Effect]:
+        self._states[n], self._said_at = state, now
         event = self._chain.sign(
             JobEvent,
             n=n,

@@ -38,7 +38,12 @@ class File(Part, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Limits(Part, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What one order may use at most. Time counts from `running`; fuel only on wasm."""
+    """What one order may use at most. Time counts from `running`; fuel only on wasm.
+
+    `cost_nanos` is the most this one order may cost; 0 leaves it to the session's cap.
+    """
+
+    cost_nanos: Amount = 0
 
     wall_s: Annotated[int, Meta(ge=1, le=limits.WALL_S_MAX)]
     memory_bytes: Annotated[int, Meta(ge=limits.MIB, le=limits.MEMORY_BYTES_MAX)]
@@ -100,7 +105,8 @@ class JobEvent(SessionMessage, frozen=True, forbid_unknown_fields=True, kw_only=
     reason: Annotated[str, Meta(max_length=limits.NAME_CHARS_MAX)] = ""
     detail: Text = ""
     exit_status: ExitStatus | None = None
-    missing: Annotated[tuple[Digest, ...], Meta(max_length=limits.INPUT_FILES_MAX)] = ()
+    # The inputs, and the module itself when it is a file of the buyer's.
+    missing: Annotated[tuple[Digest, ...], Meta(max_length=limits.INPUT_FILES_MAX + 1)] = ()
     usage: Usage = Usage()
     at: Time
 
