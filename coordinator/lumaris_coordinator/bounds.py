@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from lumaris_protocol.limits import ENVELOPE_BYTES_MAX
+from lumaris_protocol.money import NANOS_PER_CREDIT
 
 # A claim encloses two agreements, a grant, a voucher and two closes, base64 in JSON.
 BODY_BYTES_MAX: Final = 5 * ENVELOPE_BYTES_MAX
@@ -29,6 +30,16 @@ BOOTSTRAP_ADDRESSES_MAX: Final = 16
 # Several sellers are worth more to a newcomer than several addresses of one.
 BOOTSTRAP_ADDRESSES_PER_PEER: Final = 2
 REQUEST_CREDIT_LIFETIME_S: Final = 300
+# What is credited is kept for ever, so a credit must be worth its row: a thousandth of a credit.
+CREDIT_NANOS_MIN: Final = NANOS_PER_CREDIT // 1_000
+# The default limit of test credit in whole credits; nobody needs to ask for it in smaller parts.
+CREDITS_PER_ACCOUNT_MAX: Final = 1_000
+
+# A grant is some 18 kB that are never deleted: it must bind money, or an account without any could
+# fill the disk. The price of one second of a thousandth of a core is far above this.
+CAP_NANOS_MIN: Final = 1_000
+# Four times the sellers that a large map rents at once; what is open takes the buyer's turn only.
+ESCROWS_OPEN_PER_BUYER_MAX: Final = 256
 
 CHORES_EVERY_S: Final = 60.0
 # One round of expiry at most: the rest follows in the next round, so grants are never starved.

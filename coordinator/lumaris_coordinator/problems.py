@@ -44,6 +44,7 @@ STATUS: Final = {
     "already_granted": 409,
     "idempotency_mismatch": 409,
     "oversize": 413,
+    "too_many_holds": 429,
     "internal": 500,
     "invalid_transition": 500,
     "busy": 503,

@@ -7,6 +7,7 @@ and a file stands under its final name only when its hash was checked.
 from __future__ import annotations
 
 import hashlib
+import secrets
 from contextlib import suppress
 from pathlib import Path
 
@@ -73,7 +74,7 @@ async def receive_chunks(
 
     Raises EnvelopeError `oversize` or RefusedError `output_mismatch`; nothing is left behind.
     """
-    part = target.with_name(target.name + ".part")
+    part = target.with_name(f".{secrets.token_hex(8)}.part")
     hasher, received = hashlib.sha256(), 0
     try:
         async with await trio.open_file(part, "wb") as file:

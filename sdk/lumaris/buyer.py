@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -22,9 +22,9 @@ from lumaris import artifacts, images, membership, processes
 from lumaris.coordinator import CoordinatorLink
 from lumaris.images import Image
 from lumaris.jobs import JobRequest, JobResult, JobUpdate, Observer, ignore
-from lumaris.market import BuyerTerms, Market
+from lumaris.market import BuyerTerms, Market, SellerError
 from lumaris.membership import Standing
-from lumaris.pool import LEASE_S, Approve, Pool
+from lumaris.pool import LEASE_S, Approve, Pool, plan_of_session
 from lumaris.profile import Profile
 from lumaris.session import Session
 from lumaris.settling import Settling
@@ -32,7 +32,6 @@ from lumaris.store import Store
 from lumaris_overlay.ports import Overlay
 from lumaris_overlay.private_files import load_or_create_key
 from lumaris_overlay.supervisor import OverlayConfig, attach_or_spawn
-from lumaris_overlay.tasks import background
 from lumaris_protocol import codec, coordinator_api, ids, matching, pricing
 from lumaris_protocol.codec import Signed
 from lumaris_protocol.coordinator_api import Account, Audit
@@ -40,7 +39,9 @@ from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.keys import KeyPair, PeerId
 from lumaris_protocol.messages.advert import Advert
 from lumaris_protocol.messages.budget import CreditRequest
+from lumaris_protocol.messages.execution import File
 from lumaris_protocol.messages.negotiation import Requirements
+from lumaris_protocol.money import Nanos
 
 log = logging.getLogger(__name__)
 
@@ -67,24 +68,13 @@ RETRYABLE = frozenset(
         "timeout",
         "truncated",
         "lease_ended",
+        "unpaid",
+        "idle",
     )
 )
-# Orders in flight for each session of a map. More hide the round trip of short jobs; but what waits
-# at a slow seller is kept from a quick one, so a short map uses fewer.
-_PIPELINE_MAX = 8
-_PIPELINE_SHARE = 8
 _JOB_WRITE_S = 0.2
 # How long to wait for the market to change before asking again.
-_RETRY_S = 0.5
-
-
-@dataclass
-class _Item:
-    """One job of a map."""
-
-    index: int
-    request: JobRequest
-    attempts: int = 0
+RETRY_S = 0.5
 
 
 class Buyer:
@@ -138,30 +128,34 @@ class Buyer:
         """
         image = await images.resolve(request.image)
         inputs = await artifacts.describe_inputs(request.inputs)
-        job = _new_job()
-        failed: list[str] = []
-        last: JobResult | LumarisError | None = None
+        job, failed, spent_nanos = new_job(), list[str](), 0
+        last: JobResult | LumarisError = LumarisError("budget_exceeded")
         for attempt in range(1, request.attempts + 1):
+            left = replace(request, max_cost_nanos=request.max_cost_nanos - spent_nanos)
+            if left.max_cost_nanos <= 0:
+                break
             try:
-                session = await self._one_session(request, image, failed, approve)
+                session = await self._one_session(left, image, failed, approve)
+                approve = None
+                result = await self.order(
+                    session, left, image, inputs, observe, job=job, attempt=attempt
+                )
             except LumarisError as error:
-                if isinstance(last, JobResult):
-                    return last  # nobody else is left: the last failure is the answer
                 if error.code not in RETRYABLE:
                     raise
-                last = error
-                await self.market.change(_RETRY_S)
+                if isinstance(error, SellerError):
+                    failed.append(error.seller)
+                last = last if isinstance(last, JobResult) else error
+                await self.market.change(RETRY_S)
                 continue
-            approve = None
-            result = await self._order(session, job, request, image, inputs, observe, attempt)
+            spent_nanos += result.cost_nanos
+            last = replace(result, cost_nanos=Nanos(spent_nanos))
             if result.ok or result.reason not in RETRYABLE:
-                return result
+                return last
             failed.append(result.seller)
-            last = result
-        if isinstance(last, JobResult):
-            return last
-        assert last is not None, "there is at least one attempt"
-        raise last
+        if isinstance(last, LumarisError):
+            raise last
+        return last
 
     async def map(
         self,
@@ -178,8 +172,10 @@ class Buyer:
         """
         if not requests:
             return []
+        from lumaris.fanout import FanOut
+
         image = await images.resolve(requests[0].image)
-        run = _MapRun(self, image, requests, sellers, budget_nanos, observe, on_result)
+        run = FanOut(self, image, requests, sellers, budget_nanos, observe, on_result)
         return await run.run()
 
     async def plan(self, request: JobRequest) -> matching.MatchReport:
@@ -217,20 +213,6 @@ class Buyer:
 
     # --- inside ---
 
-    async def order(
-        self,
-        session: Session,
-        request: JobRequest,
-        image: Image,
-        observe: Observer,
-        *,
-        job: str,
-        attempt: int,
-    ) -> JobResult:
-        """One order in an open session, with its inputs described first."""
-        inputs = await artifacts.describe_inputs(request.inputs) if request.inputs else ()
-        return await self._order(session, job, request, image, inputs, observe, attempt)
-
     async def _one_session(
         self, request: JobRequest, image: Image, failed: list[str], approve: Approve | None
     ) -> Session:
@@ -238,6 +220,9 @@ class Buyer:
         worst = self._worst_cost(needs, request)
         session = self.pool.find_idle(needs, cost_nanos=min(worst, request.max_cost_nanos))
         if session is not None:
+            plan = plan_of_session(session, request.max_cost_nanos)
+            if approve is not None and not await approve(plan):
+                raise LumarisError("declined")
             return session
         bought = await self.pool.buy(needs, cap_nanos=request.max_cost_nanos, approve=approve)
         return bought[0]
@@ -250,29 +235,34 @@ class Buyer:
             default=request.max_cost_nanos,
         )
 
-    async def _order(
+    async def order(
         self,
         session: Session,
-        job: str,
         request: JobRequest,
         image: Image,
-        inputs: tuple[Any, ...],
+        inputs: tuple[File, ...],
         observe: Observer,
+        *,
+        job: str,
         attempt: int,
     ) -> JobResult:
+        """One attempt of a job in an open session; `inputs` describes the request's files."""
         files = dict(image.files)
         for described, source in zip(inputs, request.inputs.values(), strict=True):
             files[described.sha256] = source
+        folder = self.profile.jobs / job / "out"
+        if attempt > 1:  # nothing of a failed attempt is taken for a result
+            await trio.to_thread.run_sync(shutil.rmtree, folder, True)
         self._note(job, session, request, attempt)
         observe(JobUpdate(job, "ordered", session.seller))
         try:
             result = await session.order(
-                job if attempt == 1 else _new_job(),
+                job if attempt == 1 else new_job(),
                 request,
                 image=image.digest,
                 inputs=inputs,
                 files=files,
-                folder=self.profile.jobs / job / "out",
+                folder=folder,
                 observe=observe,
             )
         except (trio.Cancelled, LumarisError) as error:
@@ -335,115 +325,6 @@ class Buyer:
             await self.store.put_jobs(rows)
 
 
-class _MapRun:
-    """One map: a queue of jobs, a few sessions that draw from it, and a way to replace them."""
-
-    def __init__(
-        self,
-        buyer: Buyer,
-        image: Image,
-        requests: Sequence[JobRequest],
-        sellers: int,
-        budget_nanos: int,
-        observe: Observer,
-        on_result: Callable[[int, JobResult], None] | None,
-    ) -> None:
-        self._buyer, self._image = buyer, image
-        self._queue = deque(_Item(index, request) for index, request in enumerate(requests))
-        self._shape, self._wanted = requests[0], min(sellers, len(requests))
-        self._budget_nanos, self._observe, self._on_result = budget_nanos, observe, on_result
-        per_seller = len(requests) // (self._wanted * _PIPELINE_SHARE)
-        self._depth = max(1, min(_PIPELINE_MAX, per_seller))
-        self._results: list[JobResult | None] = [None] * len(requests)
-        self._left = len(requests)
-        self._active: dict[str, Session] = {}
-        self._failed: set[str] = set()
-        self._spent_nanos = 0  # by sessions of this map that are over
-        self._changed = trio.Event()
-
-    async def run(self) -> list[JobResult]:
-        """Until every job has a result. Raises LumarisError when no seller can be had at all."""
-        async with background() as nursery:
-            while self._left:
-                if self._queue and len(self._active) < self._wanted:
-                    await self._recruit(nursery)
-                if self._left:
-                    self._changed = trio.Event()
-                    with trio.move_on_after(_RETRY_S):
-                        await self._changed.wait()
-        return [result for result in self._results if result is not None]
-
-    async def _recruit(self, nursery: trio.Nursery) -> None:
-        missing = self._wanted - len(self._active)
-        needs = self._buyer.pool.needs(self._shape, self._image)
-        busy = tuple(session.seller for session in self._active.values())
-        needs = structs.replace(needs, excluded=(*self._failed, *busy))
-        held = sum(session.machine.terms.cap_nanos for session in self._active.values())
-        cap_nanos = (self._budget_nanos - self._spent_nanos - held) // missing
-        try:
-            if cap_nanos <= 0:
-                raise LumarisError("budget_exceeded")
-            sessions = await self._buyer.pool.buy(needs, cap_nanos=cap_nanos, count=missing)
-        except LumarisError:
-            if not self._active and not self._failed:
-                raise
-            if not self._active:
-                self._failed.clear()  # nobody else is left: those that failed get another chance
-            return  # the sellers we have go on; others are sought again in a moment
-        for session in sessions:
-            self._active[session.session] = session
-            nursery.start_soon(self._drive, session)
-
-    async def _drive(self, session: Session) -> None:
-        """Keep a session busy until it ends or nothing is left."""
-        try:
-            async with trio.open_nursery() as nursery:
-                for _ in range(self._depth):
-                    nursery.start_soon(self._draw, session)
-        finally:
-            del self._active[session.session]
-            self._spent_nanos += session.machine.tab.vouchered_nanos
-            self._changed.set()
-
-    async def _draw(self, session: Session) -> None:
-        while not session.over.is_set():
-            if not self._queue:
-                if not self._left:
-                    return
-                changed = self._changed
-                with trio.move_on_after(_RETRY_S):
-                    await changed.wait()
-                continue
-            item = self._queue.popleft()
-            item.attempts += 1
-            try:
-                result = await self._buyer.order(
-                    session,
-                    item.request,
-                    self._image,
-                    self._observe,
-                    job=_new_job(),
-                    attempt=item.attempts,
-                )
-            except LumarisError:
-                self._queue.appendleft(item)  # the session ended before the order left
-                item.attempts -= 1
-                return
-            self._take(item, result)
-
-    def _take(self, item: _Item, result: JobResult) -> None:
-        again = result.reason in RETRYABLE and item.attempts < item.request.attempts
-        if again:
-            self._failed.add(result.seller)
-            self._queue.appendleft(item)
-        else:
-            self._results[item.index] = result
-            self._left -= 1
-            if self._on_result is not None:
-                self._on_result(item.index, result)
-        self._changed.set()
-
-
 OpenOverlay = Callable[[OverlayConfig], AbstractAsyncContextManager[Overlay]]
 OpenLink = Callable[[str], CoordinatorLink]
 
@@ -495,5 +376,5 @@ async def open_buyer(
         store.close()
 
 
-def _new_job() -> str:
+def new_job() -> str:
     return ids.make_id("job", os.urandom(ids.ID_RANDOM_BYTES))

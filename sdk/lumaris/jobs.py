@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from lumaris_protocol import limits
+from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.money import Nanos, format_credits
 
 Stream = Literal["stdout", "stderr"]
@@ -15,6 +16,7 @@ Stream = Literal["stdout", "stderr"]
 _DEFAULT_WALL_S = 600
 _DEFAULT_MEMORY_BYTES = 512 * limits.MIB
 _DEFAULT_DISK_BYTES = 64 * limits.MIB
+_DEFAULT_LOG_BYTES = limits.MIB  # kept in memory until the result is taken
 _DEFAULT_FUEL = 1 << 50  # about two weeks of one core: the wall clock ends a job long before
 
 
@@ -23,7 +25,7 @@ class JobRequest:
     """One run: an image, a command, files in, and what it may use.
 
     `inputs` maps paths in the guest's /in to local files. Everything the guest leaves in /out
-    comes back as artifacts.
+    comes back as artifacts. `max_cost_nanos` is what the job may cost over all its attempts.
     """
 
     image: str
@@ -35,6 +37,7 @@ class JobRequest:
     disk_bytes: int = _DEFAULT_DISK_BYTES
     wall_s: int = _DEFAULT_WALL_S
     fuel: int = _DEFAULT_FUEL
+    log_bytes: int = _DEFAULT_LOG_BYTES
     max_cost_nanos: int = 10_000_000
     regions: tuple[str, ...] = ()
     attempts: int = 3
@@ -78,6 +81,25 @@ class JobResult:
     def cost(self) -> str:
         """The cost in credits, exact."""
         return format_credits(self.cost_nanos)
+
+
+def not_run(job: str, error: LumarisError) -> JobResult:
+    """The result of a job that never reached a seller."""
+    return JobResult(
+        job=job,
+        session="",
+        seller="",
+        reason=error.code,
+        exit_status=None,
+        stdout=b"",
+        stderr=b"",
+        artifacts={},
+        cost_nanos=Nanos(0),
+        wall_ms=0,
+        cpu_ms=0,
+        fuel=0,
+        detail=error.message,
+    )
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,14 @@ class BuyerTerms:
     token: Callable[[], str]
 
 
+class SellerError(LumarisError):
+    """A seller failed us before any work began; `seller` is not asked again for the same job."""
+
+    def __init__(self, seller: str, error: LumarisError) -> None:
+        super().__init__(error.code, error.message, hint=error.hint)
+        self.seller = seller
+
+
 class Market:
     """The buyer's view of the network."""
 
@@ -224,7 +232,7 @@ class Market:
                 buyer=self._key.peer_id,
                 seller=seller,
                 certificate=self._terms.certificate(),
-                requirements=needs,
+                requirements=structs.replace(needs, excluded=()),  # whom we avoid is our business
                 lease_s=lease_s,
                 cap_nanos=cap_nanos,
                 verification=verification,

@@ -14,11 +14,14 @@ from msgspec import structs
 
 from lumaris.images import Image
 from lumaris.jobs import JobRequest, Plan
-from lumaris.market import Market, Offered
+from lumaris.market import Market, Offered, SellerError
 from lumaris.session import Session
 from lumaris.settling import Settling
 from lumaris.store import Store
 from lumaris_overlay.ports import Overlay
+from lumaris_protocol import agreements
+from lumaris_protocol.agreements import Contract
+from lumaris_protocol.coordinator_api import TRANSIENT
 from lumaris_protocol.effects import Send
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.machines.buyer import BuyerSession
@@ -91,6 +94,7 @@ class Pool:
                 and session.seller not in needs.excluded
             )
             if free and _same(had, needs) and session.remaining_nanos >= cost_nanos:
+                session.used_at = trio.current_time()  # the sweeper leaves it alone
                 return session
         return None
 
@@ -187,28 +191,66 @@ class Pool:
         return again[: len(chosen)]
 
     async def _open(self, offered: Offered, needs: Requirements) -> Session:
-        contract, key = await self._market.agree(offered)
-        await self._store.add_session(contract, now=time.time())
+        seller = offered.quote.message.seller
         try:
-            grant = await self._settling.grant(contract.by_buyer, contract.by_seller)
+            contract, key = await self._market.agree(offered)
         except LumarisError as error:
-            if error.code != "coordinator_unreachable":
-                await self._store.set_state(contract.agreement.session, "settled", error.code)
-            raise
-        machine = BuyerSession(contract, key, network=self._network, now=trio.current_time())
-        opening = machine.open(grant)
-        first = opening[0]
-        assert isinstance(first, Send)
-        session = Session(machine, self._overlay, self._store, region=offered.advert.message.region)
-        await self._store.keep_grant(session.session, grant, first.data)
-        assert self._nursery is not None, "attach comes first"
-        self._sessions[session.session] = (session, needs)
-        self._nursery.start_soon(session.run, opening)
+            raise SellerError(seller, error) from None
+        # From here to the session's start money may be held: giving up half-way would lose track.
+        with trio.CancelScope(shield=True):
+            grant = await self._fetch_grant(contract)
+            machine = BuyerSession(contract, key, network=self._network, now=trio.current_time())
+            opening = machine.open(grant)
+            first = opening[0]
+            assert isinstance(first, Send)
+            region = offered.advert.message.region
+            session = Session(machine, self._overlay, self._store, region=region)
+            await self._store.keep_grant(session.session, grant, first.data)
+            assert self._nursery is not None, "attach comes first"
+            self._sessions[session.session] = (session, needs)
+            self._nursery.start_soon(session.run, opening)
         await session.ready.wait()
         if session.over.is_set():
             self._sessions.pop(session.session, None)
-            raise LumarisError(session.reason or "unreachable")
+            raise SellerError(seller, LumarisError(session.reason or "unreachable"))
         return session
+
+    async def _fetch_grant(self, contract: Contract) -> bytes:
+        """The grant of a stored agreement. Raises LumarisError; then nothing is held, or the
+        session stays unsettled until that is known."""
+        await self._store.add_session(contract, now=time.time())
+        try:
+            grant = await self._settling.grant(contract.by_buyer, contract.by_seller)
+            agreements.open_grant(
+                grant,
+                contract,
+                network=self._network,
+                coordinator=contract.agreement.coordinator,
+                now=time.time(),
+            )
+        except LumarisError as error:
+            if error.code not in TRANSIENT:
+                await self._store.set_state(contract.agreement.session, "settled", error.code)
+            raise
+        return grant
+
+
+def plan_of_session(session: Session, cap_nanos: int) -> Plan:
+    """What one more order in an open session is bought for."""
+    agreement, terms = session.machine.contract.agreement, session.machine.terms
+    return Plan(
+        seller=session.seller,
+        region=session.region,
+        quote=agreement.agreement,
+        rate_nanos_per_s=terms.rate_nanos_per_s,
+        start_nanos=terms.start_nanos,
+        cap_nanos=min(cap_nanos, session.remaining_nanos),
+        currency=terms.currency,
+        hold_until=agreement.ends_at,
+        considered=(),
+        excluded={},
+        seen=1,
+    )
 
 
 def plan_of(best: Offered, others: list[Offered], report: MatchReport) -> Plan:

@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 
 _OPEN_S = 10
 _CLOSE_S = 5
+_TICK_S = 1
 _FETCHES_AT_ONCE = 4
 _TERMINAL = ("failed", "killed", "error")
 
@@ -66,6 +67,7 @@ class _Order:
     exit_status: int | None = None
     usage: Usage = field(default_factory=Usage)
     cost_nanos: int = 0
+    uploading: bool = False
 
 
 class Session:
@@ -113,6 +115,7 @@ class Session:
                 nursery.start_soon(self._send)
                 nursery.start_soon(self._read, stream)
                 nursery.start_soon(self._watch_opening)
+                nursery.start_soon(self._tick)
                 self._apply(opening)
                 await self.over.wait()
                 with trio.move_on_after(_CLOSE_S):
@@ -211,6 +214,12 @@ class Session:
             return
         self._lose("timeout")
 
+    async def _tick(self) -> None:
+        """Give up on a seller that says nothing or never ends."""
+        while True:
+            await trio.sleep(_TICK_S)
+            self._apply(self.machine.tick(now=trio.current_time()))
+
     def _apply(self, effects: list[Effect]) -> None:
         for effect in effects:
             match effect:
@@ -235,7 +244,8 @@ class Session:
             return
         order.state = event.state
         order.observe(JobUpdate(order.job, event.state, self.seller, event.reason))
-        if event.missing:
+        if event.missing and not order.uploading:  # asked twice: it has them, or will
+            order.uploading = True
             self._in_background(self._upload, event.n, event.missing)
         if event.state in _TERMINAL:
             # The seller's word: a reason that exists, and never that a failure succeeded.
@@ -371,10 +381,11 @@ class Session:
 
 def _limits(request: JobRequest) -> Limits:
     return Limits(
+        cost_nanos=request.max_cost_nanos,
         wall_s=request.wall_s,
         memory_bytes=request.memory_bytes,
         disk_bytes=request.disk_bytes,
         fuel=request.fuel,
-        log_bytes=LOG_BYTES_MAX,
+        log_bytes=min(request.log_bytes, LOG_BYTES_MAX),
         output_files=OUTPUT_FILES_MAX,
     )

@@ -28,6 +28,7 @@ from lumaris_protocol.settlement import Papers
 log = logging.getLogger(__name__)
 
 _NUDGE_S = 3
+_ASK_S_MIN, _ASK_S_MAX = 0.5, 3600.0
 
 
 class Settling:
@@ -43,6 +44,8 @@ class Settling:
     ) -> None:
         self._link, self._store, self._key, self._terms = link, store, key, terms
         self._overlay = overlay
+        self._one_round = trio.Lock()
+        self._asked: dict[str, tuple[float, float]] = {}  # claimed sessions: when next, then pause
 
     async def grant(self, by_buyer: bytes, by_seller: bytes) -> bytes:
         """Have the coordinator hold an agreement's cap. Raises LumarisError."""
@@ -58,23 +61,35 @@ class Settling:
 
     async def settle_all(self, *, skip: frozenset[str] = frozenset()) -> None:
         """One round over every session that is not settled; failures wait for the next round."""
-        for item in await self._store.unsettled():
-            if item.papers.session in skip:
-                continue
-            try:
-                await self._settle(item)
-            except LumarisError as error:
-                log.info("not settled session=%s code=%s", item.papers.session, error.code)
-                if error.code == "coordinator_unreachable":
-                    return
+        async with self._one_round:
+            for item in await self._store.unsettled():
+                if item.papers.session in skip or not self._is_due(item):
+                    continue
+                try:
+                    await self._settle(item)
+                except LumarisError as error:
+                    log.info("not settled session=%s code=%s", item.papers.session, error.code)
+                    if error.code == "coordinator_unreachable":
+                        return
+
+    def _is_due(self, item: Unsettled) -> bool:
+        """A claim that waits for its seller is asked about ever more rarely."""
+        if item.state != "claimed":
+            return True
+        now = trio.current_time()
+        due, pause_s = self._asked.get(item.papers.session, (now, _ASK_S_MIN))
+        if now < due:
+            return False
+        self._asked[item.papers.session] = (now + pause_s, min(2 * pause_s, _ASK_S_MAX))
+        return True
 
     async def _settle(self, item: Unsettled) -> None:
         if item.papers.grant is None:
             # Cut off between agreement and grant: nothing was held, or only the answer was lost.
             await self._recover_grant(item)
             return
-        if item.state == "open":
-            await self._nudge(item)  # cut off in mid-session: the seller can release at once
+        if item.state == "open" or (item.state == "claimed" and item.papers.voucher is None):
+            await self._nudge(item)  # a seller that is shown the grant can release it at once
         try:
             answer = await self._link.call(coordinator_api.settle(self._claim(item)))
         except LumarisError as error:
@@ -109,7 +124,7 @@ class Settling:
         try:
             grant = await self.grant(item.papers.by_buyer, item.papers.by_seller)
         except LumarisError as error:
-            if error.code == "coordinator_unreachable":
+            if error.code in coordinator_api.TRANSIENT:
                 raise
             await self._store.set_state(item.papers.session, "settled", error.code)
             return

@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from lumaris_coordinator.bounds import EXPIRIES_PER_BATCH, EXPIRIES_PER_ROUND_MAX
+from lumaris_coordinator.bounds import (
+    CAP_NANOS_MIN,
+    ESCROWS_OPEN_PER_BUYER_MAX,
+    EXPIRIES_PER_BATCH,
+    EXPIRIES_PER_ROUND_MAX,
+)
 from lumaris_coordinator.escrow import store
 from lumaris_coordinator.escrow.store import Escrow
 from lumaris_coordinator.identity.store import account_of
@@ -57,7 +62,8 @@ class Escrows:
         """Hold an agreement's cap; the signed BudgetGrant. The same agreement, the same bytes.
 
         Raises EnvelopeError for documents that do not hold, and LumarisError: `wrong_domain`,
-        `terms_refused`, `expired`, `not_certified`, `already_granted`, `no_funds`, `busy`.
+        `terms_refused`, `expired`, `not_certified`, `already_granted`, `too_many_holds`,
+        `no_funds`, `busy`.
         """
         context, now = self._context, self._context.now()
         network = context.settings.network
@@ -79,6 +85,7 @@ class Escrows:
         if held is not None:
             return held.budget_grant
         agreement = contract.agreement
+        # Only from here on: a buyer that lost its answer gets it whatever time and terms are now.
         self._check_terms(agreement, now)
         account = account_of(connection, agreement.buyer)
         if account is None or account_of(connection, agreement.seller) is None:
@@ -86,6 +93,12 @@ class Escrows:
         if store.session_taken(connection, buyer=agreement.buyer, session=agreement.session):
             # Two escrows of one session could both be claimed with the same voucher.
             raise LumarisError("already_granted", "Another agreement of this session has a grant.")
+        if store.open_of_buyer(connection, agreement.buyer) >= ESCROWS_OPEN_PER_BUYER_MAX:
+            raise LumarisError(
+                "too_many_holds",
+                f"{ESCROWS_OPEN_PER_BUYER_MAX} sessions of this buyer are open here.",
+                hint="Close or settle open sessions first.",
+            )
         grant = self._sign_grant(connection, contract, now)
         escrow_account = f"escrow:{grant.message.grant}"
         open_account(
@@ -102,6 +115,10 @@ class Escrows:
             raise LumarisError("terms_refused", f"The fee here is {settings.fee_bps} bps.")
         if agreement.terms.currency != settings.currency:
             raise LumarisError("terms_refused", f"The currency here is {settings.currency}.")
+        if agreement.terms.cap_nanos < CAP_NANOS_MIN:
+            raise LumarisError(
+                "terms_refused", f"The smallest cap held here is {CAP_NANOS_MIN} nanos."
+            )
         codec.check_times(
             issued_at=agreement.issued_at,
             expires_at=min(agreement.start_by, agreement.ends_at),

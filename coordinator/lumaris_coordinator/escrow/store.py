@@ -79,6 +79,16 @@ def session_taken(connection: Connection, *, buyer: str, session: str) -> bool:
     return first(connection, sql, (buyer, session)) is not None
 
 
+def open_of_buyer(connection: Connection, buyer: str) -> int:
+    """How many of a buyer's escrows still hold money."""
+    row = first(
+        connection,
+        "SELECT count(*) FROM escrow WHERE buyer = ? AND state IN ('held', 'claimed')",
+        (buyer,),
+    )
+    return int(row[0]) if row else 0
+
+
 def next_serial(connection: Connection) -> int:
     """The serial of the next grant."""
     row = first(connection, "SELECT coalesce(max(serial), 0) + 1 FROM escrow")

@@ -11,15 +11,18 @@ import anyio.to_thread
 from lumaris_coordinator.bounds import (
     AUDIT_FAST_S,
     AUDIT_REST_FACTOR,
+    CREDIT_NANOS_MIN,
+    CREDITS_PER_ACCOUNT_MAX,
     REQUEST_CREDIT_LIFETIME_S,
 )
 from lumaris_coordinator.ledger import store
-from lumaris_coordinator.ledger.store import FEES, TEST_CREDIT, Leg
+from lumaris_coordinator.ledger.store import FEES, TEST_CREDIT
 from lumaris_coordinator.store import sqlite
 from lumaris_coordinator.store.sqlite import Connection, first
 from lumaris_protocol import codec
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.messages.budget import CreditRequest
+from lumaris_protocol.money import format_credits
 
 if TYPE_CHECKING:
     from lumaris_coordinator.context import Context
@@ -46,7 +49,8 @@ class Ledger:
     async def give_credit(self, body: bytes) -> dict[str, Any]:
         """Test credit for a signed CreditRequest; the same nonce is the same credit.
 
-        Raises LumarisError: `credit_limit`, `not_certified`, `idempotency_mismatch`.
+        Raises LumarisError: `usage` for less than CREDIT_NANOS_MIN, `credit_limit`,
+        `not_certified`, `idempotency_mismatch`, `busy`.
         """
         context, now = self._context, self._context.now()
         request = codec.open_signed(body, CreditRequest, network=context.settings.network)
@@ -61,8 +65,12 @@ class Ledger:
             now=now,
             what="credit request",
         )
-        if message.amount_nanos == 0:
-            raise LumarisError("malformed", "A credit of nothing.")
+        if message.amount_nanos < CREDIT_NANOS_MIN:
+            raise LumarisError(
+                "usage",
+                f"The smallest credit is {format_credits(CREDIT_NANOS_MIN)}.",
+                hint="Ask for more at once.",
+            )
         return await context.store.submit(lambda connection: self._give(connection, message, now))
 
     def _give(self, connection: Connection, message: CreditRequest, now: int) -> dict[str, Any]:
@@ -90,22 +98,17 @@ class Ledger:
     def _give_new(
         self, connection: Connection, account: str, message: CreditRequest, now: int
     ) -> int:
-        so_far = first(
-            connection, "SELECT coalesce(sum(amount), 0) FROM credit WHERE account = ?", (account,)
-        )
-        assert so_far is not None
+        given, number = store.credit_given(connection, account)
         limit = self._context.settings.test_credit_nanos
-        if so_far[0] + message.amount_nanos > limit:
+        if given + message.amount_nanos > limit:
             raise LumarisError(
-                "credit_limit", f"{so_far[0]} of {limit} nanos of test credit were given before."
+                "credit_limit", f"{given} of {limit} nanos of test credit were given before."
             )
-        legs = [Leg(TEST_CREDIT, account, message.amount_nanos)]
-        txn = store.move(connection, kind="test_credit", ref=message.nonce, legs=legs, now=now)
-        connection.execute(
-            "INSERT INTO credit (account, nonce, amount, txn) VALUES (?, ?, ?, ?)",
-            (account, message.nonce, message.amount_nanos, txn),
+        if number >= CREDITS_PER_ACCOUNT_MAX:
+            raise LumarisError("credit_limit", f"Test credit was given {number} times before.")
+        return store.give_credit(
+            connection, account, nonce=message.nonce, amount_nanos=message.amount_nanos, now=now
         )
-        return txn
 
     def account(self, caller: Caller) -> dict[str, Any]:
         """The caller's money: free, and held in open sessions."""

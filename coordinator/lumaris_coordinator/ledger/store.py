@@ -68,6 +68,29 @@ def balance(connection: Connection, account: str) -> int:
     return int(row[0]) if row else 0
 
 
+def credit_given(connection: Connection, account: str) -> tuple[int, int]:
+    """(nanos, number) of the test credits that an account was ever given."""
+    row = first(connection, "SELECT credited, credits FROM account WHERE id = ?", (account,))
+    return (int(row[0]), int(row[1])) if row else (0, 0)
+
+
+def give_credit(
+    connection: Connection, account: str, *, nonce: str, amount_nanos: int, now: int
+) -> int:
+    """Credit an account under a nonce that is new to it; the transaction's number."""
+    legs = [Leg(TEST_CREDIT, account, amount_nanos)]
+    txn = move(connection, kind="test_credit", ref=nonce, legs=legs, now=now)
+    connection.execute(
+        "INSERT INTO credit (account, nonce, amount, txn) VALUES (?, ?, ?, ?)",
+        (account, nonce, amount_nanos, txn),
+    )
+    connection.execute(
+        "UPDATE account SET credited = credited + ?, credits = credits + 1 WHERE id = ?",
+        (amount_nanos, account),
+    )
+    return txn
+
+
 def transfers(
     connection: Connection, account: str, *, after: int, limit: int
 ) -> list[dict[str, Any]]:

@@ -137,6 +137,29 @@ def _append_only(database: Database) -> None:
             )
 
 
+@_MIGRATIONS(name="0003_credited")
+def _credited(database: Database) -> None:
+    """Keep each account's credit on its row: summing its history would stop the writer."""
+    for column in ("credited", "credits"):
+        database.execute(
+            f"ALTER TABLE account ADD COLUMN {column} INTEGER NOT NULL DEFAULT 0"
+            f" CHECK ({column} >= 0)"
+        )
+    database.execute(
+        "UPDATE account SET credited = given.amount, credits = given.number FROM"
+        " (SELECT account, sum(amount) AS amount, count(*) AS number FROM credit GROUP BY account)"
+        " AS given WHERE given.account = account.id"
+    )
+
+
+@_MIGRATIONS(name="0004_open_by_buyer")
+def _open_by_buyer(database: Database) -> None:
+    database.execute(
+        "CREATE INDEX escrow_open_by_buyer ON escrow (buyer, cap)"
+        " WHERE state IN ('held', 'claimed')"
+    )
+
+
 def migrate(connection: Connection) -> None:
     """Bring the tables to this version. Each migration is one transaction."""
     _MIGRATIONS.apply(Database(connection))

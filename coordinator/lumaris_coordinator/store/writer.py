@@ -137,7 +137,7 @@ class Writer:
         with anyio.move_on_after(WRITE_S_MAX):
             await job.done.wait()
         if not job.done.is_set():
-            raise LumarisError("busy", "The disk did not answer; repeat the same request.")
+            raise _unconfirmed()
         if job.error is not None:
             raise job.error
         return cast("T", job.value)
@@ -171,9 +171,7 @@ class Writer:
             self._drop()
             for job in batch:
                 job.value = None
-                job.error = LumarisError(
-                    "busy", "The write could not be confirmed; repeat the same request."
-                )
+                job.error = _unconfirmed()
             return
         self.stats.commits += 1
         self.stats.operations += len(batch)
@@ -218,6 +216,15 @@ def _run_one(connection: Connection, job: _Job) -> None:
         job.error = error
         connection.execute("ROLLBACK TO operation")
     connection.execute("RELEASE operation")
+
+
+def _unconfirmed() -> LumarisError:
+    """Refused for all we know; a disk that failed in the commit may have kept it all the same."""
+    return LumarisError(
+        "busy",
+        "The write could not be confirmed: it is not known whether it was kept and money moved.",
+        hint="Repeat the same request: it is applied once at most, and its answer is certain.",
+    )
 
 
 def _set_all(batch: list[_Job]) -> None:
