@@ -9,6 +9,8 @@ import pytest
 FACADES: dict[str, set[str]] = {
     "lumaris_protocol": set(),
     "lumaris_overlay": set(),
+    "lumaris_node": set(),
+    "lumaris_coordinator": {"Coordinator", "Settings", "create_app"},
 }
 # What a package's own modules and interpreter leave behind.
 _ALWAYS = {"annotations"}
@@ -25,6 +27,24 @@ def test_a_facade_exports_exactly_these(package: str, names: set[str]) -> None:
     public = {name for name in vars(module) if not name.startswith("_")}
     assert public - submodules - _ALWAYS == names
     assert module.__doc__
+
+
+def test_the_buyers_facade_exports_exactly_these_and_each_resolves() -> None:
+    lumaris = importlib.import_module("lumaris")
+    assert set(lumaris.__all__) == {
+        "Artifact",
+        "AsyncClient",
+        "Client",
+        "JobRequest",
+        "JobResult",
+        "JobUpdate",
+        "LogLine",
+        "LumarisError",
+        "Plan",
+        "make_request",
+    }
+    for name in lumaris.__all__:
+        assert getattr(lumaris, name).__name__ == name
 
 
 def test_the_version_is_a_release_number() -> None:

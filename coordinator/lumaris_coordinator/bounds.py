@@ -36,9 +36,9 @@ CREDIT_NANOS_MIN: Final = NANOS_PER_CREDIT // 1_000
 CREDITS_PER_ACCOUNT_MAX: Final = 1_000
 
 # A grant is some 18 kB that are never deleted: it must bind money, or an account without any could
-# fill the disk. The price of one second of a thousandth of a core is far above this.
+# fill the disk. At a seller's default prices this is the start of one order.
 CAP_NANOS_MIN: Final = 1_000
-# Four times the sellers that a large map rents at once; what is open takes the buyer's turn only.
+# One buyer's share of what is open, some 5 MB; a program that rents more settles some first.
 ESCROWS_OPEN_PER_BUYER_MAX: Final = 256
 
 CHORES_EVERY_S: Final = 60.0

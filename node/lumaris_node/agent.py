@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sqlite3
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
@@ -29,7 +31,7 @@ from lumaris_node.store import Store
 from lumaris_overlay.ports import Overlay
 from lumaris_overlay.private_files import load_or_create_key
 from lumaris_overlay.supervisor import OverlayConfig, run_overlay
-from lumaris_protocol import coordinator_api
+from lumaris_protocol import coordinator_api, matching
 from lumaris_protocol.catalog import CATALOG
 from lumaris_protocol.coordinator_api import Info, Membership
 from lumaris_protocol.errors import LumarisError
@@ -45,7 +47,10 @@ _EXPIRE_S = 1.0
 _RENEW_SHARE = 2  # a certificate is renewed at half its life
 _RETRY_S = 30.0
 _PROBE_S = 30.0
-_DRAIN_S = 10.0
+# The last words of sessions and the removal of their sandboxes, then claims: together less than
+# `down` waits.
+_DRAIN_S, _SETTLE_S = 12.0, 8.0
+_PRUNE_S = 3600.0
 
 
 OpenOverlay = Callable[[OverlayConfig], AbstractAsyncContextManager[Overlay]]
@@ -87,6 +92,7 @@ class Node:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._settler.run)
                 nursery.start_soon(self._expire_holds)
+                nursery.start_soon(self._prune)
                 nursery.start_soon(self._keep_certified)
                 nursery.start_soon(self._watch_tiers)
                 nursery.start_soon(self._adverts.run)
@@ -100,7 +106,10 @@ class Node:
 
     async def status(self) -> dict[str, Any]:
         """What the owner wants to know, the sentence first."""
+        self._desk.expire()
         free = self._quotes.free
+        held = matching.subtract(self._quotes.total, free)
+        assert held is not None, "what is free is part of the total"
         reach = await self._overlay.reachability()
         sessions = len(self._sessions.hosts)
         summary = await self._store.summary()
@@ -118,6 +127,8 @@ class Node:
             "runtimes": [runtime.tier for runtime in self._adverts.offer.runtimes],
             "total": _plain(self._quotes.total),
             "free": _plain(free),
+            "held": _plain(held),
+            "holds": dict(Counter(hold.machine.state for hold in self._quotes.holds)),
             "sessions": sessions,
             "demand": dict(self._desk.counts),
             "currency": self._info.currency,
@@ -139,7 +150,7 @@ class Node:
         terms = Terms(info.network, info.coordinator, info.fee_bps)
         overlay = self._overlay = await self._open_overlay(stack, key, info)
         membership = await self._register(overlay)
-        self._certified_until = membership.expires_at
+        self._certified_until, self._token = membership.expires_at, membership.token
         self._runtimes = await self._open_executors(stack, key)
         total = await trio.to_thread.run_sync(self._capacity)
         quotes = self._quotes = QuoteDesk(total)
@@ -161,7 +172,9 @@ class Node:
             clock=self.clock,
             changed=self._adverts.changed,
         )
-        self._settler = Settler(link, store, key, terms, clock=self.clock)
+        self._settler = Settler(
+            link, store, key, terms, token=lambda: self._token, clock=self.clock
+        )
         self._sessions = Sessions(
             self._desk,
             self.executors,
@@ -198,7 +211,16 @@ class Node:
             reaped = await executor.reap_orphans()
             if reaped:
                 log.warning("reaped orphans tier=%s count=%d", executor.tier, reaped)
-        return await self._probe_tiers()
+        runtimes = await self._probe_tiers()
+        working = [runtime.tier for runtime in runtimes]
+        for tier in offered:
+            if tier not in working:
+                log.warning("tier not offered: its probe failed tier=%s", tier)
+        if not runtimes:
+            raise LumarisError(
+                "tier_unavailable", f"None of the tiers {', '.join(offered)} works on this machine."
+            )
+        return runtimes
 
     async def _probe_tiers(self) -> tuple[Runtime, ...]:
         runtimes: list[Runtime] = []
@@ -252,6 +274,7 @@ class Node:
     async def _recover(self) -> None:
         """Answer for what a killed predecessor left: files go, money is settled."""
         cut_off = await self._store.recover(now=self.clock())
+        await self._store.prune(now=self.clock())
         await trio.to_thread.run_sync(shutil.rmtree, self.state / "sessions", True)
         if cut_off:
             log.warning("sessions cut off by the last stop count=%d", cut_off)
@@ -279,6 +302,14 @@ class Node:
             await trio.sleep(_EXPIRE_S)
             self._desk.expire()
 
+    async def _prune(self) -> None:
+        while True:
+            await trio.sleep(_PRUNE_S)
+            try:
+                await self._store.prune(now=self.clock())
+            except sqlite3.Error as error:
+                log.warning("store not pruned error=%r", error)
+
     async def _keep_certified(self) -> None:
         """Renew the certificate at half its life; keep trying while the coordinator is away."""
         while True:
@@ -289,7 +320,7 @@ class Node:
             except LumarisError as error:
                 log.warning("certificate not renewed code=%s", error.code)
                 continue
-            self._certified_until = membership.expires_at
+            self._certified_until, self._token = membership.expires_at, membership.token
             self._adverts.offer.certificate = membership.certificate
             self._adverts.changed(always=True)
 
@@ -320,15 +351,20 @@ class Node:
         """Withdraw the offer, end sessions with their money kept, settle what can be settled."""
         self._quotes.accepting = False
         with trio.move_on_after(_DRAIN_S):
-            try:
-                await self._adverts.publish(withdrawn=True)
-            except LumarisError as error:
-                log.warning("offer not withdrawn code=%s", error.code)
-            for host in self._sessions.hosts:
-                host.end("shutting_down")
-            while self._sessions.hosts:  # noqa: ASYNC110 - bounded by the drain time above
-                await trio.sleep(_EXPIRE_S / 20)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._withdraw)
+                self._sessions.close("shutting_down")
+                while self._sessions.hosts:  # noqa: ASYNC110 - bounded by the drain time above
+                    await trio.sleep(_EXPIRE_S / 20)
+        # A time of its own: what is not settled now waits for the next start of this node.
+        with trio.move_on_after(_SETTLE_S):
             await self._settler.settle_all()
+
+    async def _withdraw(self) -> None:
+        try:
+            await self._adverts.publish(withdrawn=True)
+        except LumarisError as error:
+            log.warning("offer not withdrawn code=%s", error.code)
 
 
 def _plain(resources: Resources) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from lumaris_node.agent import Node
 from lumaris_overlay.private_files import make_private_folder
 from lumaris_protocol.errors import LumarisError
 
+_DOWN_S = 30
+
 
 def run(state: Path, **flags: Any) -> None:
     """Sell from this machine until a signal or `down`; prints `ready PEER ADDRESS` once.
@@ -58,9 +60,11 @@ def down(state: Path) -> None:
 
 async def _down(path: Path) -> None:
     await api.call(path, "down")
-    with trio.move_on_after(30):
+    with trio.move_on_after(_DOWN_S) as waiting:
         while path.exists():  # noqa: ASYNC110 - another process removes it
             await trio.sleep(0.05)
+    if waiting.cancelled_caught:
+        raise LumarisError("timeout", f"The node has not stopped within {_DOWN_S} s.")
 
 
 async def _stop_on_signal(node: Node) -> None:

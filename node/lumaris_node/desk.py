@@ -20,7 +20,7 @@ from lumaris_protocol.errors import LumarisError, RefusedError
 from lumaris_protocol.frames import Kind
 from lumaris_protocol.keys import KeyPair
 from lumaris_protocol.limits import CLOCK_SKEW_S, QUOTE_HOLD_S_MAX, REPLY_BY_S_MAX
-from lumaris_protocol.machines.desk import Hold, QuoteDesk
+from lumaris_protocol.machines.desk import GRANT_WAIT_S, Hold, QuoteDesk
 from lumaris_protocol.messages.advert import Advert
 from lumaris_protocol.messages.negotiation import Agreement, QuoteRequest
 
@@ -66,15 +66,20 @@ class Desk:
             try:
                 with trio.fail_after(QUOTE_HOLD_S_MAX):
                     agreed = await self._agree(framed, hold)
+                self._count("agreed" if agreed else "declined")
+                await self._while_interested(framed, hold)
             finally:
                 self._drop_offer(hold)
-            self._count("agreed" if agreed else "declined")
         except LumarisError as error:
             self._count(error.code)
             self._strangers.note(stream.peer, error.code, error.message)
             await framed.refuse(error)
         except (trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError):
             self._count("lapsed")
+        except Exception:
+            log.exception("negotiation broke peer=%s", stream.peer)
+            self._count("internal")
+            await framed.refuse(LumarisError("internal"))
         finally:
             await framed.aclose()
 
@@ -82,9 +87,15 @@ class Desk:
         """The key this node signs with in the session of a hold."""
         return self._session_keys[hold.quote.hash]
 
+    async def _while_interested(self, framed: FramedStream, hold: Hold) -> None:
+        """The buyer keeps this stream open until its session is; it closes when no grant comes."""
+        with trio.move_on_after(GRANT_WAIT_S):
+            while hold.machine.state == "agreed" and await framed.receive() is not None:
+                pass
+
     def _drop_offer(self, hold: Hold) -> None:
-        """The buyer can take a quote on its own stream only: once that is over, so is the hold."""
-        if hold.contract is None:
+        """Without the buyer's stream, what never became a session is free again."""
+        if hold.machine.state in ("offered", "agreed"):
             hold.until = 0.0
             self.expire()
 

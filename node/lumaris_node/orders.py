@@ -17,7 +17,8 @@ import trio
 
 from lumaris_node.executors.port import Executor, Handle, JobLimits, JobSpec, Outcome, Stream
 from lumaris_node.executors.port import Usage as RunUsage
-from lumaris_node.workspace import Workspace
+from lumaris_node.inputs import Inputs
+from lumaris_node.workspace import Workspace, wipe
 from lumaris_protocol import ids, pricing
 from lumaris_protocol.effects import Effect
 from lumaris_protocol.errors import LumarisError
@@ -39,14 +40,14 @@ class SessionPort(Protocol):
 
     machine: SellerSession
     resources: Resources
-    blobs: Path
+    inputs: Inputs
 
     def now(self) -> float: ...
     def apply(self, effects: list[Effect]) -> None: ...
     def keep(self, run: OrderRun) -> None: ...
     async def room(self) -> None: ...
     async def gate(self) -> None: ...
-    async def wait_for_blob(self, sha256: str, size_bytes_max: int) -> None: ...
+    async def make_room(self, order: WorkOrder) -> int: ...
 
 
 @dataclass
@@ -71,9 +72,11 @@ class OrderRun:
         self._handle: Handle | None = None
         self._stop_reason = ""
         self._stopped = trio.CancelScope()
+        self._wiping = trio.Lock()
         self._running_since: float | None = None
         self._ran_s = 0.0
         self._delivered: dict[str, str] = {}
+        self.kept_bytes = 0  # outputs that wait for the buyer's word
 
     # --- from the session ---
 
@@ -84,6 +87,11 @@ class OrderRun:
             await self._executor.cancel(self._handle, reason)
         else:
             self._stopped.cancel()
+
+    def abort(self) -> None:
+        """End the order because this machine fails it, without a word to its sandbox."""
+        self._stop_reason = "platform_error"
+        self._stopped.cancel()
 
     async def set_gate(self, *, is_open: bool) -> None:
         """Freeze or continue the run as the exposure rule demands."""
@@ -109,15 +117,23 @@ class OrderRun:
     async def wipe(self) -> None:
         """Remove the order's files; what resists goes with the session's folder."""
         if self._workspace is not None:
-            try:
-                await trio.to_thread.run_sync(self._workspace.destroy)
-            except OSError as error:
-                log.warning("workspace not wiped job=%s error=%r", self.order.job, error)
+            await self._remove(self._workspace.root)
 
     # --- the run ---
 
     async def run(self) -> None:
         """Until the order's end; the outputs of a delivered one are kept for the buyer."""
+        try:
+            await self._run()
+        except Exception:
+            # A bug of ours or of an executor: it costs this order, and not the session.
+            log.exception("order broke job=%s", self.order.job)
+            self._fail("platform_error", None, "This machine failed the order.")
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._free(keep_outputs=self.machine.state == "succeeded")
+
+    async def _run(self) -> None:
         outcome: Outcome | None = None
         try:
             with self._stopped:
@@ -132,28 +148,39 @@ class OrderRun:
         except (OSError, trio.TooSlowError) as error:
             log.warning("order failed job=%s error=%r", self.order.job, error)
             self._fail("platform_error", outcome, "This machine failed the order.")
-        finally:
-            with trio.CancelScope(shield=True):
-                await self._free(keep_outputs=self.machine.state == "succeeded")
 
     async def _prepare(self) -> None:
         order, session = self.order, self._session
         self.machine.take("prepare")
         with _within(PREPARE_S_MAX, "prepare_timeout"):
             workspace = self._workspace = Workspace(self._workspaces, order.job)
-            missing = await self._missing()
-            if missing:
-                names = tuple(missing)
-                session.apply(session.machine.preparing(order.n, names, now=session.now()))
-            for sha256, size_bytes_max in missing.items():
-                await session.wait_for_blob(sha256, size_bytes_max)
-            if order.image in missing:
-                await self._executor.add_image(order.image, session.blobs / _hex(order.image))
-            for file in order.inputs:
-                source = session.blobs / _hex(file.sha256)
-                await trio.to_thread.run_sync(workspace.stage_file, file.path, source, file.sha256)
+            room = await session.make_room(order)
+            await self._fetch(await self._missing())
+            await self._stage(workspace, room)
             self._handle = await self._executor.prepare(self._spec(workspace))
         self.machine.take("prepared")
+
+    async def _fetch(self, missing: dict[str, int]) -> None:
+        """Have the buyer send what is not here. A module goes to the store of the modules."""
+        if not missing:
+            return
+        order, session = self.order, self._session
+        session.apply(session.machine.preparing(order.n, tuple(missing), now=session.now()))
+        with session.inputs.wanting(missing):
+            for sha256 in missing:
+                await session.inputs.arrived(sha256)
+                if sha256 == order.image:
+                    await self._executor.add_image(sha256, session.inputs.path(sha256))
+                    if all(file.sha256 != sha256 for file in order.inputs):
+                        await session.inputs.drop(sha256)
+
+    async def _stage(self, workspace: Workspace, room: int) -> None:
+        """Copy the inputs to where the guest sees them; it must not reach what others use."""
+        inputs = self._session.inputs
+        for at, file in enumerate(self.order.inputs, 1):
+            source = inputs.use(file)
+            await trio.to_thread.run_sync(workspace.stage_file, file.path, source, file.sha256)
+            await inputs.trim(room, keep={later.sha256 for later in self.order.inputs[at:]})
 
     async def _execute(self) -> Outcome:
         session, handle = self._session, self._handle
@@ -191,6 +218,7 @@ class OrderRun:
         order, session = self.order, self._session
         outputs = await trio.to_thread.run_sync(self._collect)
         self._delivered = {file.sha256: file.path for file in outputs}
+        self.kept_bytes = sum(file.size_bytes for file in outputs)
         session.keep(self)  # the buyer may ask for files as soon as it reads the delivery
         self.machine.take("collected")
         runtime = f"{self._executor.tier}|{order.image}"
@@ -216,14 +244,14 @@ class OrderRun:
 
     def _fail(self, reason: str, outcome: Outcome | None, detail: str = "") -> None:
         session = self._session
-        self.machine.take(self._fact_of(reason))
-        state = self.machine.state
-        states: dict[str, WorkState] = {"failed": "failed", "killed": "killed", "error": "error"}
+        if not self.machine.done:  # it is when telling the end is what failed
+            self.machine.take(self._fact_of(reason))
+        states: dict[str, WorkState] = {"failed": "failed", "killed": "killed"}
         exit_status = outcome.exit_status if outcome is not None else None
         session.apply(
             session.machine.failed(
                 self.order.n,
-                states[state],
+                states.get(self.machine.state, "error"),
                 reason,
                 now=session.now(),
                 usage=_usage(outcome.usage) if outcome is not None else None,
@@ -242,9 +270,21 @@ class OrderRun:
 
     async def _free(self, *, keep_outputs: bool) -> None:
         if self._handle is not None:
-            await self._executor.destroy(self._handle)
+            try:
+                await self._executor.destroy(self._handle)
+            except Exception:
+                log.exception("sandbox not destroyed job=%s", self.order.job)
         if not keep_outputs:
             await self.wipe()
+        elif self._workspace is not None:
+            await self._remove(self._workspace.inputs)
+
+    async def _remove(self, folder: Path) -> None:
+        async with self._wiping:  # two at once would trip over each other
+            try:
+                await trio.to_thread.run_sync(wipe, folder)
+            except OSError as error:
+                log.warning("not wiped job=%s error=%r", self.order.job, error)
 
     # --- details ---
 
@@ -265,7 +305,7 @@ class OrderRun:
                 raise LumarisError("bad_image", f"This seller does not hold {self.order.image}.")
             missing[self.order.image] = MODULE_BYTES_MAX
         for file in self.order.inputs:
-            if not await trio.Path(self._session.blobs / _hex(file.sha256)).exists():
+            if not self._session.inputs.has(file.sha256):
                 missing[file.sha256] = file.size_bytes
         return missing
 
@@ -325,7 +365,3 @@ def _usage(usage: RunUsage) -> Usage:
 
 def _reason(outcome: Outcome | None) -> str:
     return "platform_error" if outcome is None else outcome.reason
-
-
-def _hex(sha256: str) -> str:
-    return sha256.removeprefix("sha256:")

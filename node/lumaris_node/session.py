@@ -16,6 +16,7 @@ import msgspec
 import trio
 
 from lumaris_node.executors.port import Executor
+from lumaris_node.inputs import Inputs
 from lumaris_node.orders import OrderRun
 from lumaris_node.store import Store
 from lumaris_overlay import blobs as blob_transfer
@@ -33,7 +34,7 @@ from lumaris_protocol.effects import (
 )
 from lumaris_protocol.errors import EnvelopeError, LumarisError, RefusedError
 from lumaris_protocol.frames import Kind
-from lumaris_protocol.limits import ORDERS_QUEUED_MAX
+from lumaris_protocol.limits import INPUT_ALLOWANCE_BYTES, ORDERS_QUEUED_MAX
 from lumaris_protocol.machines.seller import SellerSession
 from lumaris_protocol.messages.execution import WorkOrder
 from lumaris_protocol.protocols import BlobHeader, BlobReply
@@ -60,7 +61,8 @@ class SessionHost:
         agreement = machine.contract.agreement
         self.machine, self.resources = machine, agreement.resources
         self.session, self.buyer = agreement.session, agreement.buyer
-        self.blobs, self._workspaces = folder / "blobs", folder / "jobs"
+        self._blobs, self._workspaces = folder / "blobs", folder / "jobs"
+        self.inputs = Inputs(self._blobs, disk_bytes=agreement.resources.disk_bytes)
         self.orders_done = 0
         self._folder = folder
         self._stream, self._store, self._executor = stream, store, executor
@@ -70,10 +72,11 @@ class SessionHost:
         self._stops: dict[int, str] = {}
         self._run: OrderRun | None = None
         self._done: dict[int, OrderRun] = {}  # delivered, kept until the buyer's word
+        self._kept: dict[int, int] = {}  # bytes of delivered outputs, until they are wiped
+        self._wiped = trio.Event()
         self._gate_open = True
         self._gate_opened = trio.Event()
         self._gate_changed = trio.Event()
-        self._wanted: dict[str, tuple[int, trio.Event]] = {}
         self._wiping: trio.Nursery | None = None
         self._over = trio.Event()
         self._reason = ""
@@ -83,24 +86,31 @@ class SessionHost:
         self.apply(self.machine.receive(opening, now=self.now()))
 
     async def run(self) -> str:
-        """Until the session is over; the reason."""
-        for folder in (self.blobs, self._workspaces):
-            await trio.Path(folder).mkdir(parents=True, exist_ok=True, mode=0o700)
+        """Until the session is over; the reason. Never raises for what fails here."""
         try:
-            async with trio.open_nursery() as nursery:
-                self._wiping = nursery
-                for task in (self._send, self._read, self._work, self._tick, self._gatekeeper):
-                    nursery.start_soon(task)
-                await self._over.wait()
-                with trio.move_on_after(_FLUSH_S):
-                    await self._outbox.flush()
-                nursery.cancel_scope.cancel()
+            await self._run_tasks()
+        except* Exception as group:
+            log.error("session broke session=%s", self.session, exc_info=group)
+            self._end_broken()
+            await self._stream.refuse(LumarisError("platform_error"))
         finally:
             with trio.CancelScope(shield=True):
                 if not self._over.is_set():
                     self.end("shutting_down")
                 await self._close_down()
         return self._reason
+
+    async def _run_tasks(self) -> None:
+        for folder in (self._blobs, self._workspaces):
+            await trio.Path(folder).mkdir(parents=True, exist_ok=True, mode=0o700)
+        async with trio.open_nursery() as nursery:
+            self._wiping = nursery
+            for task in (self._send, self._read, self._work, self._tick, self._gatekeeper):
+                nursery.start_soon(task)
+            await self._over.wait()
+            with trio.move_on_after(_FLUSH_S):
+                await self._outbox.flush()
+            nursery.cancel_scope.cancel()
 
     def now(self) -> float:
         """Wall clock, for documents."""
@@ -136,6 +146,7 @@ class SessionHost:
     def keep(self, run: OrderRun) -> None:
         """An order is delivered: its outputs stay until the buyer's word on it."""
         self._done[run.order.n] = run
+        self._kept[run.order.n] = run.kept_bytes
         self.orders_done += 1
 
     async def gate(self) -> None:
@@ -145,38 +156,29 @@ class SessionHost:
 
     # --- files ---
 
-    async def wait_for_blob(self, sha256: str, size_bytes_max: int) -> None:
-        """Until the buyer has sent the file; only files waited for are taken."""
-        arrived = trio.Event()
-        self._wanted[sha256] = (size_bytes_max, arrived)
-        try:
-            if not await trio.Path(self._blob(sha256)).exists():
-                await arrived.wait()
-        finally:
-            self._wanted.pop(sha256, None)
+    async def make_room(self, order: WorkOrder) -> int:
+        """The bytes that kept inputs may take while an order runs; the rest of them is removed.
+
+        Waits for the buyer's word on outputs that are in the way. Raises LumarisError `disk_short`.
+        """
+        while True:
+            outputs = sum(self._kept.values())
+            disk_bytes = order.limits.disk_bytes
+            room = self.inputs.room(order.inputs, disk_bytes=disk_bytes, other_bytes=outputs)
+            if room >= 0:
+                break
+            if not outputs:
+                raise LumarisError("disk_short", "The inputs do not fit beside the order's disk.")
+            await self._wiped.wait()
+        await self.inputs.trim(room, keep={file.sha256 for file in order.inputs})
+        return room
 
     async def serve_blob(self, header: BlobHeader, stream: FramedStream) -> None:
         """Take or give one file of this session. Raises LumarisError."""
         if header.op == "put":
-            await self._take_blob(header, stream)
+            await self.inputs.take(header, stream)
         else:
             await self._give_blob(header, stream)
-
-    async def _take_blob(self, header: BlobHeader, stream: FramedStream) -> None:
-        wanted = self._wanted.get(header.sha256)
-        target = self._blob(header.sha256)
-        if not await trio.Path(target).exists():
-            if wanted is None:
-                raise RefusedError("bad_input", "No order waits for this file.")
-            if header.size_bytes > wanted[0]:
-                raise RefusedError("oversize", "The file is larger than the order says.")
-            await stream.send(Kind.HEADER, _encode(BlobReply(state="ready")))
-            await blob_transfer.receive_chunks(
-                stream, target, sha256=header.sha256, size_bytes=header.size_bytes
-            )
-        if wanted is not None:
-            wanted[1].set()
-        await stream.send(Kind.HEADER, _encode(BlobReply(state="stored")))
 
     async def _give_blob(self, header: BlobHeader, stream: FramedStream) -> None:
         for run in self._done.values():
@@ -187,14 +189,12 @@ class SessionHost:
                 return
         raise RefusedError("not_found", "No delivered file of that hash.")
 
-    def _blob(self, sha256: str) -> Path:
-        return self.blobs / sha256.removeprefix("sha256:")
-
     # --- tasks ---
 
     async def _read(self) -> None:
         try:
             while True:
+                await self._outbox.room()  # a buyer that does not read is not heard either
                 frame = await self._stream.receive()
                 if frame is None or frame.kind == Kind.REFUSAL:
                     break
@@ -228,6 +228,8 @@ class SessionHost:
                 await self._run.run()
             finally:
                 self._run = None
+            self._forget_answered()
+            await self.inputs.trim(INPUT_ALLOWANCE_BYTES)
 
     async def _gatekeeper(self) -> None:
         """Passes gate changes and stops on to the running order, outside the machine's calls."""
@@ -238,13 +240,21 @@ class SessionHost:
                 self._gate_opened.set()
                 self._gate_opened = trio.Event()
             if run is not None:
-                reason = self._stops.pop(run.order.n, "")
-                if reason:
-                    await run.stop(reason)
-                else:
-                    await run.set_gate(is_open=self._gate_open)
+                try:
+                    await self._pass_on(run)
+                except Exception:
+                    # A sandbox that cannot be stopped or frozen is destroyed.
+                    log.exception("order not controlled job=%s", run.order.job)
+                    run.abort()
             if not self._gate_changed.is_set():
                 await self._gate_changed.wait()
+
+    async def _pass_on(self, run: OrderRun) -> None:
+        reason = self._stops.pop(run.order.n, "")
+        if reason:
+            await run.stop(reason)
+        else:
+            await run.set_gate(is_open=self._gate_open)
 
     async def _tick(self) -> None:
         while True:
@@ -266,12 +276,34 @@ class SessionHost:
         for n in [n for n in self._done if not self.machine.awaits_answer(n)]:
             run = self._done.pop(n)
             if self._wiping is not None:
-                self._wiping.start_soon(run.wipe)
+                self._wiping.start_soon(self._wipe, run)
+
+    async def _wipe(self, run: OrderRun) -> None:
+        await run.wipe()
+        self._kept.pop(run.order.n, None)
+        self._wiped.set()
+        self._wiped = trio.Event()
+
+    def _end_broken(self) -> None:
+        """The tasks have failed: what the machine still wants to say cannot be sent."""
+        try:
+            self.end("platform_error")
+        except Exception as error:
+            log.warning("session not ended cleanly session=%s error=%r", self.session, error)
+        self._finish("platform_error")
 
     async def _close_down(self) -> None:
-        await self._outbox.keep_rest()
-        await self._stream.aclose()
+        """Every step, whatever became of the one before."""
+        for step in (self._outbox.keep_rest, self._stream.aclose, self._remove, self._end_row):
+            try:
+                await step()
+            except Exception as error:
+                log.warning("session not closed cleanly session=%s error=%r", self.session, error)
+
+    async def _remove(self) -> None:
         await trio.to_thread.run_sync(shutil.rmtree, self._folder, True)
+
+    async def _end_row(self) -> None:
         await self._store.end_session(
             self.session, self._reason, orders=self.machine.orders_accepted, now=self.now()
         )

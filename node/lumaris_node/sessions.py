@@ -18,6 +18,7 @@ from lumaris_overlay.tasks import StrangerLog
 from lumaris_protocol import agreements, codec, envelope
 from lumaris_protocol.errors import LumarisError, RefusedError
 from lumaris_protocol.frames import Kind
+from lumaris_protocol.machines.desk import Hold
 from lumaris_protocol.machines.seller import SellerSession
 from lumaris_protocol.messages.execution import SessionOpen
 from lumaris_protocol.protocols import BlobHeader
@@ -46,12 +47,19 @@ class Sessions:
         self._network, self._folder, self._store = network, folder, store
         self._clock, self._ended = clock, ended
         self._hosts: dict[str, SessionHost] = {}
+        self._closing = False
         self._strangers = StrangerLog(log)
 
     @property
     def hosts(self) -> tuple[SessionHost, ...]:
         """The sessions that are open now."""
         return tuple(self._hosts.values())
+
+    def close(self, reason: str) -> None:
+        """End every session, and open no other."""
+        self._closing = True
+        for host in self.hosts:
+            host.end(reason)
 
     async def serve(self, stream: OverlayStream) -> None:
         """One session, from its opening to its end."""
@@ -65,6 +73,9 @@ class Sessions:
             await framed.refuse(error)
         except (trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError):
             log.info("session not opened peer=%s", stream.peer)
+        except Exception:
+            log.exception("session not opened peer=%s", stream.peer)
+            await framed.refuse(LumarisError("platform_error"))
         finally:
             await framed.aclose()
 
@@ -74,12 +85,20 @@ class Sessions:
             raise RefusedError("wrong_type", "A session begins with session_open.")
         # Only the session's id is read before the machine has checked the signature.
         first = codec.decode_payload(found.payload, SessionOpen)
-        session = first.session
         try:
-            hold = self._desk.find_contract(session)
-        except RefusedError:
-            await self._end_lapsed(first, peer)
+            hold, host = self._open(opening, first.session, framed, peer)
+        except RefusedError as error:
+            if error.code in ("quote_unknown", "shutting_down"):
+                await self._end_lapsed(first, peer)
             raise
+        await self._host(host, hold)
+
+    def _open(
+        self, opening: bytes, session: str, framed: FramedStream, peer: str
+    ) -> tuple[Hold, SessionHost]:
+        if self._closing:
+            raise RefusedError("shutting_down")
+        hold = self._desk.find_contract(session)
         contract = hold.contract
         assert contract is not None, "find_contract returns agreed holds only"
         if peer != contract.agreement.buyer or session in self._hosts:
@@ -97,8 +116,11 @@ class Sessions:
         )
         host.check(opening)
         self._desk.quotes.granted(contract.hash, now=self._clock())
+        return hold, host
+
+    async def _host(self, host: SessionHost, hold: Hold) -> None:
+        session, reason = host.session, "platform_error"
         self._hosts[session] = host
-        reason = "platform_error"
         try:
             reason = await host.run()
         finally:
@@ -145,10 +167,10 @@ class Sessions:
         except LumarisError as error:
             self._strangers.note(stream.peer, error.code, error.message)
             await framed.refuse(error)
-        except OSError as error:
-            log.warning("transfer failed peer=%s error=%r", stream.peer, error)
-            await framed.refuse(LumarisError("platform_error"))
         except (trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             log.info("transfer ended early peer=%s error=%r", stream.peer, error)
+        except Exception as error:
+            log.warning("transfer failed peer=%s error=%r", stream.peer, error)
+            await framed.refuse(LumarisError("platform_error"))
         finally:
             await framed.aclose()

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import trio
 
 from lumaris_node.coordinator_link import CoordinatorLink
 from lumaris_node.desk import Terms
 from lumaris_node.store import Store
-from lumaris_protocol import codec, coordinator_api, receipts, settlement
+from lumaris_protocol import agreements, codec, coordinator_api, ids, receipts, settlement
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.keys import KeyPair
 from lumaris_protocol.messages.receipt import Receipt
@@ -22,16 +23,18 @@ from lumaris_protocol.settlement import Papers
 log = logging.getLogger(__name__)
 
 _RETRY_S_MIN, _RETRY_S_MAX = 0.5, 60.0
+# These say something of the coordinator and nothing of the claim: the others would meet them too.
+_OUTAGE = ("coordinator_unreachable", "busy", "unauthorized")
 # Any other refusal stands whatever is retried; the claim is then closed with it as its reason.
 # A claim that is `not_yet_valid` waits for our clock to be put right.
-_RETRYABLE = (
-    "coordinator_unreachable",
-    "busy",
-    "internal",
-    "unauthorized",
-    "timeout",
-    "not_yet_valid",
-)
+_RETRYABLE = (*_OUTAGE, "internal", "timeout", "not_yet_valid")
+
+
+@dataclass(frozen=True)
+class _Again:
+    code: str
+    due_at: float
+    pause_s: float
 
 
 class Settler:
@@ -44,10 +47,13 @@ class Settler:
         key: KeyPair,
         terms: Terms,
         *,
+        token: Callable[[], str],
         clock: Callable[[], float],
     ) -> None:
         self._link, self._store, self._key, self._terms = link, store, key, terms
-        self._clock = clock
+        self._token, self._clock = token, clock
+        self._lock = trio.Lock()
+        self._again: dict[str, _Again] = {}  # claims that failed by themselves
         self._wake = trio.Event()
         self.last_error = ""
 
@@ -60,25 +66,58 @@ class Settler:
         pause = _RETRY_S_MIN
         while True:
             self._wake = trio.Event()
-            pause = _RETRY_S_MIN if await self.settle_all() else min(2 * pause, _RETRY_S_MAX)
-            with trio.move_on_after(_RETRY_S_MAX if pause == _RETRY_S_MIN else pause):
+            try:
+                clear = await self.settle_all()
+            except Exception:
+                log.exception("claims not read")
+                clear = False
+            pause = _RETRY_S_MIN if clear else min(2 * pause, _RETRY_S_MAX)
+            with trio.move_on_after(_RETRY_S_MAX if clear else pause):
                 await self._wake.wait()
 
     async def settle_all(self) -> bool:
-        """One round over everything unsettled; whether nothing is left."""
-        clear = True
-        for item in await self._store.unsettled():
-            try:
-                await self._settle(item)
-                self.last_error = ""
-            except LumarisError as error:
-                self.last_error = error.code
-                if error.code in _RETRYABLE:
-                    clear = False
-                    break
-                log.warning("claim refused session=%s code=%s", item.session, error.code)
-                await self._store.give_up(item.session, error.code)
-        return clear
+        """One round over everything unsettled that is due; whether nothing is left.
+
+        A claim that fails by itself is tried again after its own growing pause, past the others.
+        """
+        async with self._lock:
+            items, now = await self._store.unsettled(), trio.current_time()
+            names = {item.session for item in items}
+            self._again = {name: again for name, again in self._again.items() if name in names}
+            for item in items:
+                again = self._again.get(item.session)
+                if again is not None and again.due_at > now:
+                    continue
+                code = await self._try(item)
+                if code in _OUTAGE:
+                    self.last_error = code
+                    return False
+            self.last_error = next((again.code for again in self._again.values()), "")
+            return not self._again
+
+    async def _try(self, item: Papers) -> str:
+        """The code that a claim is refused with for now; empty when it is closed."""
+        name = item.session
+        try:
+            await self._settle(item)
+            code = ""
+        except LumarisError as error:
+            code = error.code
+            if code not in _RETRYABLE:
+                log.warning("claim refused session=%s code=%s", name, code)
+                await self._store.give_up(name, code)
+                code = ""
+        except Exception:
+            if name not in self._again:
+                log.exception("claim failed session=%s", name)
+            code = "internal"
+        if not code:
+            self._again.pop(name, None)
+        elif code not in _OUTAGE:
+            before = self._again.get(name)
+            pause_s = _RETRY_S_MIN if before is None else min(2 * before.pause_s, _RETRY_S_MAX)
+            self._again[name] = _Again(code, trio.current_time() + pause_s, pause_s)
+        return code
 
     async def _settle(self, item: Papers) -> None:
         claim = settlement.claim(
@@ -88,12 +127,32 @@ class Settler:
             coordinator=self._terms.coordinator,
             now=int(self._clock()),
         )
-        answer = await self._link.call(coordinator_api.settle(claim))
+        try:
+            answer = await self._link.call(coordinator_api.settle(claim))
+        except LumarisError as error:
+            if error.code != "already_settled":
+                raise
+            answer = await self._fetch(item, error)
         if isinstance(answer, coordinator_api.Claimed):
             raise LumarisError("internal", "The coordinator let a seller's claim wait.")
         bundle = receipts.decode_bundle(answer)
         receipt = codec.open_signed(
             bundle.receipt, Receipt, network=self._terms.network, signer=self._terms.coordinator
         ).message
+        if receipt.session != item.session or receipt.seller != self._key.peer_id:
+            raise LumarisError("internal", "The coordinator sent the receipt of another session.")
         await self._store.settled(item.session, receipt=answer, earned_nanos=receipt.seller_nanos)
         log.info("settled session=%s earned_nanos=%d", item.session, receipt.seller_nanos)
+
+    async def _fetch(self, item: Papers, refusal: LumarisError) -> bytes:
+        """The receipt of a session that was settled with another total than we claim."""
+        contract = agreements.join(item.by_buyer, item.by_seller, network=self._terms.network)
+        name = ids.derive_id("receipt", contract.hash.encode())
+        try:
+            return await self._link.call(coordinator_api.receipt(name, self._token()))
+        except LumarisError as error:
+            if error.code == "unauthorized":  # our token, not the claims of others
+                raise LumarisError("internal", "The token is not accepted.") from None
+            if error.code in _RETRYABLE:
+                raise
+            raise refusal from None

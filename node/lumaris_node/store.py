@@ -23,6 +23,11 @@ T = TypeVar("T")
 
 migrations = Migrations("lumaris_node")
 
+# Agreements whose grant never came are forgotten after this long, and the oldest settled sessions
+# beyond this many: their sums stay, and the coordinator keeps their receipts.
+_UNGRANTED_S = 3600
+_SETTLED_MAX = 10_000
+
 # A session that never got its grant has nothing to settle.
 _ENDED = "CASE WHEN \"grant\" IS NULL THEN 'settled' ELSE 'ended' END"
 
@@ -55,6 +60,10 @@ def create_sessions(db: sqlite_utils.Database) -> None:
     )
     db.table("session").create_index(["state"])
     db.table("counter").create({"name": str, "value": int}, pk="name")
+
+
+# The totals of settled sessions that were forgotten.
+_PRUNED = ("pruned_sessions", "pruned_orders", "pruned_nanos")
 
 
 class Store:
@@ -162,6 +171,41 @@ class Store:
             found.append(Papers(*fields, closes=closes))
         return found
 
+    async def prune(self, *, now: float) -> int:
+        """Forget what no claim needs any more; how many rows. Totals of the status keep theirs."""
+        surplus = (
+            "SELECT session FROM session WHERE state = 'settled'"
+            f" ORDER BY ended_at DESC, session LIMIT -1 OFFSET {_SETTLED_MAX}"
+        )
+
+        def work() -> int:
+            execute = self._connection.execute
+            execute("BEGIN IMMEDIATE")
+            try:
+                gone = execute(
+                    'DELETE FROM session WHERE "grant" IS NULL AND started_at < ?'
+                    " AND state IN ('agreed', 'settled')",
+                    (int(now) - _UNGRANTED_S,),
+                ).rowcount
+                sums = execute(
+                    "SELECT COUNT(*), COALESCE(SUM(orders_done), 0), COALESCE(SUM(earned_nanos), 0)"
+                    f" FROM session WHERE session IN ({surplus})"
+                ).fetchone()
+                for name, value in zip(_PRUNED, sums, strict=True):
+                    execute(
+                        "INSERT INTO counter (name, value) VALUES (?, ?)"
+                        " ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
+                        (name, value),
+                    )
+                gone += execute(f"DELETE FROM session WHERE session IN ({surplus})").rowcount
+                execute("COMMIT")
+            except BaseException:
+                execute("ROLLBACK")
+                raise
+            return gone
+
+        return await self._run(work)
+
     async def next_advert_seq(self, *, now: float) -> int:
         """A number above every one used before, even by a copy of this store: seconds then +1."""
 
@@ -191,6 +235,11 @@ class Store:
                 " COALESCE(SUM(CASE WHEN state != 'settled' THEN total_nanos ELSE 0 END), 0)"
                 " FROM session"
             ).fetchone()
+            pruned = dict(self._connection.execute("SELECT name, value FROM counter"))
+            forgotten, more_orders, more_nanos = (pruned.get(name, 0) for name in _PRUNED)
+            if forgotten:
+                counts["settled"] = counts.get("settled", 0) + forgotten
+            orders, earned = orders + more_orders, earned + more_nanos
             totals = {"orders_done": orders, "earned_nanos": earned, "pending_nanos": pending}
             return {f"sessions_{state}": count for state, count in counts.items()} | totals
 

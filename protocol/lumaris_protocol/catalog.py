@@ -10,13 +10,14 @@ from lumaris_protocol.messages.advert import Tier
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """A pinned image. `command` is put before the buyer's own when that names the interpreter."""
+    """A pinned image, and the program names its one module answers to."""
 
     name: str
     tier: Tier
     digest: str
     extra: str  # the extra of the distribution that installs it on a node
     licence: str
+    programs: tuple[str, ...]
 
 
 CATALOG: Final[dict[str, CatalogEntry]] = {
@@ -26,5 +27,6 @@ CATALOG: Final[dict[str, CatalogEntry]] = {
         digest="sha256:e5dc5a398b07b54ea8fdb503bf68fb583d533f10ec3f930963e02b9505f7a763",
         extra="python-wasi",
         licence="Apache-2.0 and PSF-2.0",
+        programs=("python", "python3", "python3.12"),
     ),
 }

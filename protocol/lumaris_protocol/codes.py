@@ -52,7 +52,7 @@ CODES: dict[str, Code] = {
     "withdrawn": Code("The seller has withdrawn its offer.", "Choose another seller.", 6),
     "duration_long": Code("The lease is longer than the seller accepts.", "Ask for a shorter lease.", 6),
     # --- negotiation ---
-    "no_capacity": Code("The seller has no free capacity left.", "Another seller is tried automatically.", 6),
+    "no_capacity": Code("The seller has no free capacity left.", "Other sellers were tried; try again in a moment.", 6),
     "too_many_holds": Code("Too many quotes are held for this buyer.", "Accept or let earlier quotes lapse.", 6),
     "not_accepting": Code("The seller is not taking new work.", "Another seller is tried automatically.", 6),
     "quote_unknown": Code("The quote is unknown or was already used.", "Ask for a new quote.", 6),
@@ -61,8 +61,9 @@ CODES: dict[str, Code] = {
     "grant_invalid": Code("The budget grant does not cover this agreement.", "Ask the coordinator for a grant for this agreement.", 7),
     "terms_refused": Code("The coordinator does not hold money under these terms.", "Read its fee and currency at /v1/info and negotiate again.", 7),
     # --- money ---
-    "no_funds": Code("The account's free balance is below what the grant must hold.", "Lower --max-cost, settle open sessions, or deposit credit: `lumaris wallet show`.", 7),
+    "no_funds": Code("The account's free balance is below what the grant must hold.", "Deposit credit (`lumaris wallet deposit`), lower --max-cost, or settle open sessions.", 7),
     "budget_exceeded": Code("The spending cap does not cover this.", "Raise the cap: --max-cost.", 7),
+    "claim_unproven": Code("The claimed total is not the one that the voucher or the co-signed end proves.", "Claim exactly what the highest voucher says.", 9),
     "over_cap": Code("The amount is above the grant's cap.", "The voucher was refused.", 9),
     "voucher_stale": Code("The voucher does not raise the amount.", "Present the highest voucher.", 9),
     "voucher_foreign": Code("The voucher belongs to another session.", "Present the voucher of this session.", 9),

@@ -1,7 +1,7 @@
-"""Every bound of the protocol, with the reason for its value.
+"""The bounds of the protocol: what both sides of a message must agree on.
 
-Sizes are bytes, times are seconds, money is nanos. A number that limits what a stranger can make us
-do belongs in this file and nowhere else.
+Sizes are bytes, times are seconds, money is nanos. A bound of one program alone (a
+cache, a pool, a retry) stands beside the code that it bounds.
 """
 
 KIB = 1024
@@ -57,6 +57,9 @@ INPUT_BYTES_MAX = 4 * GIB
 OUTPUT_FILES_MAX = 1_000  # the manifest must fit one envelope-sized frame's worth of work to check
 OUTPUT_BYTES_MAX = 4 * GIB
 FILE_BYTES_MAX = 1 * GIB
+# Inputs lie on the seller's disk unpaid and beside what the agreement sells: room for a few models
+# or data sets, and small enough that every session of a node may have it.
+INPUT_ALLOWANCE_BYTES = 256 * MIB
 LOG_BYTES_MAX = 8 * MIB
 MEMORY_BYTES_MAX = 4 * 1024 * GIB
 WALL_S_MAX = 24 * 3600

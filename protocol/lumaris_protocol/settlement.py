@@ -110,7 +110,7 @@ def open_claim(settle: Signed[Settle], *, network: str, coordinator: str) -> Cla
         voucher = open_voucher(message.voucher, agreement, network=network)
     proven = voucher.message.total_nanos if voucher is not None else 0
     if message.total_nanos != proven:
-        raise RefusedError("voucher_foreign", "The claimed total is not the voucher's.")
+        raise RefusedError("claim_unproven", "The claimed total is not the voucher's.")
     fact: ClaimFact = "seller_claim" if message.party == agreement.seller else "buyer_claim"
     if len(message.closes) == 2:
         _check_closes(message, agreement, network=network)
@@ -124,7 +124,7 @@ def _check_closes(message: Settle, agreement: Agreement, *, network: str) -> Non
     for data, signer in zip(message.closes, signers, strict=True):
         close = codec.open_signed(data, Close, network=network, signer=signer).message
         if close.session != agreement.session or close.total_nanos != message.total_nanos:
-            raise RefusedError("voucher_foreign", "The co-signed end names another total.")
+            raise RefusedError("claim_unproven", "The co-signed end names another total.")
 
 
 def make_receipt(

@@ -32,13 +32,12 @@ from lumaris.store import Store
 from lumaris_overlay.ports import Overlay
 from lumaris_overlay.private_files import load_or_create_key
 from lumaris_overlay.supervisor import OverlayConfig, attach_or_spawn
-from lumaris_protocol import codec, coordinator_api, ids, matching, pricing
+from lumaris_protocol import coordinator_api, ids, matching, pricing
 from lumaris_protocol.codec import Signed
 from lumaris_protocol.coordinator_api import Account, Audit
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.keys import KeyPair, PeerId
 from lumaris_protocol.messages.advert import Advert
-from lumaris_protocol.messages.budget import CreditRequest
 from lumaris_protocol.messages.execution import File
 from lumaris_protocol.messages.negotiation import Requirements
 from lumaris_protocol.money import Nanos
@@ -126,7 +125,7 @@ class Buyer:
 
         Raises LumarisError when no seller could be bought; a job that ran and failed is a result.
         """
-        image = await images.resolve(request.image)
+        image = await images.resolve(request.image, request.command)
         inputs = await artifacts.describe_inputs(request.inputs)
         job, failed, spent_nanos = new_job(), list[str](), 0
         last: JobResult | LumarisError = LumarisError("budget_exceeded")
@@ -174,13 +173,13 @@ class Buyer:
             return []
         from lumaris.fanout import FanOut
 
-        image = await images.resolve(requests[0].image)
+        image = await images.resolve(requests[0].image, requests[0].command)
         run = FanOut(self, image, requests, sellers, budget_nanos, observe, on_result)
         return await run.run()
 
     async def plan(self, request: JobRequest) -> matching.MatchReport:
         """Who could run this, without asking anyone."""
-        image = await images.resolve(request.image)
+        image = await images.resolve(request.image, request.command)
         needs = self.pool.needs(request, image)
         return await self.market.search(needs, lease_s=LEASE_S)
 
@@ -197,15 +196,13 @@ class Buyer:
 
     async def deposit_test_credit(self, amount_nanos: int) -> Account:
         """Ask the coordinator for test credit."""
-        request = CreditRequest(
-            peer=self.key.peer_id,
-            coordinator=self.standing.info.coordinator,
+        return await membership.deposit_test_credit(
+            self._link,
+            self.key,
+            self.standing,
             amount_nanos=amount_nanos,
             nonce=os.urandom(16).hex(),
-            issued_at=int(time.time()),
         )
-        signed = codec.sign(request, self.key, self.standing.info.network)
-        return await self._link.call(coordinator_api.credit(signed.data))
 
     async def audit(self) -> Audit:
         """Whether the coordinator's ledger balances."""
@@ -346,8 +343,7 @@ async def open_buyer(
     try:
         cache = profile.state / "membership.json"
         standing = await membership.join(link, key, cache, url=profile.coordinator)
-        if not standing.bootstrap:
-            standing = await membership.refresh_bootstrap(link, cache, standing)
+        standing = await membership.refresh_bootstrap(link, cache, standing)
         config = OverlayConfig(
             key_file=profile.key_file,
             network=standing.info.network,
@@ -361,6 +357,7 @@ async def open_buyer(
             nursery.start_soon(buyer.market.follow)
             nursery.start_soon(buyer.pool.run, nursery)
             nursery.start_soon(buyer.write_rows)
+            nursery.start_soon(_greet, overlay, standing.bootstrap)
             nursery.start_soon(buyer.pool.settle)
             await store.end_orphan_jobs(now=time.time())
             try:
@@ -374,6 +371,14 @@ async def open_buyer(
         with trio.CancelScope(shield=True):
             await link.aclose()
         store.close()
+
+
+async def _greet(overlay: Overlay, addresses: tuple[str, ...]) -> None:
+    """A warm overlay may know sellers by the addresses they had yesterday."""
+    try:
+        await overlay.connect(addresses)
+    except LumarisError as error:
+        log.info("no peer answered code=%s", error.code)
 
 
 def new_job() -> str:

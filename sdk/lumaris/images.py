@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,10 +27,19 @@ class Image:
     files: Mapping[str, Path] = field(default_factory=dict)
 
 
-async def resolve(name: str) -> Image:
-    """The image of a name. Raises LumarisError `bad_image`."""
+async def resolve(name: str, command: Sequence[str] = ()) -> Image:
+    """The image of a name. Raises LumarisError `bad_image`.
+
+    A module runs whatever its command is called, so a mistyped program of a catalog image is
+    refused here (`bad_command`), before it costs anything.
+    """
     entry = CATALOG.get(name)
     if entry is not None:
+        if command and command[0] not in entry.programs:
+            known = ", ".join(entry.programs)
+            raise LumarisError(
+                "bad_command", f"{name} has no program {command[0]!r}, but: {known}."
+            )
         return Image(entry.tier, entry.digest)
     if re.match(DIGEST_PATTERN, name):
         return Image("container", name)

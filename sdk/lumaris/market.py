@@ -194,6 +194,7 @@ class Market:
     async def agree(self, offered: Offered) -> tuple[Contract, KeyPair]:
         """Sign the agreement and take the seller's signature; with our new session key.
 
+        The stream stays open: closing it before the session begins frees the seller's capacity.
         Raises LumarisError; then there is no agreement.
         """
         session_key = KeyPair(os.urandom(32))
@@ -212,8 +213,6 @@ class Market:
                 theirs = await offered.stream.expect(Kind.ENVELOPE)
         except (trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError):
             raise RefusedError("unreachable", "The seller went away before signing.") from None
-        finally:
-            await offered.stream.aclose()
         contract = agreements.join(ours.data, theirs, network=self._terms.network)
         return contract, session_key
 

@@ -14,10 +14,10 @@ import trio
 
 from lumaris.coordinator import CoordinatorLink
 from lumaris_protocol import codec, coordinator_api
-from lumaris_protocol.coordinator_api import Info
+from lumaris_protocol.coordinator_api import Account, Info
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.keys import KeyPair
-from lumaris_protocol.messages.budget import Registration
+from lumaris_protocol.messages.budget import CreditRequest, Registration
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +56,33 @@ async def join(link: CoordinatorLink, key: KeyPair, cache: Path, *, url: str) ->
 
 
 async def refresh_bootstrap(link: CoordinatorLink, cache: Path, standing: Standing) -> Standing:
-    """Ask again where the network is; used when nobody was found."""
-    found = await link.call(coordinator_api.bootstrap())
+    """Where the network is now: sellers come back at other addresses. The cached list when the
+    coordinator is away."""
+    try:
+        found = await link.call(coordinator_api.bootstrap())
+    except LumarisError as error:
+        log.warning("going on with the cached addresses code=%s", error.code)
+        return standing
+    if tuple(found.addresses) == standing.bootstrap:
+        return standing
     standing = msgspec.structs.replace(standing, bootstrap=tuple(found.addresses))
     await trio.to_thread.run_sync(_write, cache, standing)
     return standing
+
+
+async def deposit_test_credit(
+    link: CoordinatorLink, key: KeyPair, standing: Standing, *, amount_nanos: int, nonce: str
+) -> Account:
+    """Ask for test credit; a repeated `nonce` credits once. Raises LumarisError `credit_limit`."""
+    request = CreditRequest(
+        peer=key.peer_id,
+        coordinator=standing.info.coordinator,
+        amount_nanos=amount_nanos,
+        nonce=nonce,
+        issued_at=int(time.time()),
+    )
+    signed = codec.sign(request, key, standing.info.network)
+    return await link.call(coordinator_api.credit(signed.data))
 
 
 async def _register(link: CoordinatorLink, key: KeyPair, url: str) -> Standing:
@@ -75,7 +97,6 @@ async def _register(link: CoordinatorLink, key: KeyPair, url: str) -> Standing:
     )
     signed = codec.sign(registration, key, info.network)
     membership = await link.call(coordinator_api.register(signed.data))
-    found = await link.call(coordinator_api.bootstrap())
     return Standing(
         url=url,
         info=info,
@@ -83,7 +104,7 @@ async def _register(link: CoordinatorLink, key: KeyPair, url: str) -> Standing:
         account=membership.account,
         token=membership.token,
         expires_at=membership.expires_at,
-        bootstrap=tuple(found.addresses),
+        bootstrap=(),
     )
 
 

@@ -191,6 +191,12 @@ class Pool:
         return again[: len(chosen)]
 
     async def _open(self, offered: Offered, needs: Requirements) -> Session:
+        try:
+            return await self._begin(offered, needs)
+        finally:
+            await offered.stream.aclose()
+
+    async def _begin(self, offered: Offered, needs: Requirements) -> Session:
         seller = offered.quote.message.seller
         try:
             contract, key = await self._market.agree(offered)

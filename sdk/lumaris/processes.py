@@ -24,3 +24,16 @@ def alive(name: str) -> bool:
     """Whether the process of that name still runs."""
     pid, _, started = name.partition(":")
     return pid.isdigit() and started != "0" and str(start_time(int(pid))) == started
+
+
+def naming(text: str) -> list[str]:
+    """Command lines of the living processes, but for this one, that name a text such as a path."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue  # it ended while we looked
+        if text in command and int(entry.name) != os.getpid() and start_time(int(entry.name)):
+            found.append(command.strip())
+    return found

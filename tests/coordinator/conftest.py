@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -14,10 +15,12 @@ from tests.coordinator.builders import NETWORK, Clock, Market
 
 
 @asynccontextmanager
-async def open_market(state: Path, *, clock: Clock | None = None) -> AsyncIterator[Market]:
+async def open_market(
+    state: Path, *, clock: Clock | None = None, **settings: Any
+) -> AsyncIterator[Market]:
     """A coordinator over a state directory, running."""
     clock = clock or Clock()
-    coordinator = Coordinator(Settings(state=state, network=NETWORK), clock=clock)
+    coordinator = Coordinator(Settings(state=state, network=NETWORK, **settings), clock=clock)
     transport = httpx.ASGITransport(create_app(coordinator))
     async with (
         coordinator.running(),

@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import trio
 
+from lumaris_coordinator.bounds import CAP_NANOS_MIN
+from lumaris_coordinator.escrow import service
+from lumaris_coordinator.store import sqlite
 from lumaris_coordinator.store.sqlite import Connection
 from lumaris_protocol import agreements, codec, envelope, receipts
 from lumaris_protocol.ids import derive_id
@@ -70,6 +73,50 @@ async def test_same_agreement_same_grant_even_at_once(market: Market) -> None:
     assert await market.free(buyer) == FUNDS - CAP
     market.clock.now += 24 * 3600 - 1  # long after `start_by`: the lost answer can still be had
     assert await market.grant(deal) == bodies[0]
+
+
+async def test_a_lost_answer_is_had_again_whatever_the_time_and_the_terms(tmp_path: Path) -> None:
+    clock, state = Clock(), tmp_path / "state"
+    async with open_market(state, clock=clock) as market:
+        deal, data = await setting(market)
+    clock.now += 3_600 + 1_000  # the agreement itself is over
+    async with open_market(state, clock=clock, fee_bps=100) as market:
+        request = deal.grant_request(issued_at=market.now)
+        answer = await market.client.post("/v1/grants", content=request)
+        assert (answer.status_code, answer.content) == (200, data)
+        later = market.deal(deal.buyer, deal.seller)
+        answer = await market.client.post("/v1/grants", content=later.grant_request())
+        assert answer.json()["code"] == "terms_refused"  # new ones are held to the new fee
+        assert (await market.audit())["balanced"]
+
+
+async def test_open_escrows_of_a_buyer_are_bounded(
+    market: Market, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "ESCROWS_OPEN_PER_BUYER_MAX", 3)
+    buyer, seller = await market.party("buyer", FUNDS), await market.party("seller", FUNDS)
+    deals = [market.deal(buyer, seller, cap=CAP_NANOS_MIN) for _ in range(4)]
+    grants = [await market.grant(deal) for deal in deals[:3]]
+    assert (await market.settle(deals[0].claim(buyer, grants[0], 100))).status_code == 202
+    answer = await market.client.post("/v1/grants", content=deals[3].grant_request())
+    assert (answer.status_code, answer.json()["code"]) == (429, "too_many_holds")
+    assert await market.free(buyer) == FUNDS - 3 * CAP_NANOS_MIN
+    assert await market.grant(deals[0]) == grants[0]  # a repetition opens nothing
+    await market.grant(market.deal(seller, buyer))  # and another buyer has its own bound
+    assert (await market.settle(deals[0].claim(seller, grants[0], 100))).status_code == 200
+    await market.grant(deals[3])
+    assert (await market.audit())["balanced"]
+
+
+async def test_counting_a_buyers_open_escrows_reads_the_open_ones_only(market: Market) -> None:
+    for what in ("count(*)", "coalesce(sum(cap), 0), count(*)"):
+        plan = sqlite.all_rows(
+            market.coordinator.store.reader,
+            f"EXPLAIN QUERY PLAN SELECT {what} FROM escrow"
+            " WHERE buyer = ? AND state IN ('held', 'claimed')",
+            ("x",),
+        )
+        assert "COVERING INDEX escrow_open_by_buyer" in plan[0][3]
 
 
 async def prepare(market: Market, deal: Deal, grant: bytes, state: str) -> None:
@@ -207,11 +254,12 @@ async def test_downtime_extends_every_open_deadline(tmp_path: Path) -> None:
 
 
 async def test_a_session_of_nothing(market: Market) -> None:
-    buyer, seller = await market.party("buyer"), await market.party("seller")
-    deal = market.deal(buyer, seller, cap=0)
+    buyer, seller = await market.party("buyer", FUNDS), await market.party("seller")
+    deal = market.deal(buyer, seller, cap=CAP_NANOS_MIN)
     grant = await market.grant(deal)
     answer = await market.settle(deal.claim(seller, grant, 0))
-    assert receipt_of(answer.content).refund_nanos == 0
+    assert receipt_of(answer.content).refund_nanos == CAP_NANOS_MIN
+    assert await market.free(buyer) == FUNDS
     assert (await market.audit())["balanced"]
 
 
@@ -263,6 +311,13 @@ def refused_grants(deal: Deal) -> dict[str, tuple[bytes, int, str]]:
         "another coordinator": (changed(coordinator=eve.peer), 400, "wrong_domain"),
         "another fee": (changed(fee_bps=0), 422, "terms_refused"),
         "another currency": (changed(currency="EUR"), 422, "terms_refused"),
+        "a cap of nothing": (changed(cap=0), 422, "terms_refused"),
+        "a cap below the least": (changed(cap=CAP_NANOS_MIN - 1), 422, "terms_refused"),
+        "with oneself": (
+            Deal(deal.buyer, deal.buyer, deal.coordinator, now=deal.now).grant_request(),
+            400,
+            "wrong_signer",
+        ),
         "over the funds": (changed(cap=FUNDS + 1), 402, "no_funds"),
         "start passed": (changed(issued_at=deal.now - 200, start_by=deal.now - 61), 400, "expired"),
         "from the future": (
@@ -325,8 +380,8 @@ def refused_claims(deal: Deal, grant: bytes) -> dict[str, tuple[bytes, int, str]
         "by a stranger": (claim(party=eve), 400, "wrong_signer"),
         "by another key": (claim(signer=eve), 400, "wrong_signer"),
         "over the cap": (claim(CAP + 1), 422, "over_cap"),
-        "more than vouchered": (claim(total_nanos=5_001), 422, "voucher_foreign"),
-        "no voucher": (claim(voucher=None), 422, "voucher_foreign"),
+        "more than vouchered": (claim(total_nanos=5_001), 422, "claim_unproven"),
+        "no voucher": (claim(voucher=None), 422, "claim_unproven"),
         "forged voucher": (claim(voucher=forged_voucher), 400, "wrong_signer"),
         "voucher of another session": (
             claim(voucher=other.voucher(5_000)),
@@ -340,7 +395,7 @@ def refused_claims(deal: Deal, grant: bytes) -> dict[str, tuple[bytes, int, str]
             "wrong_domain",
         ),
         "another coordinator": (claim(coordinator=eve.peer), 400, "wrong_domain"),
-        "closes of another total": (claim(closes=deal.closes(4_000)), 422, "voucher_foreign"),
+        "closes of another total": (claim(closes=deal.closes(4_000)), 422, "claim_unproven"),
         "one side's closes": (
             claim(closes=(deal.closes(5_000)[0],) * 2),
             400,
@@ -389,7 +444,7 @@ async def test_a_damaged_escrow_does_not_keep_the_others_from_ending(
     market: Market, caplog: pytest.LogCaptureFixture
 ) -> None:
     buyer, seller = await market.party("buyer", FUNDS), await market.party("seller")
-    deals = [market.deal(buyer, seller, cap=10 + n) for n in range(3)]
+    deals = [market.deal(buyer, seller, cap=CAP_NANOS_MIN + n) for n in range(3)]
     for deal in deals:
         await market.grant(deal)
 
@@ -405,5 +460,5 @@ async def test_a_damaged_escrow_does_not_keep_the_others_from_ending(
     states = [(await state_of(market, deal, buyer))["state"] for deal in deals]
     assert states == ["held", "expired", "expired"]
     assert [deals[0].hash in record.getMessage() for record in caplog.records] == [True]
-    assert await market.free(buyer) == FUNDS - 10
+    assert await market.free(buyer) == FUNDS - CAP_NANOS_MIN
     assert (await market.audit())["balanced"]

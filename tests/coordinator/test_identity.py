@@ -6,6 +6,8 @@ import base64
 
 import pytest
 
+from lumaris_coordinator.store import sqlite
+from lumaris_coordinator.store.sqlite import Connection
 from lumaris_protocol import agreements
 from tests.coordinator.builders import NETWORK, START, Market, Party, registration
 
@@ -42,6 +44,18 @@ async def test_account_stays_and_the_serial_rises(market: Market) -> None:
         for found in (first, second)
     ]
     assert serials == [1, 3]
+
+
+async def test_an_account_has_one_peer(market: Market) -> None:
+    ann, ben = [await market.register(Party(name)) for name in ("ann", "ben")]
+    assert ann["account"] != ben["account"]
+
+    def share(connection: Connection) -> None:
+        sql = "UPDATE peer SET account = ? WHERE account = ?"
+        connection.execute(sql, (ann["account"], ben["account"]))
+
+    with pytest.raises(sqlite.driver.IntegrityError):
+        await market.coordinator.store.submit(share)
 
 
 async def test_challenge_is_used_once(market: Market) -> None:

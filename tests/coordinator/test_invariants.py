@@ -21,6 +21,7 @@ from hypothesis.stateful import (
 )
 
 from lumaris_coordinator import Coordinator, Settings
+from lumaris_coordinator.bounds import CAP_NANOS_MIN
 from lumaris_coordinator.escrow import store as escrows
 from lumaris_coordinator.identity.store import save_peer
 from lumaris_coordinator.ledger import store as ledger
@@ -32,7 +33,7 @@ from lumaris_protocol.messages.payment import Settle
 from tests.coordinator.builders import NETWORK, START, Clock, Deal, Party
 
 PARTIES = tuple(Party(f"party{number}") for number in range(3))
-FUNDS = 1_000
+FUNDS = 20_000
 
 
 @dataclass
@@ -93,7 +94,11 @@ class MarketMachine(RuleBasedStateMachine):
         self.coordinator.log.committed()
         return found
 
-    @rule(target=sessions, who=st.permutations(range(3)), cap=st.integers(0, FUNDS + 1))
+    @rule(
+        target=sessions,
+        who=st.permutations(range(3)),
+        cap=st.integers(CAP_NANOS_MIN - 1, FUNDS + 1),
+    )
     def grant(self, who: list[int], cap: int) -> Any:
         buyer, seller = PARTIES[who[0]], PARTIES[who[1]]
         now = int(self.clock.now)
@@ -107,7 +112,8 @@ class MarketMachine(RuleBasedStateMachine):
             refused, data = error.code, b""
         else:
             refused = ""
-        assert refused == ("no_funds" if free < cap else "")
+        expected = "terms_refused" if cap < CAP_NANOS_MIN else "no_funds" if free < cap else ""
+        assert refused == expected
         if refused:
             return multiple()
         assert self.apply(lambda connection: service._hold(connection, contract, now)) == data

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import trio
+from sqlite_utils import Database
 
-from lumaris_coordinator.ledger import store
+from lumaris_coordinator import bounds
+from lumaris_coordinator.ledger import service, store
 from lumaris_coordinator.ledger.store import TEST_CREDIT, Leg
-from lumaris_coordinator.store import sqlite
+from lumaris_coordinator.store import schema, sqlite
 from lumaris_coordinator.store.sqlite import Connection
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.money import NANOS_PER_CREDIT
 from tests.coordinator.builders import Market, credit_request, key_of
 
 LIMIT = 1_000 * NANOS_PER_CREDIT
+MIN = bounds.CREDIT_NANOS_MIN
 
 
 async def test_credit_is_given_once_per_nonce(market: Market) -> None:
     ann = await market.party("ann")
-    body = credit_request(ann, market.peer, 700)
+    body = credit_request(ann, market.peer, 700 * MIN)
     transactions = set()
 
     async def ask() -> None:
         answer = await market.client.post("/v1/credits", content=body)
         found = answer.json()
-        assert (found["credited_nanos"], found["free_nanos"]) == (700, 700)
+        assert (found["credited_nanos"], found["free_nanos"]) == (700 * MIN, 700 * MIN)
         transactions.add(found["transaction"])
 
     async with trio.open_nursery() as nursery:
@@ -39,7 +44,8 @@ async def test_credit_is_given_once_per_nonce(market: Market) -> None:
     ("case", "code"),
     [
         ("over the limit", "credit_limit"),
-        ("nothing", "malformed"),
+        ("nothing", "usage"),
+        ("less than the least", "usage"),
         ("same nonce, other amount", "idempotency_mismatch"),
         ("stranger", "not_certified"),
         ("stale", "expired"),
@@ -48,10 +54,15 @@ async def test_credit_is_given_once_per_nonce(market: Market) -> None:
 )
 async def test_credit_refused(market: Market, case: str, code: str) -> None:
     ann = await market.party("ann")
-    first = credit_request(ann, market.peer, 100, nonce="0" * 32)
+    first = credit_request(ann, market.peer, 100 * MIN, nonce="0" * 32)
     assert (await market.client.post("/v1/credits", content=first)).status_code == 200
     coordinator = key_of("eve").peer_id if case == "another coordinator" else market.peer
-    amount = {"over the limit": LIMIT - 99, "nothing": 0}.get(case, 50)
+    amounts = {
+        "over the limit": LIMIT - 100 * MIN + 1,
+        "nothing": 0,
+        "less than the least": MIN - 1,
+    }
+    amount = amounts.get(case, 50 * MIN)
     nonce = "0" * 32 if case == "same nonce, other amount" else None
     party = type(ann)("eve") if case == "stranger" else ann
     now = market.now - (361 if case == "stale" else 0)
@@ -59,14 +70,46 @@ async def test_credit_refused(market: Market, case: str, code: str) -> None:
     answer = await market.client.post("/v1/credits", content=body)
     assert answer.json()["code"] == code, answer.text
     assert answer.json()["money_moved"] is False
-    assert await market.free(ann) == 100
+    assert await market.free(ann) == 100 * MIN
+
+
+async def test_credits_of_an_account_are_few(
+    market: Market, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "CREDITS_PER_ACCOUNT_MAX", 3)
+    ann, ben = await market.party("ann"), await market.party("ben", MIN)
+    first = credit_request(ann, market.peer, MIN)
+    assert (await market.client.post("/v1/credits", content=first)).status_code == 200
+    for _ in range(2):
+        await market.fund(ann, MIN)
+    more = credit_request(ann, market.peer, MIN)
+    answer = await market.client.post("/v1/credits", content=more)
+    assert answer.json()["code"] == "credit_limit"
+    assert (await market.client.post("/v1/credits", content=first)).status_code == 200
+    await market.fund(ben, MIN)
+    assert [await market.free(party) for party in (ann, ben)] == [3 * MIN, 2 * MIN]
+    assert (await market.audit())["transfers"] == 5
+
+
+def test_credits_given_before_the_total_was_kept_count(tmp_path: Path) -> None:
+    connection = sqlite.connect(tmp_path / "db")
+    schema._MIGRATIONS.apply(Database(connection), stop_before="0003_credited")
+    for account in ("ann", "ben"):
+        store.open_account(connection, account, kind="peer", currency="TEST")
+    connection.execute("INSERT INTO txn (id, kind, ref, at) VALUES (1, 'test_credit', '', 0)")
+    for nonce, amount in (("a", 7), ("b", 5)):
+        connection.execute("INSERT INTO credit VALUES ('ann', ?, ?, 1)", (nonce, amount))
+    schema.migrate(connection)
+    found = [store.credit_given(connection, account) for account in ("ann", "ben", "nobody")]
+    connection.close()
+    assert found == [(12, 2), (0, 0), (0, 0)]
 
 
 async def test_transfers_come_in_pages(market: Market) -> None:
     ann = await market.party("ann")
     for amount in range(1, 6):
-        await market.fund(ann, amount)
-    await market.party("ben", 99)
+        await market.fund(ann, amount * MIN)
+    await market.party("ben", 99 * MIN)
     seen: list[int] = []
     after: int | None = 0
     while after is not None:
@@ -77,15 +120,15 @@ async def test_transfers_come_in_pages(market: Market) -> None:
         seen += [transfer["amount_nanos"] for transfer in page["transfers"]]
         after = page["next"]
         assert len(seen) <= 5
-    assert seen == [1, 2, 3, 4, 5]
+    assert seen == [n * MIN for n in (1, 2, 3, 4, 5)]
 
 
 async def test_an_account_cannot_be_overdrawn(market: Market) -> None:
-    ann, ben = await market.party("ann", 10), await market.party("ben")
+    ann, ben = await market.party("ann", 10 * MIN), await market.party("ben")
     accounts = [(await market.account(party))["account"] for party in (ann, ben)]
 
     def overdraw(connection: Connection) -> None:
-        legs = [Leg(accounts[0], accounts[1], 6), Leg(accounts[0], accounts[1], 6)]
+        legs = [Leg(accounts[0], accounts[1], amount) for amount in (6 * MIN, 6 * MIN)]
         store.move(connection, kind="settle", ref="", legs=legs, now=0)
 
     def cheat(connection: Connection) -> None:
@@ -95,7 +138,7 @@ async def test_an_account_cannot_be_overdrawn(market: Market) -> None:
         await market.coordinator.store.submit(overdraw)
     with pytest.raises(sqlite.driver.IntegrityError):
         await market.coordinator.store.submit(cheat)
-    assert [await market.free(party) for party in (ann, ben)] == [10, 0]
+    assert [await market.free(party) for party in (ann, ben)] == [10 * MIN, 0]
     assert (await market.audit())["transfers"] == 1
 
 
@@ -103,8 +146,8 @@ async def test_an_account_cannot_be_overdrawn(market: Market) -> None:
     "table", ["txn", "transfer", "escrow_event", "receipt", "checkpoint", "downtime"]
 )
 async def test_history_cannot_be_rewritten(market: Market, table: str) -> None:
-    buyer, seller = await market.party("buyer", 100), await market.party("seller")
-    deal = market.deal(buyer, seller, cap=50)
+    buyer, seller = await market.party("buyer", MIN), await market.party("seller")
+    deal = market.deal(buyer, seller, cap=5_000)
     answer = await market.settle(deal.claim(seller, await market.grant(deal), 10))
     assert answer.status_code == 200
 
@@ -122,11 +165,11 @@ async def test_history_cannot_be_rewritten(market: Market, table: str) -> None:
 
 
 async def test_the_audit_finds_a_changed_balance(market: Market) -> None:
-    ann = await market.party("ann", 10)
+    ann = await market.party("ann", MIN)
     account = (await market.account(ann))["account"]
 
     def tamper(connection: Connection) -> None:
-        connection.execute("UPDATE account SET balance = 11 WHERE id = ?", (account,))
+        connection.execute("UPDATE account SET balance = balance + 1 WHERE id = ?", (account,))
 
     await market.coordinator.store.submit(tamper)
     found = await market.audit()
@@ -134,5 +177,5 @@ async def test_the_audit_finds_a_changed_balance(market: Market) -> None:
 
 
 async def test_the_world_outside_owes_what_was_given(market: Market) -> None:
-    await market.party("ann", 10)
-    assert store.balance(market.coordinator.store.reader, TEST_CREDIT) == -10
+    await market.party("ann", 10 * MIN)
+    assert store.balance(market.coordinator.store.reader, TEST_CREDIT) == -10 * MIN

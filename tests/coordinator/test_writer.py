@@ -43,7 +43,7 @@ def writer_on(path: Path, broken: threading.Event | None = None, **options: Any)
 
 
 async def test_a_commit_that_fails_in_a_settlement_leaves_no_trace(market: Market) -> None:
-    buyer, seller = await market.party("buyer", 1_000), await market.party("seller")
+    buyer, seller = await market.party("buyer", 1_000_000), await market.party("seller")
     deal = market.deal(buyer, seller, cap=1_000)
     claim = deal.claim(seller, await market.grant(deal), 600)
     writer, broken = market.coordinator.store.writer, threading.Event()
@@ -52,6 +52,8 @@ async def test_a_commit_that_fails_in_a_settlement_leaves_no_trace(market: Marke
     broken.set()
     answer = await market.settle(claim)
     assert (answer.status_code, answer.json()["code"]) == (503, "busy")
+    assert "not known whether" in answer.json()["detail"]
+    assert answer.json()["hint"].startswith("Repeat the same request")
     assert market.coordinator.log.head.size == 0
     assert await market.free(seller) == 0
     answer = await market.settle(claim)  # over a new connection, which does commit

@@ -245,12 +245,12 @@ async def test_no_grant_without_the_coordinator(market: Market):
 
 async def test_a_budget_that_the_account_does_not_cover(market: Market):
     await market.seller()
-    async with market.buyer(credit=1_000) as buyer:
+    async with market.buyer(credit=1_000_000) as buyer:
         with pytest.raises(LumarisError) as caught:
-            await buyer.run(market.request(m.HELLO))
+            await buyer.run(market.request(m.HELLO, max_cost_nanos=2_000_000))
         assert (caught.value.code, caught.value.money_moved) == ("no_funds", False)
         market.clock.ahead_s = 60
-        await market.assert_at_rest(buyer, cost_nanos=0, credit=1_000)
+        await market.assert_at_rest(buyer, cost_nanos=0, credit=1_000_000)
 
 
 async def test_a_killed_seller_settles_after_its_restart(market: Market, short_exposure):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import trio
-from trio.testing import memory_stream_pair
+from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
 
 from lumaris_overlay.framed_stream import FramedStream
 from lumaris_overlay.outbox import Outbox
@@ -94,3 +94,42 @@ async def test_a_reader_that_is_gone_holds_nobody_up():
     with trio.fail_after(1):
         await outbox.room()
         await outbox.flush()
+
+
+async def test_what_is_to_be_stored_waits_for_no_message():
+    """A peer that does not read must not keep its vouchers off our disk."""
+    ours, theirs = memory_stream_pair()
+    ours.send_stream.send_all_hook = trio.sleep_forever
+    disk, voucher = Disk(), KeepVoucher(b"v", 1)
+    disk.go.set()
+    outbox = Outbox(FramedStream(ours), disk.keep)
+    outbox.put(Send(b"unread"))
+    outbox.put(voucher)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(outbox.run)
+        await wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    await theirs.aclose()
+    assert disk.kept == [voucher]
+
+
+async def test_a_peer_that_takes_nothing_is_gone(autojump_clock: MockClock):
+    ours, theirs = memory_stream_pair()
+    ours.send_stream.send_all_hook = trio.sleep_forever
+    outbox = Outbox(FramedStream(ours), Disk().keep)
+    outbox.put(Send(b"unread"))
+    with trio.fail_after(60), pytest.raises(trio.BrokenResourceError):
+        await outbox.run()
+    await theirs.aclose()
+
+
+async def test_a_disk_that_fails_is_told(autojump_clock: MockClock):
+    async def keep(_: Effect) -> None:
+        raise OSError("full")
+
+    ours, theirs = memory_stream_pair()
+    outbox = Outbox(FramedStream(ours), keep)
+    outbox.put(KeepVoucher(b"v", 1))
+    with trio.fail_after(60), pytest.RaisesGroup(OSError):
+        await outbox.run()
+    await theirs.aclose()

@@ -86,19 +86,23 @@ async def test_quotes_not_taken_are_given_back_at_once(market: Market):
         await market.assert_at_rest(buyer, cost_nanos=result.cost_nanos)
 
 
+CAP = 100_000_000
+
+
 async def test_refused_quotes_say_why(market: Market):
     seller = await market.seller(total=SMALL, lease_s_max=3600)
     async with market.buyer() as buyer:
         needs = await needs_of(market, buyer)
         report = await buyer.market.search(needs, lease_s=LEASE_S)
 
-        async def refusal(needs: Requirements, lease_s: int = LEASE_S) -> str:
+        async def refusal(needs: Requirements, lease_s: int = LEASE_S, cap_nanos: int = CAP) -> str:
             with pytest.raises(LumarisError) as caught:
                 await buyer.market.quotes(
-                    needs, report, lease_s=lease_s, cap_nanos=1000, verification="det"
+                    needs, report, lease_s=lease_s, cap_nanos=cap_nanos, verification="det"
                 )
             return caught.value.code
 
+        assert await refusal(needs, cap_nanos=1) == "budget_exceeded"
         assert await refusal(needs, 3601) == "duration_long"
         assert await refusal(with_cpu(needs, 1001)) == "no_capacity"
         assert await refusal(with_cpu(needs, 0)) == "cpu_short"
@@ -108,7 +112,7 @@ async def test_refused_quotes_say_why(market: Market):
         seller.quotes.accepting = True
         held = [
             await buyer.market.quotes(
-                with_cpu(needs, 10), report, lease_s=60, cap_nanos=1, verification="det"
+                with_cpu(needs, 10), report, lease_s=60, cap_nanos=CAP, verification="det"
             )
             for _ in range(QUOTES_HELD_PER_BUYER_MAX)
         ]

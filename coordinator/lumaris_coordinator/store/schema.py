@@ -155,7 +155,7 @@ def _credited(database: Database) -> None:
 @_MIGRATIONS(name="0004_open_by_buyer")
 def _open_by_buyer(database: Database) -> None:
     database.execute(
-        "CREATE INDEX escrow_open_by_buyer ON escrow (buyer, cap)"
+        "CREATE INDEX escrow_open_by_buyer ON escrow (buyer, state, cap)"
         " WHERE state IN ('held', 'claimed')"
     )
 

@@ -223,7 +223,7 @@ def _unconfirmed() -> LumarisError:
     return LumarisError(
         "busy",
         "The write could not be confirmed: it is not known whether it was kept and money moved.",
-        hint="Repeat the same request: it is applied once at most, and its answer is certain.",
+        hint="Repeat the same request: it is applied once at most.",
     )
 
 

@@ -15,7 +15,6 @@ from lumaris_protocol import limits
 DISK_POLL_S = 0.05
 # Folders are scanned at most a tenth of the time, however many files they hold.
 DISK_POLL_SHARE = 10
-READ_BYTES = 64 * 1024
 End = Callable[[str], Awaitable[None]]
 
 

@@ -121,9 +121,9 @@ class QuoteDesk:
         if len(self._holds) >= SESSIONS_MAX or matching.subtract(self.free, wanted) is None:
             raise RefusedError("no_capacity")
         prices = advert.message.prices
-        least = prices.start_nanos + pricing.rate_nanos_per_s(prices, wanted)
+        least = prices.start_nanos + pricing.rate_nanos_per_s(prices, wanted) // 10
         if 0 < message.cap_nanos < least:
-            raise RefusedError("budget_exceeded", "The cap does not cover one second of work.")
+            raise RefusedError("budget_exceeded", "The cap does not cover a tenth of a second.")
         # The advert's own `free` may lag behind; capacity was just checked against the truth.
         current = _with_free(advert.message, self.free)
         failures = matching.explain(message.requirements, current, lease_s=message.lease_s)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -16,11 +15,10 @@ from lumaris.coordinator import CoordinatorLink
 from lumaris.membership import Standing
 from lumaris.profile import Profile
 from lumaris_overlay.private_files import load_or_create_key
-from lumaris_protocol import codec, coordinator_api
+from lumaris_protocol import coordinator_api
 from lumaris_protocol.coordinator_api import Account
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.keys import KeyPair
-from lumaris_protocol.messages.budget import CreditRequest
 
 T = TypeVar("T")
 
@@ -44,15 +42,9 @@ def deposit_test_credit(profile: Profile, amount_nanos: int) -> Account:
     nonce = os.urandom(16).hex()  # one for both attempts: a repeated request credits once
 
     async def ask(link: CoordinatorLink, key: KeyPair, standing: Standing) -> Account:
-        request = CreditRequest(
-            peer=key.peer_id,
-            coordinator=standing.info.coordinator,
-            amount_nanos=amount_nanos,
-            nonce=nonce,
-            issued_at=int(time.time()),
+        return await membership.deposit_test_credit(
+            link, key, standing, amount_nanos=amount_nanos, nonce=nonce
         )
-        signed = codec.sign(request, key, standing.info.network)
-        return await link.call(coordinator_api.credit(signed.data))
 
     return trio.run(_with_coordinator, profile, ask)
 

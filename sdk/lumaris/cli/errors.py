@@ -48,7 +48,7 @@ def say(error: LumarisError, *, money: bool = True) -> None:
     """The message on stderr."""
     text = clean(error.message).rstrip()
     text += "" if text.endswith((".", "!", "?", ")")) else "."
-    if money:
+    if money and error.code != "busy":  # then it is not known
         text += " Money moved." if error.money_moved else " No money moved."
     note(paint(f"error[{error.code}]", "red") + f" {text}")
     if error.hint:

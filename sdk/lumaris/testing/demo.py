@@ -20,6 +20,7 @@ from typing import Any
 
 import trio
 
+from lumaris import processes
 from lumaris.client import Client, make_request
 from lumaris.coordinator import CoordinatorLink
 from lumaris.jobs import JobRequest, JobResult, JobUpdate, LogLine
@@ -91,8 +92,7 @@ def run_demo(input_file: Path | None, keep: bool, report: Report) -> dict[str, A
         with net:
             report(f"  ready in {time.monotonic() - began:.1f} s: coordinator {net.url}")
             record = _trade(net, text, folder, report)
-        programs = [*net.nodes, *([net.coordinator] if net.coordinator else [])]
-        left = [f"process {program.role}" for program in programs if program.alive]
+        left = [f"process {command}" for command in processes.naming(str(folder))]
         left += [str(path) for path in folder.rglob("*.sock")]
     finally:
         if not keep:

@@ -13,9 +13,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -77,6 +78,8 @@ class Devnet:
     keep: bool = False
     coordinator: Program | None = None
     nodes: list[Program] = field(default_factory=list)
+    # Every process from the moment it exists, so that an interrupted start leaves none behind.
+    _launched: list[_Launch] = field(default_factory=list)
 
     def __enter__(self) -> Devnet:
         try:
@@ -94,7 +97,7 @@ class Devnet:
     ) -> None:
         self.stop()
         if not self.keep:
-            shutil.rmtree(self.state, ignore_errors=True)
+            self.remove()
 
     @property
     def url(self) -> str:
@@ -112,9 +115,15 @@ class Devnet:
         """Start everything and fund the buyer. Raises LumarisError; call `stop` then."""
         make_private_folder(self.state)
         self.start_coordinator()
+        self.save()
         with ThreadPoolExecutor(max_workers=max(1, self.sellers)) as pool:
-            names = [f"seller-{index + 1}" for index in range(self.sellers)]
-            self.nodes = list(pool.map(self.start_seller, names))
+            starts = [
+                pool.submit(self.start_seller, f"seller-{index + 1}")
+                for index in range(self.sellers)
+            ]
+            # Even when one fails or we are interrupted, the others are known and can be ended.
+            wait(starts)
+        self.nodes = [start.result() for start in starts]
         self.save()
 
     def start_coordinator(self) -> None:
@@ -122,7 +131,7 @@ class Devnet:
         folder = self.state / "coordinator"
         port = self.coordinator.address.rpartition(":")[2] if self.coordinator else "0"
         arguments = ["--state", str(folder), "--network", NETWORK, "--port", port]
-        self.coordinator = _spawn("coordinator", "lumaris_coordinator", folder, arguments)
+        self.coordinator = self._spawn("coordinator", "lumaris_coordinator", folder, arguments)
 
     def start_seller(self, name: str) -> Program:
         """Start a node in its folder, new or left from before."""
@@ -130,7 +139,12 @@ class Devnet:
         modules = self.state / "modules"
         make_private_folder(modules)
         arguments = ["--state", str(folder), "--coordinator", self.url, "--modules", str(modules)]
-        return _spawn(name, "lumaris_node", folder, arguments)
+        return self._spawn(name, "lumaris_node", folder, arguments)
+
+    def _spawn(self, role: str, module: str, folder: Path, arguments: Sequence[str]) -> Program:
+        program = _launch(role, module, folder, arguments, self._launched)
+        _wait_ready(program, folder / "log")
+        return program.named()
 
     def client(self) -> Client:
         """The devnet's buyer, funded on first use. Its overlay process ends with it."""
@@ -162,14 +176,37 @@ class Devnet:
     def stop(self) -> None:
         """End every process, sellers before the coordinator so that they can settle."""
         _end_buyer_overlay(self.buyer_state)
+        known = {program.pid for program in _programs(self)}
+        for launch in self._launched:
+            if launch.process.pid not in known:
+                launch.process.terminate()
         with ThreadPoolExecutor(max_workers=max(1, len(self.nodes))) as pool:
             list(pool.map(Program.end, self.nodes))
         if self.coordinator is not None:
             self.coordinator.end()
+        for launch in self._launched:
+            try:
+                launch.process.wait(_STOP_S)
+            except subprocess.TimeoutExpired:
+                launch.process.kill()
+                launch.process.wait()
+
+    def remove(self) -> None:
+        """Remove what this devnet made, and its folder when nothing else is in it."""
+        names = [f"seller-{index + 1}" for index in range(self.sellers)]
+        for name in (*names, "coordinator", "buyer", "modules"):
+            shutil.rmtree(self.state / name, ignore_errors=True)
+        for name in ("devnet.json", "devnet.part"):
+            (self.state / name).unlink(missing_ok=True)
+        try:
+            self.state.rmdir()
+        except OSError:
+            return  # a file of the user's own lies in it
 
 
 def up(state: Path, sellers: int = 3) -> dict[str, Any]:
     """Start a devnet that outlives this command. Raises LumarisError `already_running`."""
+    state = state.resolve()
     found = _load(state)
     if found is not None and any(program.alive for program in _programs(found)):
         raise LumarisError("already_running", f"A devnet runs in {state}.")
@@ -190,7 +227,7 @@ def down(state: Path) -> dict[str, Any]:
         raise LumarisError("not_running", f"There is no devnet in {state}.")
     ended = sum(program.alive for program in _programs(net))
     net.stop()
-    shutil.rmtree(state, ignore_errors=True)
+    net.remove()
     return {"ended": ended, "state": str(state)}
 
 
@@ -222,11 +259,28 @@ def _programs(net: Devnet) -> list[Program]:
     return [*net.nodes, *([net.coordinator] if net.coordinator else [])]
 
 
-def _spawn(role: str, module: str, folder: Path, arguments: Sequence[str]) -> Program:
-    """Start a program and wait for its `ready PEER ADDRESS`. Raises the LumarisError it prints."""
+@dataclass
+class _Launch:
+    """A started process that may not be ready yet."""
+
+    role: str
+    state: str
+    process: subprocess.Popen[bytes]
+    log_position: int
+    words: list[str] = field(default_factory=list)
+
+    def named(self) -> Program:
+        """The process with the peer and address it announced."""
+        pid = self.process.pid
+        return Program(self.role, self.state, pid, start_time(pid), self.words[1], self.words[2])
+
+
+def _launch(
+    role: str, module: str, folder: Path, arguments: Sequence[str], launched: list[_Launch]
+) -> _Launch:
+    """Start a program and put it on the list at once."""
     make_private_folder(folder)
-    log = folder / "log"
-    with log.open("ab") as errors:
+    with (folder / "log").open("ab") as errors:
         position = errors.tell()
         process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
@@ -235,16 +289,23 @@ def _spawn(role: str, module: str, folder: Path, arguments: Sequence[str]) -> Pr
             stderr=errors,
             start_new_session=True,
         )
-    assert process.stdout is not None
+    launch = _Launch(role, str(folder), process, position)
+    launched.append(launch)
+    return launch
+
+
+def _wait_ready(launch: _Launch, log: Path) -> None:
+    """Wait for `ready PEER ADDRESS`. Raises the LumarisError that the program printed instead."""
+    process = launch.process
+    assert process.stdout is not None, "it was started with a pipe"
     with process.stdout as output:
         ready, _, _ = select.select([output], [], [], _READY_S)
-        line = output.readline().decode(errors="replace").split() if ready else []
-    if len(line) != 3 or line[0] != "ready":
+        launch.words = output.readline().decode(errors="replace").split() if ready else []
+    if len(launch.words) != 3 or launch.words[0] != "ready":
         process.kill()
         process.wait()
-        raise _why(role, log, position)
-    _reap_when_done(process)
-    return Program(role, str(folder), process.pid, start_time(process.pid), line[1], line[2])
+        raise _why(launch.role, log, launch.log_position)
+    threading.Thread(target=process.wait, daemon=True).start()  # leaves no zombie behind
 
 
 def _why(role: str, log: Path, position: int) -> LumarisError:
@@ -256,13 +317,6 @@ def _why(role: str, log: Path, position: int) -> LumarisError:
         if len(words) == 3 and words[0] == "error" and words[1] in codes.CODES:
             return LumarisError(words[1], f"{role}: {words[2]}")
     return LumarisError("internal", f"{role} did not start; see {log}.")
-
-
-def _reap_when_done(process: subprocess.Popen[bytes]) -> None:
-    """Collect the exit status of a child of ours, so that it does not stay as a zombie."""
-    import threading
-
-    threading.Thread(target=process.wait, daemon=True).start()
 
 
 def _wait_gone(program: Program, wait_s: float) -> bool:
