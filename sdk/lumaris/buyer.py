@@ -140,11 +140,13 @@ class Buyer:
                     session, left, image, inputs, observe, job=job, attempt=attempt
                 )
             except LumarisError as error:
+                if isinstance(last, JobResult):
+                    return last  # nobody else is left: the last failure is the answer
                 if error.code not in RETRYABLE:
                     raise
                 if isinstance(error, SellerError):
                     failed.append(error.seller)
-                last = last if isinstance(last, JobResult) else error
+                last = error
                 await self.market.change(RETRY_S)
                 continue
             spent_nanos += result.cost_nanos

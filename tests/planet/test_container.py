@@ -12,17 +12,11 @@ from lumaris.testing.devnet import Devnet
 
 pytestmark = [pytest.mark.planet, pytest.mark.slow, pytest.mark.docker]
 
-REASON = "needs a Docker engine: set DOCKER_HOST (tests/engine.sh up DIR starts one)"
-
 
 @pytest.fixture
-def image() -> str:
+def image(docker_engine: str) -> str:
     """The digest of the test image in the engine."""
-    if not os.environ.get("DOCKER_HOST"):
-        if os.environ.get("LUMARIS_REQUIRE_DOCKER"):
-            pytest.fail(REASON)
-        pytest.skip(REASON)
-    client = docker.DockerClient(base_url=os.environ["DOCKER_HOST"])
+    client = docker.DockerClient(base_url=docker_engine)
     try:
         return str(client.images.get("lumaris/busybox:test").id)
     finally:

@@ -30,12 +30,8 @@ SHELL = {
 
 
 @pytest.fixture
-async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
-    if not os.environ.get("DOCKER_HOST"):
-        if os.environ.get("LUMARIS_REQUIRE_DOCKER") == "1":
-            pytest.fail("needs a Docker engine: set DOCKER_HOST")
-        pytest.skip("needs a Docker engine: set DOCKER_HOST")
-    executor = ContainerExecutor(NODE)
+async def bench(docker_engine: str, tmp_path: Path) -> AsyncIterator[Bench]:
+    executor = ContainerExecutor(NODE, base_url=docker_engine)
     images = await executor.images()
 
     def guest(behaviour: str) -> tuple[str, tuple[str, ...]]:
