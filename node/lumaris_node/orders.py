@@ -276,7 +276,7 @@ class OrderRun:
                 log.exception("sandbox not destroyed job=%s", self.order.job)
         if not keep_outputs:
             await self.wipe()
-        elif self._workspace is not None:
+        elif self._workspace is not None and self.order.inputs:
             await self._remove(self._workspace.inputs)
 
     async def _remove(self, folder: Path) -> None:

@@ -74,6 +74,13 @@ class ModuleStore:
         self._make_room(keep=digest)
         return target
 
+    def holds(self, digest: str) -> bool:
+        """Whether the module is in the store itself; does not block."""
+        try:
+            return self._file(digest, ".wasm").exists()
+        except LumarisError:
+            return False
+
     def has(self, digest: str) -> bool:
         """Whether the module is here, or in an installed catalog package, which is then used."""
         try:

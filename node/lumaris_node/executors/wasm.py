@@ -108,6 +108,8 @@ class WasmExecutor:
 
     async def has_image(self, image: str) -> bool:
         """Whether the module is here or comes with an installed catalog package."""
+        if self.modules.holds(image):
+            return True  # one stat: cheaper than the thread it would move to
         return await trio.to_thread.run_sync(self.modules.has, image)
 
     async def add_image(self, image: str, source: Path) -> None:
