@@ -10,6 +10,7 @@ the physical limit is starting and reaping one child process of this interpreter
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -145,12 +146,14 @@ def requests_served(url: str) -> float:
 def measure_dask() -> tuple[float, float] | None:
     """(milliseconds a no-op, no-ops per second) of a Dask worker process; None without Dask."""
     try:
-        from distributed import Client, LocalCluster
+        distributed = importlib.import_module("distributed")
     except ImportError:
         return None
     with (
-        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,  # type: ignore[no-untyped-call]
-        Client(cluster) as client,  # type: ignore[no-untyped-call]
+        distributed.LocalCluster(
+            n_workers=1, threads_per_worker=1, dashboard_address=None
+        ) as cluster,
+        distributed.Client(cluster) as client,
     ):
         client.submit(abs, -1).result()
         single = [

@@ -14,7 +14,6 @@ from lumaris_protocol.effects import KeepVoucher, StopOrder
 from lumaris_protocol.errors import (
     EnvelopeError,
     LocalError,
-    LumarisError,
     RefusedError,
     ViolationError,
 )
@@ -29,7 +28,7 @@ from lumaris_protocol.limits import (
 )
 from lumaris_protocol.machines.buyer import BuyerSession
 from lumaris_protocol.machines.chain import SendChain
-from lumaris_protocol.machines.seller import SellerSession, refusal_of
+from lumaris_protocol.machines.seller import SellerSession
 from lumaris_protocol.messages.base import SessionMessage
 from lumaris_protocol.messages.execution import (
     Acceptance,
@@ -908,15 +907,6 @@ def test_accepting_what_was_not_delivered_is_our_bug() -> None:
     with pytest.raises(AssertionError):
         pair.buyer.accept(n, now=pair.now)
     assert pair.buyer.live == 1
-
-
-def test_only_our_own_errors_are_shown_to_the_peer() -> None:
-    known = ViolationError("overcharged")
-    assert refusal_of(known) is known
-    hidden = refusal_of(KeyError("/secret/path"))
-    assert isinstance(hidden, LumarisError)
-    assert hidden.code == "internal"
-    assert "secret" not in str(hidden.to_json())
 
 
 def test_session_messages_are_the_chained_ones() -> None:

@@ -419,10 +419,3 @@ class SellerSession:
         if not should_open:
             self._gate_shut_at = now
         return [SetGate(should_open)]
-
-
-def refusal_of(error: Exception) -> LumarisError:
-    """What to tell the other side about an error: our own faults show no inside."""
-    if isinstance(error, LumarisError):
-        return error
-    return LumarisError("internal", "Something failed on this machine.")
