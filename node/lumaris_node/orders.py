@@ -19,7 +19,7 @@ from lumaris_node.executors.port import Executor, Handle, JobLimits, JobSpec, Ou
 from lumaris_node.executors.port import Usage as RunUsage
 from lumaris_node.inputs import Inputs
 from lumaris_node.workspace import Workspace, wipe
-from lumaris_protocol import ids, pricing
+from lumaris_protocol import ids
 from lumaris_protocol.effects import Effect
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.limits import LOG_CHUNK_BYTES_MAX, MODULE_BYTES_MAX, PREPARE_S_MAX
@@ -200,9 +200,8 @@ class OrderRun:
             return Outcome(self._stop_reason, None, outcome.usage, outcome.detail)
         if outcome.reason == "succeeded":
             self.machine.take("exited_zero")
-            terms = session.machine.terms
-            if pricing.order_nanos(terms, outcome.usage.wall_ms) > terms.cap_nanos:
-                # It ended before its next metering. To ask for more than the cap breaks a rule.
+            if session.machine.over_limit(self.order.n, _usage(outcome.usage)):
+                # It ended before its next metering; its outputs need not be hashed.
                 return replace(outcome, reason="budget_exceeded")
         return outcome
 

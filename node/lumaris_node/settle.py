@@ -27,7 +27,7 @@ _RETRY_S_MIN, _RETRY_S_MAX = 0.5, 60.0
 _OUTAGE = ("coordinator_unreachable", "busy", "unauthorized")
 # Any other refusal stands whatever is retried; the claim is then closed with it as its reason.
 # A claim that is `not_yet_valid` waits for our clock to be put right.
-_RETRYABLE = (*_OUTAGE, "internal", "timeout", "not_yet_valid")
+_RETRYABLE = coordinator_api.TRANSIENT | {"not_yet_valid"}
 
 
 @dataclass(frozen=True)

@@ -245,9 +245,7 @@ class SellerSession:
         """The order has run this long; meter it when due, freeze it at the exposure."""
         amount = pricing.order_nanos(self.terms, usage.wall_ms)
         self.tab.accrue(n, amount)
-        order = self._live.get(n)
-        cost_max = order.limits.cost_nanos if order is not None else 0
-        if self._spent > self.terms.cap_nanos or 0 < cost_max < amount:
+        if self._spent > self.terms.cap_nanos or self.over_limit(n, usage):
             return [StopOrder(n, "budget_exceeded")]
         effects: list[Effect] = []
         waited = now - self._metered_at >= self.terms.voucher_interval_s
@@ -273,8 +271,7 @@ class SellerSession:
         More or longer file names than a delivery can carry make it `killed_output` instead.
         """
         amount = pricing.order_nanos(self.terms, usage.wall_ms)
-        cost_max = self._live[n].limits.cost_nanos
-        if 0 < cost_max < amount:
+        if self.over_limit(n, usage):
             return self.failed(n, "killed", "budget_exceeded", now=now, usage=usage)
         try:
             delivery = self._chain.sign(
@@ -352,6 +349,12 @@ class SellerSession:
         self.machine.take("over")
         stops: list[Effect] = [StopOrder(n, reason) for n in self._live]
         return [*stops, Send(self._close(reason)), SessionOver(reason)]
+
+    def over_limit(self, n: int, usage: Usage) -> bool:
+        """Whether the order costs more than it may: asking for that would break a rule."""
+        order = self._live.get(n)
+        cost_max = (order.limits.cost_nanos if order is not None else 0) or self.terms.cap_nanos
+        return pricing.order_nanos(self.terms, usage.wall_ms) > min(cost_max, self.terms.cap_nanos)
 
     def awaits_answer(self, n: int) -> bool:
         """Whether the buyer still has to accept or reject order `n`."""
