@@ -11,11 +11,15 @@ from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import trio
 
 from lumaris_protocol.keys import PeerId
+
+if TYPE_CHECKING:
+    from lumaris_overlay.bulk.gate import BulkGate
+    from lumaris_overlay.links.target import DirectTarget
 
 
 class OverlayStream(trio.abc.HalfCloseableStream):
@@ -27,6 +31,10 @@ class OverlayStream(trio.abc.HalfCloseableStream):
 
     peer: PeerId
     protocol: str
+    # Set by a link whose two programs can reach each other: where the peer's program can be
+    # dialled for bulk data, and where the peer may dial ours.
+    direct: DirectTarget | None = None
+    gate: BulkGate | None = None
 
     @abstractmethod
     async def reset(self) -> None:
@@ -43,19 +51,48 @@ class AdvertEvent:
 
 
 @dataclass(frozen=True)
+class DemandEvent:
+    """A buyer's signed request to every seller of a shard (its envelope bytes)."""
+
+    buyer: PeerId
+    envelope: bytes
+
+
+@dataclass(frozen=True)
 class PeerInfo:
-    """A peer we hold a connection to."""
+    """A peer we hold a connection to; `relayed` when it runs through another peer."""
 
     peer: PeerId
     addresses: tuple[str, ...]
+    relayed: bool = False
+
+
+Verdict = Literal["unknown", "public", "private"]
 
 
 @dataclass(frozen=True)
 class Reachability:
-    """Where we listen, and how many peers we are connected to."""
+    """Who can reach us and how.
+
+    `addresses` is what others are told; `confirmed_by` dialled us back there; `relays` hold a
+    reservation for us; `observed` is where our connections seem to come from.
+    """
 
     addresses: tuple[str, ...]
     peers: int
+    verdict: Verdict = "unknown"
+    confirmed_by: tuple[PeerId, ...] = ()
+    relays: tuple[PeerId, ...] = ()
+    observed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ping:
+    """One exchange with a peer. The offset is the peer's clock minus ours, in seconds."""
+
+    round_trip_s: float
+    clock_offset_s: float
+    relayed: bool
 
 
 StreamHandler = Callable[[OverlayStream], Awaitable[None]]
@@ -69,6 +106,13 @@ class Overlay(Protocol):
         """Our own peer id."""
         ...
 
+    async def present(self, certificate: bytes) -> None:
+        """Show this membership certificate from now on; connections are made once there is one.
+
+        Raises EnvelopeError when it is not a coordinator's word on our own key.
+        """
+        ...
+
     async def publish_advert(self, envelope: bytes) -> None:
         """Gossip our signed advert and keep it in our own directory.
 
@@ -78,6 +122,22 @@ class Overlay(Protocol):
 
     def adverts(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[AdvertEvent]]:
         """First every advert the directory holds, then each change, in order."""
+        ...
+
+    async def publish_demand(self, envelope: bytes) -> None:
+        """Gossip our signed demand to the sellers. Raises EnvelopeError when it is not valid."""
+        ...
+
+    def demands(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[DemandEvent]]:
+        """Each demand of other peers from now on; the oldest are dropped when nobody takes them."""
+        ...
+
+    async def find_peer(self, peer: str) -> bytes | None:
+        """The newest signed record (its envelope) of a peer, from the directory or the DHT."""
+        ...
+
+    async def ping(self, peer: str, *, addresses: Sequence[str] = ()) -> Ping:
+        """Ask a peer for its time; dials when not connected."""
         ...
 
     async def open_stream(

@@ -111,7 +111,7 @@ async def test_b4_key_that_does_not_parse_leaves_the_host_alive(pair):
     one, two = pair
     message = rpc_pb2.Message(
         data=b"x",
-        topicIDs=[one._gossip.topic],
+        topicIDs=[one.exchange.gossip.topic],
         from_id=b"\x12\x20" + b"k" * 32,  # a hashed peer id: the key must come along
         seqno=b"12345678",
         key=b"\xff\xfe junk",

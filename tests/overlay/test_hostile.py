@@ -64,8 +64,8 @@ async def test_random_bytes_on_the_port(pair):
 @pytest.mark.parametrize("number", range(9))
 async def test_forged_advert_over_gossip(pair, number):
     honest, stranger = pair
-    await until(lambda: stranger._gossip.in_mesh(honest.host.get_id()))
-    await stranger._gossip.publish(forgeries()[number])
+    await until(lambda: stranger.exchange.gossip.in_mesh(honest.host.get_id()))
+    await stranger.exchange.gossip.publish(forgeries()[number])
     async with honest.adverts() as events:
         good = advert(key_of("good seller"))
         await stranger.publish_advert(good)
@@ -120,8 +120,8 @@ async def test_peer_that_keeps_sending_forgeries_is_disconnected(pair):
     honest, stranger = pair
     bad = advert(STRANGER, cert=certificate(STRANGER.peer_id, signer=STRANGER))
     for _ in range(BAD_ADVERTS_BURST_PER_PEER + 5):
-        honest._take(stranger.peer_id, bad)
-    await until(lambda: not honest._connected())
+        honest.exchange._take(stranger.peer_id, bad)
+    await until(lambda: not honest.connections.live())
 
 
 async def test_lying_index_server_gives_a_joiner_nothing():

@@ -1,0 +1,1 @@
+"""Links: one connection between two programs that carries all they have to say to each other."""
