@@ -33,6 +33,8 @@ CODES: dict[str, Code] = {
     "out_of_sequence": Code("The document does not follow the last one of its signer.", "The session is closed; open a new one.", 9),
     "broken_chain": Code("The document does not name the hash of its predecessor.", "The session is closed; both copies are evidence.", 9),
     "not_certified": Code("The peer shows no valid membership certificate.", "Register with the coordinator first.", 4),
+    "map_invalid": Code("The shard map does not give each region and class exactly one shard.", "Correct the coordinator's shard map; docs/settings.md describes it.", 2),
+    "map_stale": Code("A newer shard map is known, or the same version says something else.", "Raise the version when the shard map changes.", 9),
     "directory_full": Code("The directory of sellers is full.", "Nothing to do: room is made as adverts expire.", 10),
     "truncated": Code("The stream ended inside a frame.", "Try again; the other side went away.", 10),
     "invalid_transition": Code("This side broke its own rules.", "This is a bug: please report it with the text above.", 1),
@@ -103,6 +105,7 @@ CODES: dict[str, Code] = {
     "idle": Code("The session had no orders for a while.", "A new session is opened when needed.", 0),
     "closed": Code("The session was closed by agreement.", "", 0),
     # --- programs ---
+    "dial_back_refused": Code("The peer does not dial us back.", "Nothing to do: another peer is asked, or this one later.", 10),
     "unreachable": Code("The other side cannot be reached.", "Check that it runs and that the address is right.", 10),
     "coordinator_unreachable": Code("The coordinator cannot be reached.", "Check its address (LUMARIS_COORDINATOR_URL) and that it is up. Open sessions are not affected.", 10),
     "overlay_failed": Code("The overlay process did not start or went away.", "Read its log in the state directory; install the p2p extra if it is missing.", 10),

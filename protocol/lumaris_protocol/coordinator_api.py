@@ -137,6 +137,11 @@ def bootstrap() -> Request[Bootstrap]:
     return Request("GET", "/v1/bootstrap", _json(Bootstrap))
 
 
+def shards() -> Request[bytes]:
+    """The signed shard map."""
+    return Request("GET", "/v1/shards", lambda _status, body: body)
+
+
 def challenge(peer: str) -> Request[Challenge]:
     """Ask for a nonce for a peer."""
     body = msgspec.json.encode({"peer": peer})

@@ -17,6 +17,7 @@ PREFIXES: Final = {
     "grant": "grt",
     "receipt": "rcp",
     "dispute": "dsp",
+    "demand": "dmd",
     "account": "acc",
     "transfer": "trf",
 }

@@ -19,6 +19,12 @@ FRAME_BYTES_MAX = 256 * KIB
 LOG_CHUNK_BYTES_MAX = 32 * KIB
 # A piece of a file on the blob stream. Large writes amortise the per-frame cost of the muxer.
 BLOB_CHUNK_BYTES_MAX = 192 * KIB
+# What a file is asked for, checked and resumed by. A list of the hashes of all beginnings of the
+# largest file, 32 bytes for each chunk, fits one frame.
+CHUNK_BYTES = 1 * MIB
+# Files a program moves at once, each with a thread and a few chunks in memory.
+BULK_TRANSFERS_MAX = 64
+BULK_SOURCES_MAX = 8
 
 # --- text fields -------------------------------------------------------------------------------
 NAME_CHARS_MAX = 64
@@ -41,6 +47,8 @@ REGIONS_MAX = 16
 CLOCK_SKEW_S = 60
 ADVERT_LIFETIME_S_MAX = 900
 ADVERT_REFRESH_S = 300
+# A record in the DHT outlives three missed refreshes of half an hour.
+ENDPOINT_LIFETIME_S_MAX = 2 * 3600
 CERTIFICATE_LIFETIME_S_MAX = 72 * 3600
 SESSION_KEY_LIFETIME_S_MAX = (
     24 * 3600
@@ -106,9 +114,108 @@ BAD_ADVERTS_BURST_PER_PEER = 20
 # A page of the index costs us up to 4 MB; an honest newcomer asks for at most ten.
 INDEX_ASKS_PER_S_PER_PEER = 1
 INDEX_ASKS_BURST_PER_PEER = 20
+# A peer sent away for its faults is refused this long.
+BAN_S = 60
+# A peer without a certificate has this long to show one, and so many are waited for at a time.
+STRANGER_S = 10
+STRANGERS_MAX = 16
+# Inbound connections whose handshake is not done: an honest one takes milliseconds.
+HANDSHAKES_MAX = 64
+# Handshakes that end with a stranger or not at all, by IP (IPv6: by /64), and of all such IPs
+# together: 3 ms of CPU each. An IP from which a member is connected may have so many times more.
+NEWCOMERS_PER_S_PER_IP = 1
+NEWCOMERS_BURST_PER_IP = 10
+NEWCOMERS_MEMBER_FACTOR = 10
+NEWCOMERS_PER_S = 30
+NEWCOMERS_BURST = 200
+# A member's own count only when it comes again and again.
+RETURNS_PER_S_PER_PEER = 1
+RETURNS_BURST_PER_PEER = 20
+# Streams that one peer opens on the overlay: 2 ms of CPU each, and programs talk over links.
+STREAMS_PER_S_PER_PEER = 100
+STREAMS_BURST_PER_PEER = 300
+# A hello costs a signature check and a few hundred bytes.
+HELLOS_PER_S_PER_PEER = 2
+HELLOS_BURST_PER_PEER = 20
+# What one peer may make us do for gossip: an honest one forwards the shard's 12 adverts/s.
+GOSSIP_COST_PER_S_PER_PEER = 100
+GOSSIP_COST_BURST_PER_PEER = 500
+# A demand costs every seller of a shard a look; a buyer has one open at a time, and few at most.
+DEMAND_BYTES_MAX = 4 * KIB
+DEMAND_LIFETIME_S_MAX = 30
+DEMAND_ADDRESSES_MAX = 4  # each seller that fits may dial all of them
+DEMANDS_PER_S_PER_BUYER = 0.2
+DEMANDS_BURST_PER_BUYER = 5
+TENDERS_MAX = 16  # answers to one demand
 OVERLAY_CONNECTIONS_MAX = 300
+# An index peer of every shard of a large market names itself under its busiest ones.
+ENDPOINT_SHARDS_MAX = 16
+# The DHT: one record, and how many index peers of a shard are kept under its key.
+DHT_RECORD_BYTES_MAX = 3 * KIB
+DHT_INDEX_PEERS_MAX = 16
+# The overlay process holds about 100 MB when idle, and its full directory is 40 MB more.
+OVERLAY_MEMORY_BYTES = 512 * MIB
 PEERS_REMEMBERED_MAX = 256
+# The shard map travels in one header of the overlay's socket, in base64.
+SHARD_MAP_BYTES_MAX = 8 * KIB
+SHARD_MAP_LIFETIME_S_MAX = 7 * 24 * 3600
+# 64 shards of 3,600 sellers are 230,000 sellers; ids leave room to retire old ones.
+SHARDS_MAX = 64
+# How often programs ask for the map: a new one is known to all well within the time that sellers
+# are found by either.
+SHARD_MAP_CHECK_S = 240
+SHARD_ID_MAX = 4_095
+SHARD_REGIONS_MAX = 32
+# Each shard costs a follower its gossip: 12 adverts/s at 4.4 ms of CPU. Others are asked for.
+SHARDS_FOLLOWED_MAX = 4
 # The overlay's Unix socket: a header holds one advert in base64 and a few addresses.
 SOCKET_HEADER_BYTES_MAX = 16 * KIB
 SOCKET_STREAMS_WAITING_MAX = 256
 SOCKET_CLAIM_S = 5
+
+# --- reach and relays --------------------------------------------------------------------------
+# Ports that a peer may be asked to dial us back at, and how often one peer may ask.
+REACH_PORTS_MAX = 4
+REACH_ASKS_PER_S_PER_PEER = 0.1
+REACH_ASKS_BURST_PER_PEER = 4
+# A message of the circuit or hole punching protocols; the latter's specification says 4 KiB.
+RELAY_MESSAGE_BYTES_MAX = 4 * KIB
+# Circuits that others opened to us, over all relays.
+CIRCUITS_IN_MAX = 64
+# What a relay gives away: one reservation costs it a table entry, a circuit two streams.
+RELAY_RESERVATIONS_MAX = 500
+RELAY_RESERVATIONS_PER_IP_MAX = 64
+RELAY_RESERVATION_S = 3600
+RELAY_CIRCUITS_MAX = 500
+RELAY_CIRCUITS_PER_PEER_MAX = 32
+# Control traffic of a day of sessions, or one small transfer; bulk data belongs on a direct path.
+RELAY_CIRCUIT_BYTES_MAX = 64 * MIB
+RELAY_CIRCUIT_S_MAX = 3600
+# How many relays a peer that nobody can dial asks to hold its place.
+RELAYS_WANTED = 2
+# Addresses that one side of a hole punch dials, and how many punches run at once.
+PUNCH_ADDRESSES_MAX = 4
+PUNCHES_AT_ONCE_MAX = 16
+
+# --- links between programs ------------------------------------------------------------------
+# One frame of a lane: small enough that other lanes get their turn between two.
+LINK_FRAME_BYTES_MAX = 64 * KIB
+# What a lane's reader lets its writer send ahead, at first and when it keeps up.
+LINK_WINDOW_BYTES = 256 * KIB
+LINK_WINDOW_BYTES_MAX = 1 * MIB
+LINK_LANES_MAX = 256
+LINK_PROTOCOLS_MAX = 32
+# Frames of a link kept until the peer says that they arrived: 20 MB/s at 100 ms.
+LINK_UNACKED_BYTES_MAX = 2 * MIB
+# With lanes open, a silent peer is asked after this long, and the connection given up after that.
+LINK_PING_S = 2.0
+LINK_DEAD_S = 6.0
+# How long both sides keep a link without a connection.
+LINK_RESUME_S = 10.0
+LINK_IDLE_S = 60.0
+# Begun by others; as many again may be ours. All their unacknowledged frames: 512 MiB at worst.
+LINKS_MAX = 256
+# The programs of one key share its overlay: a few commands at a time.
+LINKS_PER_PEER_MAX = 16
+# What all lanes together may leave unread before the link with most of it is ended.
+LINKS_UNREAD_BYTES_MAX = 256 * MIB

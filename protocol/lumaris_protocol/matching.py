@@ -27,11 +27,15 @@ class Match:
 
 @dataclass(frozen=True)
 class MatchReport:
-    """The sellers that fit, best first, and how many each constraint excluded."""
+    """The sellers that fit, best first, and how many each constraint excluded.
+
+    `fitting` counts all that fit, when `matches` holds only the best of them.
+    """
 
     matches: tuple[Match, ...]
     seen: int
     excluded: dict[str, int]
+    fitting: int
 
 
 def explain(needs: Requirements, advert: Advert, *, lease_s: int) -> tuple[str, ...]:
@@ -51,7 +55,7 @@ def explain(needs: Requirements, advert: Advert, *, lease_s: int) -> tuple[str, 
         "cpu_short": free.cpu_millis < wanted.cpu_millis,
         "memory_short": free.memory_bytes < wanted.memory_bytes,
         "disk_short": free.disk_bytes < wanted.disk_bytes,
-        "gpu_short": not _gpus_fit(wanted.gpus, free.gpus),
+        "gpu_short": not gpus_fit(wanted.gpus, free.gpus),
         "duration_long": lease_s > advert.lease_s_max,
         "price_high": prices.currency != needs.currency
         or 0 < needs.rate_nanos_max < pricing.rate_nanos_per_s(prices, wanted),
@@ -76,7 +80,7 @@ def match(needs: Requirements, adverts: Iterable[Signed[Advert]], *, lease_s: in
     matches.sort(
         key=lambda item: (item.lease_nanos, not item.has_image, item.advert.message.seller)
     )
-    return MatchReport(tuple(matches), seen, dict(excluded))
+    return MatchReport(tuple(matches), seen, dict(excluded), len(matches))
 
 
 def subtract(left: Resources, right: Resources) -> Resources | None:
@@ -84,7 +88,7 @@ def subtract(left: Resources, right: Resources) -> Resources | None:
     cpu = left.cpu_millis - right.cpu_millis
     memory = left.memory_bytes - right.memory_bytes
     disk = left.disk_bytes - right.disk_bytes
-    if min(cpu, memory, disk) < 0 or not _gpus_fit(right.gpus, left.gpus):
+    if min(cpu, memory, disk) < 0 or not gpus_fit(right.gpus, left.gpus):
         return None
     taken = Counter({(gpu.model, gpu.vram_bytes): 0 for gpu in left.gpus})
     for wanted in right.gpus:
@@ -97,7 +101,8 @@ def subtract(left: Resources, right: Resources) -> Resources | None:
     return Resources(cpu_millis=cpu, memory_bytes=memory, disk_bytes=disk, gpus=gpus)
 
 
-def _gpus_fit(wanted: tuple[Gpu, ...], free: tuple[Gpu, ...]) -> bool:
+def gpus_fit(wanted: tuple[Gpu, ...], free: tuple[Gpu, ...]) -> bool:
+    """Whether all wanted GPUs can be taken from the free ones at once."""
     taken: Counter[tuple[str, int]] = Counter()
     for gpu in wanted:
         try:

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Final
 
-from lumaris_protocol.messages import advert, budget, execution, negotiation, payment, receipt
+from lumaris_protocol.messages import (
+    advert,
+    budget,
+    demand,
+    endpoint,
+    execution,
+    negotiation,
+    payment,
+    receipt,
+    shard_map,
+)
 from lumaris_protocol.messages.base import Message
 
 MESSAGES: Final[dict[str, type[Message]]] = {
@@ -12,6 +22,7 @@ MESSAGES: Final[dict[str, type[Message]]] = {
     for kind in (
         advert.MembershipCertificate,
         advert.Advert,
+        demand.Demand,
         negotiation.QuoteRequest,
         negotiation.Quote,
         negotiation.Agreement,
@@ -32,5 +43,7 @@ MESSAGES: Final[dict[str, type[Message]]] = {
         payment.Close,
         payment.Settle,
         receipt.Receipt,
+        shard_map.ShardMap,
+        endpoint.Endpoint,
     )
 }

@@ -9,6 +9,8 @@ from lumaris_protocol.codec import Signed
 from lumaris_protocol.keys import KeyPair
 from lumaris_protocol.messages.base import Message
 from lumaris_protocol.messages.budget import CreditRequest, GrantRequest, Registration
+from lumaris_protocol.messages.demand import Demand
+from lumaris_protocol.messages.endpoint import Endpoint
 from lumaris_protocol.messages.execution import (
     Acceptance,
     Cancel,
@@ -22,6 +24,7 @@ from lumaris_protocol.messages.execution import (
     WorkOrder,
 )
 from lumaris_protocol.messages.payment import Close, Settle, Voucher
+from lumaris_protocol.messages.shard_map import Shard, ShardMap
 from tests.protocol import parties as p
 
 
@@ -36,11 +39,56 @@ def samples() -> dict[str, tuple[Message, KeyPair]]:
         (agreed.agreement, p.BUYER),
         (p.grant(agreed).message, p.COORDINATOR),
         (p.settled().receipt.message, p.COORDINATOR),
+        (_shard_map(), p.COORDINATOR),
+        (_demand(), p.BUYER),
+        (_endpoint(), p.SELLER),
         *_to_coordinator(),
         *((message, p.BUYER_SESSION) for message in _of_buyer()),
         *((message, p.SELLER_SESSION) for message in _of_seller()),
     ]
     return {message.TYPE: (message, key) for message, key in signed}
+
+
+def _shard_map() -> ShardMap:
+    parts: list[tuple[int, tuple[str, ...], tuple[Any, ...]]] = [
+        (1, ("eu", "eu-west"), ("cpu",)),
+        (2, (), ("cpu",)),
+        (3, (), ("gpu",)),
+    ]
+    return ShardMap(
+        network=p.NETWORK,
+        version=7,
+        shards=tuple(Shard(id=n, regions=names, classes=kinds) for n, names, kinds in parts),
+        issued_at=p.NOW,
+        expires_at=p.NOW + 3600,
+    )
+
+
+def _endpoint() -> Endpoint:
+    return Endpoint(
+        peer=p.SELLER.peer_id,
+        seq=3,
+        addresses=(f"/ip4/127.0.0.1/tcp/4001/p2p/{p.SELLER.peer_id}",),
+        services=("index", "relay"),
+        shards=(1, 2),
+        issued_at=p.NOW,
+        expires_at=p.NOW + 7200,
+        certificate=p.certificate(p.SELLER, "seller").data,
+    )
+
+
+def _demand() -> Demand:
+    return Demand(
+        demand=p.id_of("demand", "1"),
+        buyer=p.BUYER.peer_id,
+        certificate=p.certificate(p.BUYER, "buyer").data,
+        requirements=p.requirements(regions=("eu-north",)),
+        lease_s=3600,
+        answers_max=8,
+        addresses=(f"/ip4/127.0.0.1/tcp/4001/p2p/{p.BUYER.peer_id}",),
+        issued_at=p.NOW,
+        expires_at=p.NOW + 30,
+    )
 
 
 def _to_coordinator() -> list[tuple[Message, KeyPair]]:

@@ -1,7 +1,8 @@
 """Golden vectors: the exact bytes of everything that is signed, for this and other implementations.
 
-`python -m tests.vectors.generate` writes the files beside this one. Seeds, times and ids are fixed,
-and Ed25519 is deterministic, so the same source always gives the same bytes.
+`python -m tests.vectors.generate` writes the files beside this one, those of `network` too. Seeds,
+times and ids are fixed, and Ed25519 is deterministic, so the same source always gives the same
+bytes.
 """
 
 from __future__ import annotations
@@ -142,7 +143,9 @@ def files() -> dict[str, str]:
 
 def main() -> None:
     """Write the files."""
-    for name, text in files().items():
+    from tests.vectors import network  # loads libp2p, which the checks of this module do without
+
+    for name, text in (files() | network.files()).items():
         (FOLDER / name).write_text(text, encoding="utf-8")
 
 
