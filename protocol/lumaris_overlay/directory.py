@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
+from lumaris_overlay.advert_filter import AdvertFacts, facts_of
 from lumaris_overlay.ports import AdvertEvent
 from lumaris_overlay.validate import AdvertGate
 from lumaris_protocol.errors import EnvelopeError
@@ -19,8 +23,14 @@ class _Entry:
     seq: int
     live: bool
     addresses: tuple[str, ...]
+    facts: AdvertFacts
     expires_at: float
     forget_at: float
+
+    @property
+    def due_at(self) -> float:
+        """When time changes something about it."""
+        return self.expires_at if self.live else self.forget_at
 
 
 class Directory:
@@ -31,6 +41,8 @@ class Directory:
         self._size_max = size_max
         self._entries: dict[PeerId, _Entry] = {}
         self._envelopes: set[bytes] = set()
+        self._order: list[PeerId] = []  # the sellers of `_entries`, sorted, for pages
+        self._due_at = math.inf  # nothing expires before this
 
     def __len__(self) -> int:
         return sum(entry.live for entry in self._entries.values())
@@ -52,16 +64,20 @@ class Directory:
             raise EnvelopeError("directory_full")
         if held is not None:
             self._envelopes.discard(held.envelope)
-        self._entries[seller] = _Entry(
+        if held is None:
+            insort(self._order, seller)
+        entry = self._entries[seller] = _Entry(
             envelope=data,
             seq=advert.seq,
             live=not advert.withdrawn,
             addresses=advert.addresses,
+            facts=facts_of(advert),
             expires_at=advert.expires_at + CLOCK_SKEW_S,
             # An older advert was issued before this one, so none outlives this moment.
             forget_at=advert.issued_at + ADVERT_LIFETIME_S_MAX + 2 * CLOCK_SKEW_S,
         )
         self._envelopes.add(data)
+        self._due_at = min(self._due_at, entry.due_at)
         if advert.withdrawn:
             if held is None or not held.live:
                 return None
@@ -71,15 +87,17 @@ class Directory:
     def expire(self, now: float) -> list[AdvertEvent]:
         """Let go of what is past its time; the departures it caused."""
         gone: list[AdvertEvent] = []
+        if now < self._due_at:
+            return gone
         for seller, entry in list(self._entries.items()):
             if entry.live and entry.expires_at <= now:
                 gone.append(AdvertEvent(seller, None, entry.seq))
-                self._entries[seller] = _Entry(
-                    entry.envelope, entry.seq, False, (), entry.expires_at, entry.forget_at
-                )
+                self._entries[seller] = replace(entry, live=False, addresses=())
             if entry.forget_at <= now:
                 del self._entries[seller]
+                del self._order[bisect_left(self._order, seller)]
                 self._envelopes.discard(entry.envelope)
+        self._due_at = min((entry.due_at for entry in self._entries.values()), default=math.inf)
         return gone
 
     def events(self) -> list[AdvertEvent]:
@@ -94,15 +112,27 @@ class Directory:
         """The live adverts' bytes."""
         return [entry.envelope for entry in self._entries.values() if entry.live]
 
-    def page(self, after: str, count: int) -> tuple[list[bytes], str]:
+    def page(
+        self, after: str, count: int, admits: Callable[[AdvertFacts], bool] | None = None
+    ) -> tuple[list[bytes], str]:
         """Documents of sellers behind `after` in order, withdrawals too, and where to go on.
 
-        The cursor is "" when nothing is left.
+        The cursor is "" when nothing is left. With `admits`, only those it lets through.
         """
-        sellers = sorted(seller for seller in self._entries if seller > after)
-        chosen = sellers[:count]
-        cursor = chosen[-1] if len(sellers) > count else ""
-        return [self._entries[seller].envelope for seller in chosen], cursor
+        start = bisect_right(self._order, after)
+        chosen: list[bytes] = []
+        for seller in self._order[start:] if count else ():
+            if len(chosen) == count:
+                return chosen, after
+            entry, after = self._entries[seller], seller
+            if admits is None or admits(entry.facts):
+                chosen.append(entry.envelope)
+        return chosen, ""
+
+    def envelope(self, seller: str) -> bytes | None:
+        """The newest document of a seller, a withdrawal too."""
+        entry = self._entries.get(PeerId(seller))
+        return entry.envelope if entry is not None else None
 
     def addresses(self, seller: str) -> tuple[str, ...]:
         """Where the seller's advert says it can be reached."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import trio
 
 from lumaris_protocol.keys import PeerId
+from lumaris_protocol.messages.negotiation import Requirements
 
 if TYPE_CHECKING:
     from lumaris_overlay.bulk.gate import BulkGate
@@ -110,6 +111,21 @@ class Overlay(Protocol):
         """Show this membership certificate from now on; connections are made once there is one.
 
         Raises EnvelopeError when it is not a coordinator's word on our own key.
+        """
+        ...
+
+    async def present_shards(self, envelope: bytes) -> None:
+        """Divide the market by this signed shard map from now on; kept over restarts.
+
+        Raises EnvelopeError: `map_stale` when a newer one is known, else what is wrong with it.
+        """
+        ...
+
+    async def seek(self, needs: Requirements) -> None:
+        """Have the adverts that may fit these requirements in the directory.
+
+        Follows the shards they are in, and asks index peers where those are too many. Returns at
+        once in an undivided market, and after some seconds in any case.
         """
         ...
 

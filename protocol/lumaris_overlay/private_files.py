@@ -1,4 +1,4 @@
-"""What belongs to one user alone: state folders (0700) and identity keys (0600)."""
+"""What belongs to one user alone: state folders (0700), identity keys and records (0600)."""
 
 from __future__ import annotations
 
@@ -23,6 +23,19 @@ def make_private_folder(folder: Path) -> None:
         raise LumarisError("not_writable", f"{folder}: {error.strerror}") from None
     if not writable:
         raise LumarisError("not_writable", f"{folder} cannot be written.")
+
+
+def write_private_file(path: Path, data: bytes) -> None:
+    """Replace a file that only this user can read; a crash leaves the old one or the new one.
+
+    Raises OSError.
+    """
+    draft = _write_draft(path, data)
+    try:
+        os.replace(draft, path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def read_key(path: Path) -> KeyPair:
@@ -55,17 +68,27 @@ def write_key(path: Path, seed: bytes) -> KeyPair:
     Raises FileExistsError, or OSError.
     """
     key = KeyPair(seed)
-    draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    draft = _write_draft(path, f"{seed.hex()}\n".encode())
     try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(seed.hex() + "\n")
-            file.flush()
-            os.fsync(descriptor)
         os.link(draft, path)
     finally:
         draft.unlink()
     return key
+
+
+def _write_draft(path: Path, data: bytes) -> Path:
+    """A new file beside `path`, on disk in whole."""
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    return draft
 
 
 def load_or_create_key(path: Path) -> KeyPair:

@@ -1,8 +1,8 @@
 """Starts the overlay process, keeps it running, and hands out the client of its socket.
 
 The node owns its process (`run_overlay`): it dies with the node and is restarted when it dies. A
-buyer's is shared (`attach_or_spawn`): the first command starts it, later ones find it warm, and it
-ends by itself some time after the last has left.
+buyer's is shared (`attach_or_spawn`): the first command starts it, later ones find it warm, those
+that use it start it again when it dies, and it ends by itself some time after the last has left.
 """
 
 from __future__ import annotations
@@ -14,22 +14,28 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import trio
 
+from lumaris_overlay import process_file
 from lumaris_overlay.private_files import make_private_folder
+from lumaris_overlay.process_file import ProcessFacts
+from lumaris_overlay.socket import wire
 from lumaris_overlay.socket.client import SocketOverlay
+from lumaris_overlay.socket.wire import Reply, Request
 from lumaris_overlay.tasks import background
 from lumaris_protocol import codes
-from lumaris_protocol.errors import LumarisError, RemoteError
+from lumaris_protocol.errors import EnvelopeError, LumarisError
 from lumaris_protocol.keys import PeerId
+from lumaris_protocol.limits import OVERLAY_MEMORY_BYTES
 
 logger = logging.getLogger(__name__)
 
+SOCKET_NAME = "overlay.sock"
 _READY_S = 30.0
 _GRACE_S = 4.0
 _PING_S = 2.0
@@ -44,7 +50,7 @@ _LINGER_S_DEFAULT = 300.0
 
 @dataclass(frozen=True)
 class OverlayConfig:
-    """What an overlay process is started with. Port 0 is chosen by the system, once."""
+    """What an overlay process is started with. Port 0 is chosen once and kept in the state."""
 
     key_file: Path
     network: str
@@ -52,13 +58,17 @@ class OverlayConfig:
     state_dir: Path
     listen: str = "127.0.0.1:0"
     bootstrap: tuple[str, ...] = ()
+    announce: tuple[str, ...] = ()
+    relay_service: bool = False
+    mdns: bool = False
     linger_s: float = _LINGER_S_DEFAULT
+    memory_bytes_max: int = OVERLAY_MEMORY_BYTES
     log_level: str = "warning"
 
     @property
     def socket(self) -> Path:
         """Where the process serves its port."""
-        return self.state_dir / "overlay.sock"
+        return self.state_dir / SOCKET_NAME
 
     @property
     def log(self) -> Path:
@@ -71,10 +81,15 @@ class OverlayConfig:
         command += ["--key", str(self.key_file), "--network", self.network]
         command += ["--listen", self.listen, "--socket", str(self.socket)]
         command += ["--state", str(self.state_dir), "--log-level", self.log_level]
+        command += ["--memory-max", str(self.memory_bytes_max)]
         for peer in sorted(self.coordinator_keys):
             command += ["--coordinator-key", peer]
         for address in self.bootstrap:
             command += ["--bootstrap", address]
+        for address in self.announce:
+            command += ["--announce", address]
+        command += ["--relay-service"] if self.relay_service else []
+        command += ["--mdns"] if self.mdns else []
         return [*command, *extra]
 
 
@@ -104,8 +119,7 @@ class OverlayProcess:
     def __init__(self, config: OverlayConfig) -> None:
         self._config = config
         self._process: trio.Process | None = None
-        self._stopping = False
-        self._listen = config.listen
+        self._serving = False
         self.starts = 0
 
     @property
@@ -133,7 +147,6 @@ class OverlayProcess:
                     break
                 except LumarisError as error:
                     logger.warning("overlay event=restart_failed code=%s", error.code)
-                    self._listen = self._config.listen
 
     async def end(self) -> None:
         """End the process: asked first, then killed; its socket file is gone afterwards."""
@@ -150,13 +163,15 @@ class OverlayProcess:
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 await trio.aclose_forcefully(pipe)
-        self._config.socket.unlink(missing_ok=True)
+        if self._serving:  # a process that did not come up may have met one that holds the socket
+            self._config.socket.unlink(missing_ok=True)
+        self._serving = False
 
     async def _start(self) -> None:
         await self.end()
         self.starts += 1
         make_private_folder(self._config.state_dir)
-        command = replace(self._config, listen=self._listen).command("--with-parent")
+        command = self._config.command("--with-parent")
         with self._config.log.open("ab") as log:
             at = log.tell()
             process = await trio.lowlevel.open_process(
@@ -184,49 +199,172 @@ class OverlayProcess:
         if not line.startswith(b"ready "):
             await self.end()
             raise _why(self._config.log, at)
-        # A port that the system chose is kept over restarts: others have been told of it.
-        port = line.decode(errors="replace").partition("/tcp/")[2].partition("/")[0]
-        self._listen = f"{self._config.listen.rpartition(':')[0]}:{port}"
+        self._serving = True
 
 
 @asynccontextmanager
 async def attach_or_spawn(config: OverlayConfig) -> AsyncGenerator[SocketOverlay]:
     """The user's overlay process, started when none answers. It outlives this context.
 
-    Raises LumarisError `config_invalid` when one runs for another network or other coordinators.
+    While the context lasts, a process that dies is started again.
+
+    Raises LumarisError `config_invalid` when one runs for another network or other coordinators,
+    or when another program holds the socket.
     """
     async with background() as nursery:
+        shared = _SharedProcess(config)
+        await shared.ensure()
         overlay = SocketOverlay(config.socket, nursery)
-        if not await _answers(overlay, config):
-            async with _lock(config.state_dir / "overlay.lock"):
-                if not await _answers(overlay, config):
-                    await _spawn(config)
-                    if not await _answers(overlay, config):
-                        raise LumarisError("overlay_failed", "It started but does not answer.")
         await overlay.attach()
+        nursery.start_soon(shared.keep)
         yield overlay
 
 
-async def _answers(overlay: SocketOverlay, config: OverlayConfig) -> bool:
+class _SharedProcess:
+    """The overlay process of a user, as one of the programs that use it sees it."""
+
+    def __init__(self, config: OverlayConfig) -> None:
+        self._config = config
+        self._child: int | None = None  # its pid, when this program started it
+
+    async def ensure(self) -> None:
+        """One runs, of our network; it is started when none answers. Raises LumarisError."""
+        if await self._answers():
+            return
+        async with _lock(self._config.state_dir / "overlay.lock"):
+            if await self._answers():
+                return
+            self._reap()
+            try:
+                self._child = await _spawn(self._config)
+            except LumarisError as error:
+                if error.code != "already_running":
+                    raise
+            # The one that runs already may only have been too busy to answer.
+            if not await self._answers():
+                raise LumarisError(
+                    "overlay_failed",
+                    "The overlay process runs but does not answer.",
+                    hint="`lumaris daemon down` ends it; its log lies in the state directory.",
+                )
+
+    async def keep(self) -> None:
+        """Start the process again whenever it dies, until cancelled."""
+        delay = _BACKOFF_S_MIN
+        while True:
+            since = trio.current_time()
+            await self._until_gone()
+            self._reap()
+            if trio.current_time() - since >= _SOUND_S:
+                delay = _BACKOFF_S_MIN
+            await trio.sleep(delay)
+            delay = min(delay * 2, _BACKOFF_S_MAX)
+            try:
+                await self.ensure()
+            except LumarisError as error:
+                logger.warning("overlay event=restart_failed error=%s", error)
+
+    async def _answers(self) -> bool:
+        found = await identify(self._config.socket)
+        if found is None:
+            return False
+        if (found.network, frozenset(found.coordinator_keys)) == (
+            self._config.network,
+            self._config.coordinator_keys,
+        ):
+            return True
+        raise LumarisError(
+            "config_invalid",
+            f"The running overlay is on network {found.network!r} or of other coordinators.",
+            hint="Use another state directory for this network, or `lumaris daemon down` first.",
+        )
+
+    async def _until_gone(self) -> None:
+        try:
+            pipe = await trio.open_unix_socket(str(self._config.socket))
+            async with pipe:
+                await pipe.send_all(wire.encode(Request("attach")))
+                while await pipe.receive_some():
+                    pass
+        except (OSError, trio.BrokenResourceError):
+            return
+
+    def _reap(self) -> None:
+        """Leave no zombie of a process that this program started."""
+        if self._child is not None:
+            with suppress(ChildProcessError):
+                os.waitpid(self._child, os.WNOHANG)
+            self._child = None
+
+
+async def identify(socket: Path) -> Reply | None:
+    """Who serves a socket: its peer, network and coordinators. None when nobody answers.
+
+    Raises LumarisError `config_invalid` when it is no overlay.
+    """
     try:
         with trio.move_on_after(_PING_S):
-            found = await overlay.ping()
-            if found.network == config.network and (
-                frozenset(found.coordinator_keys) == config.coordinator_keys
-            ):
-                return True
-            raise LumarisError(
-                "config_invalid",
-                f"The running overlay is on network {found.network!r} or of other coordinators.",
-                hint="Use another state directory for this network.",
-            )
-    except RemoteError:
-        pass
+            async with await trio.open_unix_socket(wire.socket_path(socket)) as pipe:
+                await pipe.send_all(wire.encode(Request("attach")))
+                return wire.decode_reply(await wire.reply_reader(pipe).next())
+    except (FileNotFoundError, ConnectionRefusedError, trio.BrokenResourceError):
+        return None
+    except (OSError, EnvelopeError) as error:
+        if isinstance(error, EnvelopeError) and error.code == "truncated":
+            return None
+        raise LumarisError("config_invalid", f"{socket} belongs to another program.") from error
+    return None
+
+
+async def end_shared(folder: Path) -> ProcessFacts | None:
+    """End the overlay process of a state folder: asked first, then killed. The one that ended.
+
+    Raises LumarisError `timeout` when it does not go.
+    """
+    socket = folder / SOCKET_NAME
+    facts = process_file.holder(folder)
+    if facts is None:
+        await _remove_stale(socket)
+        return None
+    heard = b""
+    with trio.move_on_after(_PING_S), suppress(OSError, trio.BrokenResourceError):
+        async with await trio.open_unix_socket(wire.socket_path(socket)) as pipe:
+            await pipe.send_all(wire.encode(Request("shutdown")))
+            heard = await pipe.receive_some()
+    if not heard or not await _gone(folder, facts):
+        with suppress(ProcessLookupError):
+            os.kill(facts.pid, signal.SIGKILL)
+        if not await _gone(folder, facts):
+            raise LumarisError("timeout", f"The overlay process {facts.pid} does not end.")
+    await _remove_stale(socket)
+    return facts
+
+
+async def _gone(folder: Path, facts: ProcessFacts) -> bool:
+    """Whether the process has left the folder, if need be to a successor, within the grace."""
+    with trio.move_on_after(_GRACE_S):
+        while facts.alive or (  # noqa: ASYNC110 - it is nobody's child here
+            process_file.is_held(folder) and not process_file.holder(folder)
+        ):
+            await trio.sleep(_POLL_S)
+        return True
     return False
 
 
-async def _spawn(config: OverlayConfig) -> None:
-    """Start a process that is nobody's child to end: it leaves by itself when idle."""
+async def _remove_stale(socket: Path) -> None:
+    """Remove the file of a socket that nobody serves; a program's own is left alone."""
+    if not socket.is_socket():
+        return
+    try:
+        await (await trio.open_unix_socket(wire.socket_path(socket))).aclose()
+    except ConnectionRefusedError:
+        socket.unlink(missing_ok=True)
+    except OSError:
+        return
+
+
+async def _spawn(config: OverlayConfig) -> int:
+    """Start a process that is nobody's child to end: it leaves by itself when idle. Its pid."""
     make_private_folder(config.state_dir)
     command = config.command("--linger", str(config.linger_s))
     read_end, write_end = os.pipe()
@@ -247,6 +385,7 @@ async def _spawn(config: OverlayConfig) -> None:
             _kill(pid)
     if not started:
         raise _why(config.log, at)
+    return pid
 
 
 def _spawn_apart(command: list[str], *, stdout: int, stderr: int) -> int:

@@ -1,4 +1,4 @@
-"""Which adverts an honest peer accepts. Pure: time is an argument."""
+"""Which documents an honest peer accepts. Pure: time is an argument."""
 
 from __future__ import annotations
 
@@ -6,8 +6,44 @@ from lumaris_protocol import codec
 from lumaris_protocol.codec import Signed
 from lumaris_protocol.errors import EnvelopeError
 from lumaris_protocol.keys import PeerId
-from lumaris_protocol.limits import ADVERT_LIFETIME_S_MAX, CERTIFICATE_LIFETIME_S_MAX
+from lumaris_protocol.limits import (
+    ADVERT_LIFETIME_S_MAX,
+    CERTIFICATE_LIFETIME_S_MAX,
+    DEMAND_LIFETIME_S_MAX,
+    DEMANDS_BURST_PER_BUYER,
+    DEMANDS_PER_S_PER_BUYER,
+)
 from lumaris_protocol.messages.advert import Advert, MembershipCertificate
+from lumaris_protocol.messages.demand import Demand
+
+# Buyers whose rate is remembered; more than can send demands through one peer in a minute.
+_BUYERS_MAX = 10_000
+
+
+class MembershipGate:
+    """Checks a membership certificate, whatever its roles, with the coordinators' keys."""
+
+    def __init__(self, network: str, coordinator_keys: frozenset[PeerId]) -> None:
+        self.network = network
+        self.coordinator_keys = coordinator_keys
+
+    def check(self, data: bytes, peer: str, now: float) -> Signed[MembershipCertificate]:
+        """The certificate of `peer` inside `data`. Raises EnvelopeError."""
+        signed = codec.open_signed(data, MembershipCertificate, network=self.network)
+        certificate = signed.message
+        if signed.signer not in self.coordinator_keys:
+            raise EnvelopeError("not_certified", "The certificate is from an unknown coordinator.")
+        if certificate.peer != peer:
+            raise EnvelopeError("not_certified", f"The certificate is not of {peer}.")
+        if certificate.expires_at - certificate.issued_at > CERTIFICATE_LIFETIME_S_MAX:
+            raise EnvelopeError("not_certified", "The certificate lives longer than it may.")
+        codec.check_times(
+            issued_at=certificate.issued_at,
+            expires_at=certificate.expires_at,
+            now=now,
+            what="certificate",
+        )
+        return signed
 
 
 class AdvertGate:
@@ -15,7 +51,7 @@ class AdvertGate:
 
     def __init__(self, network: str, coordinator_keys: frozenset[PeerId]) -> None:
         self.network = network
-        self.coordinator_keys = coordinator_keys
+        self._members = MembershipGate(network, coordinator_keys)
 
     def check(self, data: bytes, now: float) -> Signed[Advert]:
         """The advert inside `data`. Raises EnvelopeError with the code of what is wrong."""
@@ -28,24 +64,46 @@ class AdvertGate:
         )
         if advert.expires_at - advert.issued_at > ADVERT_LIFETIME_S_MAX:
             raise EnvelopeError("malformed", "The advert lives longer than adverts may.")
-        self._check_certificate(advert, now)
+        certificate = self._members.check(advert.certificate, advert.seller, now).message
+        if "seller" not in certificate.roles:
+            raise EnvelopeError("not_certified", "The certificate does not let this peer sell.")
         return signed
 
-    def _check_certificate(self, advert: Advert, now: float) -> None:
-        signed = codec.open_signed(advert.certificate, MembershipCertificate, network=self.network)
-        certificate = signed.message
-        if signed.signer not in self.coordinator_keys:
-            raise EnvelopeError("not_certified", "The certificate is from an unknown coordinator.")
-        if certificate.peer != advert.seller or "seller" not in certificate.roles:
-            raise EnvelopeError("not_certified", "The certificate does not let this peer sell.")
-        if certificate.expires_at - certificate.issued_at > CERTIFICATE_LIFETIME_S_MAX:
-            raise EnvelopeError("not_certified", "The certificate lives longer than it may.")
-        codec.check_times(
-            issued_at=certificate.issued_at,
-            expires_at=certificate.expires_at,
-            now=now,
-            what="certificate",
+
+class DemandGate:
+    """Checks a buyer's demand; it is gossiped, so what is wrong with it goes no further."""
+
+    def __init__(self, network: str, coordinator_keys: frozenset[PeerId]) -> None:
+        self.network = network
+        self._members = MembershipGate(network, coordinator_keys)
+        self._buckets = TokenBuckets(
+            per_s=DEMANDS_PER_S_PER_BUYER, burst=DEMANDS_BURST_PER_BUYER, names_max=_BUYERS_MAX
         )
+
+    def check(self, data: bytes, now: float) -> Signed[Demand]:
+        """The demand inside `data`. Raises EnvelopeError with the code of what is wrong."""
+        signed = codec.open_signed(data, Demand, network=self.network)
+        demand = signed.message
+        if signed.signer != demand.buyer:
+            raise EnvelopeError("wrong_signer", f"A demand of {demand.buyer} by {signed.signer}.")
+        codec.check_times(
+            issued_at=demand.issued_at, expires_at=demand.expires_at, now=now, what="demand"
+        )
+        if demand.expires_at - demand.issued_at > DEMAND_LIFETIME_S_MAX:
+            raise EnvelopeError("malformed", "The demand lives longer than demands may.")
+        if demand.requirements.excluded:
+            raise EnvelopeError("malformed", "A demand names no sellers.")
+        # Sellers dial these: nobody may point them at somebody else.
+        if not all(address.endswith(f"/p2p/{demand.buyer}") for address in demand.addresses):
+            raise EnvelopeError("malformed", "The demand names an address of another peer.")
+        certificate = self._members.check(demand.certificate, demand.buyer, now).message
+        if "buyer" not in certificate.roles:
+            raise EnvelopeError("not_certified", "The certificate does not let this peer buy.")
+        return signed
+
+    def admit(self, buyer: str, now: float) -> bool:
+        """Whether a buyer may have another demand passed on. `now` is as for `TokenBuckets`."""
+        return self._buckets.take(buyer, now)
 
 
 class TokenBuckets:
@@ -55,12 +113,12 @@ class TokenBuckets:
         self._per_s, self._burst, self._names_max = per_s, burst, names_max
         self._levels: dict[str, tuple[float, float]] = {}
 
-    def take(self, name: str, now: float) -> bool:
-        """Whether `name` still had a token. `now` is any clock that does not go back."""
+    def take(self, name: str, now: float, count: int = 1) -> bool:
+        """Whether `name` still had `count` tokens. `now` is any clock that does not go back."""
         level, then = self._levels.pop(name, (float(self._burst), now))
         level = min(self._burst, level + (now - then) * self._per_s)
         if len(self._levels) >= self._names_max:
             # The least recently used name is first: insertion order is order of use.
             del self._levels[next(iter(self._levels))]
-        self._levels[name] = (level - 1 if level >= 1 else level, now)
-        return level >= 1
+        self._levels[name] = (level - count if level >= count else level, now)
+        return level >= count

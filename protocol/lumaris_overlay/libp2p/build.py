@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from collections.abc import Callable
 from typing import Any
 
 from libp2p.crypto.ed25519 import create_new_key_pair
@@ -14,20 +15,21 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStore
 from libp2p.rcmgr import new_resource_manager
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
-from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 from libp2p.transport.manager import TransportManager
-from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
 from lumaris_overlay.libp2p import overrides
+from lumaris_overlay.libp2p.admission import Admission, AdmittingNoise
+from lumaris_overlay.libp2p.upgrader import NotingUpgrader
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.keys import KeyPair
 from lumaris_protocol.limits import OVERLAY_CONNECTIONS_MAX
 
 _HEALTH_CHECK_S = 10.0
-_PING_S = 3.0
-_ANY = "0.0.0.0"  # noqa: S104 - compared with, never bound to
+# A busy machine may be late by seconds, and a connection dropped for that costs it more work. A
+# frozen peer is noticed sooner by the links above.
+_PING_S = 8.0
 
 
 def connection_config() -> ConnectionConfig:
@@ -51,7 +53,11 @@ def connection_config() -> ConnectionConfig:
 
 
 def build_host(
-    key: KeyPair, announce: Any, transport: overrides.ClosingTCP
+    key: KeyPair,
+    announce: Any,
+    transport: overrides.ClosingTCP,
+    admission: Admission,
+    banned: Callable[[str], bool] = lambda peer: False,
 ) -> overrides.GuardedHost:
     """A host for this key, not yet listening. `announce` maps listen addresses to told ones."""
     overrides.install()
@@ -60,8 +66,10 @@ def build_host(
     peerstore = PeerStore()
     peerstore.add_key_pair(peer, pair)
     # Noise alone: libp2p's default set also offers plaintext, where anyone is whoever they say.
-    noise = NoiseTransport(pair, noise_privkey=create_x25519().private_key)
-    upgrader = TransportUpgrader(
+    noise = AdmittingNoise(
+        pair, noise_privkey=create_x25519().private_key, admission=admission, banned=banned
+    )
+    upgrader = NotingUpgrader(
         secure_transports_by_protocol={NOISE: noise},
         muxer_transports_by_protocol={TProtocol(YAMUX): overrides.WholeFrameYamux},
     )
@@ -77,7 +85,10 @@ def build_host(
     swarm.auto_connector = overrides.NoAutoConnector(swarm=swarm)
     swarm.set_resource_manager(new_resource_manager())
     return overrides.GuardedHost(
-        network=swarm, addrs_factory=announce, disable_identify_address_discovery=True
+        admitted=admission.admitted,
+        network=swarm,
+        addrs_factory=announce,
+        disable_identify_address_discovery=True,
     )
 
 
@@ -105,23 +116,19 @@ def listen_address(ip: str, port: int) -> Multiaddr:
     return Multiaddr(f"/ip{version}/{ip}/tcp/{port}")
 
 
-def dialable(addresses: list[Multiaddr]) -> list[Multiaddr]:
-    """What we tell others: a wildcard address becomes those of this machine."""
-    out: list[Multiaddr] = []
-    for address in addresses:
-        text = str(address)
-        if text.startswith(f"/ip4/{_ANY}/"):
-            out += [Multiaddr(text.replace(_ANY, ip, 1)) for ip in _own_addresses()]
-        elif not text.startswith("/ip6/::/"):
-            out.append(address)
-    return out
+def own_addresses() -> list[str]:
+    """The IPs of this machine from which it reaches the world, or its loopback without one."""
+    # Nothing is sent: connecting a datagram socket only chooses the outgoing address.
+    found = [local_ip(towards) for towards in ("192.0.2.1", "2001:db8::1")]
+    return [ip for ip in found if ip is not None] or ["127.0.0.1"]
 
 
-def _own_addresses() -> list[str]:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            # Nothing is sent: connecting a datagram socket only chooses the outgoing address.
-            probe.connect(("192.0.2.1", 9))
-            return [str(probe.getsockname()[0])]
-        except OSError:
-            return ["127.0.0.1"]
+def local_ip(towards: str) -> str | None:
+    """The IP of this machine from which it would reach another; None without a route."""
+    family = socket.AF_INET6 if ":" in towards else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((towards, 9))
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None

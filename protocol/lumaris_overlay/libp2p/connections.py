@@ -9,10 +9,13 @@ from typing import Any
 
 import trio
 from libp2p.abc import INotifee
+from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo as Libp2pPeerInfo
 from libp2p.peer.peerinfo import info_from_p2p_addr
 from multiaddr import Multiaddr
 
+from lumaris_overlay.libp2p.addresses import CIRCUIT, split_circuit
+from lumaris_overlay.libp2p.circuit import Circuits, is_relayed
 from lumaris_overlay.libp2p.peerbook import PeerBook
 from lumaris_overlay.ports import PeerInfo
 from lumaris_protocol import limits
@@ -22,6 +25,7 @@ from lumaris_protocol.keys import PeerId
 logger = logging.getLogger(__name__)
 
 _DIAL_S = 6.0
+_RELAY_AFTER_S = 1.0
 _REDIAL_CHECK_S = 0.5
 _BACKOFF_S_MIN, _BACKOFF_S_MAX = 0.5, 60.0
 # Below this many peers, remembered ones are dialled too: enough for a gossip mesh.
@@ -30,17 +34,21 @@ _PEERS_WANTED = 8
 OnConnected = Callable[[Any, bool], None]  # the peer, and whether we dialled it
 
 
-class _ConnectionWatch(INotifee):
+class ConnectionWatch(INotifee):
     """Tells of new connections; libp2p awaits each call, so each returns at once."""
 
-    def __init__(self, connected: Callable[[Any], None]) -> None:
-        self._connected = connected
+    def __init__(
+        self,
+        connected: Callable[[Any], None],
+        left: Callable[[Any], None] = lambda peer: None,
+    ) -> None:
+        self._connected, self._left = connected, left
 
     async def connected(self, network: Any, conn: Any) -> None:
-        self._connected(conn.muxed_conn.peer_id)
+        self._connected(conn)
 
     async def disconnected(self, network: Any, conn: Any) -> None:
-        pass
+        self._left(conn.muxed_conn.peer_id)
 
     async def opened_stream(self, network: Any, stream: Any) -> None:
         pass
@@ -58,7 +66,8 @@ class _ConnectionWatch(INotifee):
 class Connections:
     """Who we are connected to. `on_connected` is called at each new connection; it returns at once.
 
-    `advertised` gives the addresses in a peer's advert.
+    `advertised` gives the addresses in a peer's advert; `circuits` dials through relays; nobody is
+    dialled unless `may_dial`.
     """
 
     def __init__(
@@ -71,20 +80,34 @@ class Connections:
         bootstrap: Sequence[str],
         advertised: Callable[[str], tuple[str, ...]],
         on_connected: OnConnected,
+        circuits: Circuits | None = None,
+        may_dial: Callable[[], bool] = lambda: True,
+        on_left: Callable[[Any], None] = lambda peer: None,
     ) -> None:
         self._host, self._me, self._nursery, self._book = host, me, nursery, book
         self._bootstrap, self._advertised = tuple(bootstrap), advertised
-        self._on_connected = on_connected
+        self._on_connected, self._circuits = on_connected, circuits
+        self._may_dial, self._on_left = may_dial, on_left
+        self._hurried = trio.Event()
         self._dialling: set[str] = set()
         self._retry: dict[str, tuple[float, float]] = {}
 
     def start(self) -> None:
         """Begin to watch and to keep connections."""
-        self._host.get_network().register_notifee(_ConnectionWatch(self._greet))
+        self._host.get_network().register_notifee(ConnectionWatch(self._greet, self._part))
         self._nursery.start_soon(self._keep_connected)
 
-    def _greet(self, peer: Any) -> None:
+    def _greet(self, connection: Any) -> None:
+        peer = connection.muxed_conn.peer_id
         self._on_connected(peer, str(peer) in self._dialling)
+
+    def hurry(self) -> None:
+        """Look at once whom to dial."""
+        self._hurried.set()
+
+    def _part(self, peer: Any) -> None:
+        if peer not in self.live():
+            self._on_left(peer)
 
     async def connect(self, addresses: Sequence[str]) -> int:
         """Connect to peers by address; the number that answered."""
@@ -105,21 +128,67 @@ class Connections:
             return
         suffix = f"/p2p/{peer}"
         known = (*addresses, *self._advertised(peer), *self._book.addresses().get(peer, ()))
+        direct: list[str] = []
+        circuits: list[str] = []
         for address in dict.fromkeys(known):
-            full = address if "/p2p/" in address else address + suffix
-            if full.endswith(suffix) and await self.dial(full):
-                return
-        raise RemoteError("unreachable", f"The peer {peer} cannot be reached.")
+            named = "/p2p/" in address.rpartition(CIRCUIT)[2]
+            full = address if named else address + suffix
+            if full.endswith(suffix):
+                (circuits if CIRCUIT in full else direct).append(full)
+        if not await self._first_of(direct, circuits):
+            raise RemoteError("unreachable", f"The peer {peer} cannot be reached.")
+
+    async def _first_of(self, direct: Sequence[str], circuits: Sequence[str]) -> bool:
+        """Dial one after the other; whether one answered.
+
+        A relay is the longer way, and is tried when the direct ones failed or keep us waiting.
+        """
+        tried = trio.Event()
+        answered = False
+
+        async def attempt(addresses: Sequence[str]) -> None:
+            nonlocal answered
+            for address in addresses:
+                if await self.dial(address):
+                    answered = True
+                    nursery.cancel_scope.cancel()
+                    return
+
+        async def attempt_later() -> None:
+            with trio.move_on_after(_RELAY_AFTER_S):
+                await tried.wait()
+            await attempt(circuits)
+
+        async with trio.open_nursery() as nursery:
+            if circuits:
+                nursery.start_soon(attempt_later)
+            await attempt(direct)
+            tried.set()
+        return answered
 
     def infos(self) -> tuple[PeerInfo, ...]:
         """The peers we are connected to."""
-        return tuple(PeerInfo(PeerId(str(peer)), self.addresses_of(peer)) for peer in self.live())
+        return tuple(
+            PeerInfo(PeerId(str(peer)), self.addresses_of(peer), is_relayed(self._host, peer))
+            for peer in self.live()
+        )
 
     def live(self) -> list[Any]:
         """The libp2p ids of the peers we are connected to."""
         connections = self._host.get_network().connections
         return [
             peer for peer, held in list(connections.items()) if any(not c.is_closed for c in held)
+        ]
+
+    def held(self, peer: str) -> list[int]:
+        """Which connections to a peer are open, to see whether they are the same later."""
+        found = self._host.get_network().connections
+        return [
+            id(connection)
+            for known, connections in list(found.items())
+            if str(known) == peer
+            for connection in connections
+            if not connection.is_closed
         ]
 
     def addresses_of(self, peer: Any) -> tuple[str, ...]:
@@ -138,6 +207,10 @@ class Connections:
 
     async def dial(self, address: str) -> bool:
         """Connect to one address; whether a connection to its peer is up afterwards."""
+        if not self._may_dial():
+            return False
+        if CIRCUIT in address:
+            return await self._dial_circuit(address)
         try:
             info = info_from_p2p_addr(Multiaddr(address))
         except Exception:
@@ -163,6 +236,31 @@ class Connections:
             self._dialling.discard(str(peer))
         return True
 
+    async def _dial_circuit(self, address: str) -> bool:
+        parts = split_circuit(address)
+        if parts is None or self._circuits is None:
+            return False
+        try:
+            relay, target = ID.from_base58(parts[0].rpartition("/")[2]), ID.from_base58(parts[1])
+        except Exception:
+            return False
+        if self._me in (str(relay), str(target)):
+            return False
+        if target in self.live():
+            return True
+        if not await self.dial(parts[0]):
+            return False
+        self._dialling.add(str(target))
+        try:
+            with trio.fail_after(_DIAL_S):
+                await self._circuits.dial(relay, target)
+        except (RemoteError, trio.TooSlowError) as error:
+            logger.debug("dial address=%s error=%r", address, error)
+            return target in self.live()
+        finally:
+            self._dialling.discard(str(target))
+        return True
+
     async def drop(self, peer: Any) -> None:
         """Close the connection to a peer. Never raises."""
         try:
@@ -178,6 +276,9 @@ class Connections:
 
     async def _keep_connected(self) -> None:
         while True:
+            if not self._may_dial():
+                await self._pause()
+                continue
             now = trio.current_time()
             connected = {str(peer) for peer in self.live()}
             wanted = {address.rpartition("/p2p/")[2]: [address] for address in self._bootstrap}
@@ -196,7 +297,12 @@ class Connections:
                 due = now + _DIAL_S + delay * random.uniform(0.5, 1.5)  # noqa: S311 - not a secret
                 self._retry[peer] = (delay, due)
                 self._nursery.start_soon(self._redial, peer, targets, delay)
-            await trio.sleep(_REDIAL_CHECK_S)
+            await self._pause()
+
+    async def _pause(self) -> None:
+        with trio.move_on_after(_REDIAL_CHECK_S):
+            await self._hurried.wait()
+        self._hurried = trio.Event()
 
     async def _redial(self, peer: str, addresses: list[str], delay: float) -> None:
         for address in dict.fromkeys(addresses):

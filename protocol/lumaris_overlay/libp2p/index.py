@@ -1,8 +1,9 @@
 """`/lumaris/index/1`: how a newcomer gets the whole directory in one exchange.
 
-The asker sends a HEADER {after, count}, then its own newest documents as ENVELOPE frames, then
-END. The answer is a HEADER {next}, ENVELOPE frames and END. Both directions carry signed adverts,
-so neither side trusts the other for more than bytes; each is checked as if it came by gossip.
+The asker sends a HEADER {after, count, shards, wanted}, then its own newest documents as ENVELOPE
+frames, then END. The answer is a HEADER {next}, ENVELOPE frames and END. Both directions carry
+signed adverts, so neither side trusts the other for more than bytes; each is checked as if it came
+by gossip.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import msgspec
 import trio
 from msgspec import Meta
 
+from lumaris_overlay.advert_filter import AdvertFacts, AdvertFilter, passes
 from lumaris_overlay.directory import Directory
 from lumaris_overlay.frame_reader import FrameReader
 from lumaris_overlay.ports import OverlayStream
@@ -23,7 +25,9 @@ from lumaris_protocol.frames import Kind
 from lumaris_protocol.limits import (
     ADVERT_BYTES_MAX,
     INDEX_PAGE_ADVERTS_MAX,
+    SHARDS_MAX,
 )
+from lumaris_protocol.messages.shard_map import ShardId
 
 PROTOCOL = "/lumaris/index/1"
 # One side's own documents in a push: a host sells under one key; tests and relays hold a few.
@@ -35,14 +39,20 @@ _WRITE_BYTES = 128 * 1024
 _BATCH = 16
 
 Take = Callable[[bytes], object]
+Among = Callable[[tuple[int, ...], AdvertFacts], bool]
 H = TypeVar("H")
 
 
 class Query(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the asker wants: up to `count` documents of sellers behind `after`."""
+    """What the asker wants: up to `count` documents of sellers behind `after`.
+
+    Without shards those of all are meant; `wanted` leaves out what cannot fit the asker's needs.
+    """
 
     after: Annotated[str, Meta(max_length=64)] = ""
     count: Annotated[int, Meta(ge=0, le=INDEX_PAGE_ADVERTS_MAX)] = 0
+    shards: Annotated[tuple[ShardId, ...], Meta(max_length=SHARDS_MAX)] = ()
+    wanted: AdvertFilter = AdvertFilter()
 
 
 class Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -70,13 +80,18 @@ async def exchange(stream: OverlayStream, query: Query, own: Sequence[bytes], ta
     return answer
 
 
-async def serve(stream: OverlayStream, directory: Directory, take: Take) -> None:
-    """Answer one exchange. Raises EnvelopeError when the peer breaks the format."""
+async def serve(stream: OverlayStream, directory: Directory, take: Take, among: Among) -> None:
+    """Answer one exchange. `among` says whether an advert is in one of the shards asked for.
+
+    Raises EnvelopeError when the peer breaks the format.
+    """
     with trio.fail_after(_EXCHANGE_S):
         reader = FrameReader(stream, size_max=_FRAME_MAX)
         query = _decode(_QUERY, await reader.expect(Kind.HEADER))
         await _take_documents(reader, PUSHED_MAX, take)
-        documents, cursor = directory.page(query.after, query.count) if query.count else ([], "")
+        documents, cursor = directory.page(
+            query.after, query.count, lambda facts: _admits(query, facts, among)
+        )
         out = bytearray(frames.encode(Kind.HEADER, msgspec.json.encode(Answer(cursor))))
         for data in documents:
             out += frames.encode(Kind.ENVELOPE, data)
@@ -85,6 +100,10 @@ async def serve(stream: OverlayStream, directory: Directory, take: Take) -> None
                 out = bytearray()
         await stream.send_all(bytes(out) + frames.encode(Kind.END))
         await stream.send_eof()
+
+
+def _admits(query: Query, facts: AdvertFacts, among: Among) -> bool:
+    return passes(query.wanted, facts) and (not query.shards or among(query.shards, facts))
 
 
 async def _take_documents(reader: FrameReader, count_max: int, take: Take) -> None:

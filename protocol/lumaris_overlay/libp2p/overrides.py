@@ -8,12 +8,16 @@ because its muxer names its stream class itself and every reader imports `read_e
 from __future__ import annotations
 
 import logging
+import math
+import socket
 import struct
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import trio
 from libp2p.abc import IMuxedConn
+from libp2p.connection_types import ConnectionType
 from libp2p.host.basic_host import BasicHost
 from libp2p.io import utils as io_utils
 from libp2p.io.exceptions import IncompleteReadError
@@ -21,12 +25,24 @@ from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
-from libp2p.pubsub.pubsub import Pubsub
+from libp2p.protocol_muxer.exceptions import MultiselectError
+from libp2p.protocol_muxer.multiselect import Multiselect
+from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
+from libp2p.stream_muxer import muxer_multistream
 from libp2p.stream_muxer.exceptions import MuxedStreamError
 from libp2p.stream_muxer.yamux import yamux
 from libp2p.transport.tcp.tcp import TCP
+from multiaddr import Multiaddr
 
+from lumaris_overlay.libp2p.newcomers import Newcomers
+from lumaris_overlay.libp2p.upgrader import DialBackSeen
 from lumaris_overlay.tasks import StrangerLog
+from lumaris_protocol.limits import (
+    HANDSHAKES_MAX,
+    OVERLAY_CONNECTIONS_MAX,
+    STREAMS_BURST_PER_PEER,
+    STREAMS_PER_S_PER_PEER,
+)
 
 logger = logging.getLogger(__name__)
 strangers = StrangerLog(logger)
@@ -35,8 +51,13 @@ strangers = StrangerLog(logger)
 WINDOW_BYTES_MAX = 2 * 1024 * 1024
 _FRAME_BYTES = yamux.MAX_MESSAGE_SIZE - yamux.HEADER_SIZE
 _RESET_S = 1.0
+_NEGOTIATE_S = 5
 # Writers wake at once when the window opens; this only bounds how late they see a closed stream.
 _CLOSED_CHECK_S = 0.5
+# An honest peer opens a few streams at a time, and negotiates each within one round trip.
+_NEGOTIATING_MAX = 8
+# Close at once and forget: a refused peer must not leave us a socket that waits for minutes.
+_LINGER_NOT = struct.pack("ii", 1, 0)
 
 
 class WindowViolation(trio.TooSlowError):
@@ -66,6 +87,9 @@ class BoundedStream(yamux.YamuxStream):
     def recv_window(self, value: int) -> None:
         if value < 0:
             strangers.note(str(self.conn.peer_id), "window_violation", value)
+            swarm = getattr(self.conn, "swarm", None)  # set when the connection is registered
+            if isinstance(swarm, ReleasingSwarm):
+                swarm.on_violation(str(self.conn.peer_id))
             raise WindowViolation("the peer sent more than its window")
         self._recv_window = value
 
@@ -112,8 +136,51 @@ class BoundedStream(yamux.YamuxStream):
         await self.send_window_update(credit)
 
 
+class WakingEvents(dict[int, trio.Event]):
+    """Events by stream, each set when it is let go of: its reader looks again and finds the end.
+
+    Stock, a stream that was reset before its connection closed is forgotten with its reader still
+    waiting, and so is the task of the whole connection.
+    """
+
+    def pop(self, key: int, *default: Any) -> Any:
+        """Let go of one."""
+        found = super().pop(key, *default)
+        if isinstance(found, trio.Event):
+            found.set()
+        return found
+
+    def __delitem__(self, key: int) -> None:
+        self.pop(key)
+
+    def clear(self) -> None:
+        """Let go of all."""
+        for event in self.values():
+            event.set()
+        super().clear()
+
+
 class WholeFrameYamux(yamux.Yamux):
-    """A muxer whose frames are never cut short by the cancellation of one writer."""
+    """A muxer whose frames are never cut short by the cancellation of one writer.
+
+    And one peer's new streams are taken in one after the other, at a rate: each costs us some
+    milliseconds, whatever is said on it.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.negotiating = trio.Semaphore(_NEGOTIATING_MAX)
+        self._turn = -math.inf
+
+    async def wait_turn(self) -> None:
+        """Wait until the peer may have another stream; the muxer bounds how many wait."""
+        now, step = trio.current_time(), 1 / STREAMS_PER_S_PER_PEER
+        self._turn = max(self._turn + step, now - STREAMS_BURST_PER_PEER * step)
+        await trio.sleep(max(0.0, self._turn - now))
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.stream_events = WakingEvents(self.stream_events)
 
     async def _write_frame(self, data: bytes) -> None:
         # A frame cut in half, or a Noise nonce used up for bytes not sent, kills the connection
@@ -157,19 +224,59 @@ class ReleasingSwarm(Swarm):
     """A swarm that gives an inbound connection's slot back when that connection ends.
 
     The stock one holds slot and task until the swarm stops: connection 251 is refused for ever.
+    Handshakes that somebody began and left have places of their own, and the oldest makes room.
+    Networks that only send strangers are refused before the handshake.
     """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.admitted: Callable[[str], bool] = lambda peer: True
+        self.newcomers = Newcomers(self._member_ips)
+        self.on_violation: Callable[[str], None] = lambda peer: None
+        self._shaking: dict[Any, None] = {}
+        self._inbound_limiter = trio.CapacityLimiter(OVERLAY_CONNECTIONS_MAX + HANDSHAKES_MAX)
+
+    def _member_ips(self) -> list[str]:
+        found = []
+        for peer, held in self.connections.items():
+            if not self.admitted(str(peer)):
+                continue
+            for connection in held:
+                if connection.get_connection_type() == ConnectionType.DIRECT:
+                    remote = connection.muxed_conn.get_remote_address()  # type: ignore[attr-defined]
+                    found.append(str(remote[0]) if remote is not None else "")
+        return found
+
+    async def _shake_hands(self, read_write_closer: Any, maddr: Any) -> IMuxedConn:
+        while len(self._shaking) >= HANDSHAKES_MAX:
+            oldest = next(iter(self._shaking))
+            del self._shaking[oldest]
+            # Closed and not cancelled: libp2p tidies up after an error only.
+            oldest.stream.socket.close()
+        self._shaking[read_write_closer] = None
+        try:
+            return await self.upgrade_inbound_raw_conn(
+                RawConnection(read_write_closer, False), maddr
+            )
+        finally:
+            self._shaking.pop(read_write_closer, None)
 
     async def _do_handle_inbound_connection(
         self, read_write_closer: Any, maddr: Any, failure_event: Any
     ) -> None:
+        address = read_write_closer.get_remote_address()
+        beginning = self.newcomers.admit(str(address[0]) if address is not None else "")
+        if beginning is None:
+            _refuse(read_write_closer.stream.socket)
+            return
         remote = self._build_remote_multiaddr(read_write_closer)
         if remote is not None and not await self.connection_gate.is_allowed(remote):
             await _close_quietly(read_write_closer)
             return
         try:
-            muxed: IMuxedConn = await self.upgrade_inbound_raw_conn(
-                RawConnection(read_write_closer, False), maddr
-            )
+            muxed = await self._shake_hands(read_write_closer, maddr)
+            if self.admitted(str(muxed.peer_id)):
+                beginning.was_member(str(muxed.peer_id))
             async with trio.open_nursery() as nursery:
 
                 async def stop() -> None:
@@ -179,6 +286,9 @@ class ReleasingSwarm(Swarm):
                 nursery.start_soon(stop)
                 await muxed.event_closed.wait()  # type: ignore[attr-defined]  # of Yamux
                 nursery.cancel_scope.cancel()
+        except DialBackSeen as error:
+            beginning.was_member(str(error))
+            logger.debug("dial-back peer=%s", error)
         except Exception as error:
             strangers.note(str(remote).partition("/tcp/")[0], "handshake", error)
         finally:
@@ -187,39 +297,55 @@ class ReleasingSwarm(Swarm):
 
 
 class GuardedHost(BasicHost):
-    """A host that survives what leaves a stream handler; stock, it takes the swarm down."""
+    """A host that survives what leaves a stream handler; stock, it takes the swarm down.
+
+    Streams of peers that are not `admitted` reach only the handlers of `for_strangers`.
+    """
+
+    def __init__(self, *, admitted: Callable[[str], bool], **settings: Any) -> None:
+        super().__init__(**settings)
+        self._admitted = admitted
+        swarm = self.get_network()
+        if isinstance(swarm, ReleasingSwarm):
+            swarm.admitted = admitted
+        self.for_strangers = Multiselect()
+
+    def get_addrs(self) -> list[Multiaddr]:
+        """What we tell others, with our peer id. Stock, a circuit loses all behind its relay's."""
+        assert self._addrs_factory is not None, "the host was built with one"
+        told = self._addrs_factory(list(self.get_transport_addrs()))
+        return [address.encapsulate(Multiaddr(f"/p2p/{self.get_id()}")) for address in told]
 
     async def _swarm_stream_handler(self, net_stream: Any) -> None:
+        peer = str(net_stream.muxed_conn.peer_id)
         try:
-            await super()._swarm_stream_handler(net_stream)
+            await self._answer(net_stream, peer)
         except Exception as error:
-            strangers.note(str(net_stream.muxed_conn.peer_id), "stream", error)
+            strangers.note(peer, "stream", error)
             with trio.move_on_after(_RESET_S):
                 await net_stream.reset()
 
+    async def _answer(self, net_stream: Any, peer: str) -> None:
+        muxed = net_stream.muxed_conn
+        await muxed.wait_turn()
+        async with muxed.negotiating:
+            served = self.multiselect if self._admitted(peer) else self.for_strangers
+            try:
+                protocol, handler = await served.negotiate(
+                    MultiselectCommunicator(net_stream), _NEGOTIATE_S
+                )
+            except MultiselectError:
+                protocol, handler = None, None
+        if protocol is None or handler is None:
+            await net_stream.reset()
+            return
+        net_stream.set_protocol(protocol)
+        await handler(net_stream)
 
-class GuardedPubsub(Pubsub):
-    """Pubsub that drops a peer for bytes it cannot parse; stock, such bytes end the process."""
-
-    async def continuously_read_stream(self, stream: Any) -> None:
-        """Read one peer's messages until it leaves or sends nonsense."""
-        try:
-            await super().continuously_read_stream(stream)
-        except Exception as error:
-            peer = stream.muxed_conn.peer_id
-            strangers.note(str(peer), "gossip_rpc", error)
-            with trio.move_on_after(_RESET_S):
-                await stream.reset()
-            self._handle_dead_peer(peer)
-
-    async def push_msg(self, msg_forwarder: ID, msg: Any) -> None:
-        """Take one message in; a key that does not parse must not end the service."""
-        try:
-            await super().push_msg(msg_forwarder, msg)
-        except Exception as error:
-            if msg_forwarder == self.host.get_id():
-                raise
-            strangers.note(str(msg_forwarder), "gossip_message", error)
+    def _schedule_identify(self, peer_id: ID, *, reason: str) -> None:
+        # A stranger answers no question of ours, and asking costs more than its handshake.
+        if self._admitted(str(peer_id)):
+            super()._schedule_identify(peer_id, reason=reason)
 
 
 async def read_exactly(reader: Any, n: int, retry_count: int = 0) -> bytes:
@@ -243,12 +369,22 @@ async def read_exactly(reader: Any, n: int, retry_count: int = 0) -> bytes:
 def install() -> None:
     """Replace the names that cannot be handed in. Idempotent."""
     yamux.YamuxStream = BoundedStream  # type: ignore[misc]
+    # It makes this class by name, whatever class it was handed for the protocol.
+    muxer_multistream.Yamux = WholeFrameYamux  # type: ignore[attr-defined]
     stock = io_utils.read_exactly
     if stock is read_exactly:
         return
     for name, module in list(sys.modules.items()):
         if name.startswith("libp2p.") and getattr(module, "read_exactly", None) is stock:
             module.read_exactly = read_exactly  # type: ignore[attr-defined]
+
+
+def _refuse(raw: Any) -> None:
+    try:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT)
+    except OSError as error:  # it has left by itself
+        logger.debug("refusing a connection: %r", error)
+    raw.close()
 
 
 async def _close_quietly(closer: Any) -> None:

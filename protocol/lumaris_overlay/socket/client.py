@@ -1,7 +1,7 @@
 """The overlay as its clients see it: every call goes to the overlay process over a Unix socket.
 
 The process may die and come back. Calls wait a while for it; `adverts` and `serve` go on where
-they were, and the last advert of each seller that was published is published again.
+they were, and the certificate and the last advert of each seller that was published are told again.
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 import trio
+from msgspec import structs
 
+from lumaris_overlay.demand_feed import DemandFeed
 from lumaris_overlay.feed import AdvertFeed
 from lumaris_overlay.frame_reader import FrameReader
 from lumaris_overlay.ports import (
     AdvertEvent,
+    DemandEvent,
     OverlayStream,
     PeerInfo,
+    Ping,
     Reachability,
     StreamHandler,
 )
@@ -27,9 +31,11 @@ from lumaris_overlay.socket import wire
 from lumaris_overlay.socket.stream import PipeStream
 from lumaris_overlay.socket.wire import Reply, Request
 from lumaris_overlay.tasks import background
+from lumaris_protocol import limits
 from lumaris_protocol.envelope import decode
 from lumaris_protocol.errors import EnvelopeError, LumarisError, RemoteError
 from lumaris_protocol.keys import PeerId
+from lumaris_protocol.messages.negotiation import Requirements
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +68,7 @@ class SocketOverlay:
         self._identity = Reply()
         self._attached = trio.Event()
         self._own: dict[str, bytes] = {}
+        self._certificate = b""
 
     @property
     def peer_id(self) -> PeerId:
@@ -83,15 +90,48 @@ class SocketOverlay:
         self._nursery.start_soon(self._stay_attached)
         await self._wait_attached(timeout_s)
 
-    async def ping(self) -> Reply:
+    async def identity(self) -> Reply:
         """Who answers on the socket now. Raises RemoteError `unreachable`."""
-        return await self._call(Request("ping"), wait=False)
+        return await self._call(Request("identity"), wait=False)
 
     async def shutdown(self) -> None:
         """Ask the overlay process to end."""
         await self._call(Request("shutdown"), wait=False)
 
     # --- the port ---
+
+    async def present(self, certificate: bytes) -> None:
+        """Show this membership certificate from now on. Raises EnvelopeError."""
+        await self._call(Request("present", envelope=certificate))
+        self._certificate = certificate
+
+    async def present_shards(self, envelope: bytes) -> None:
+        """Divide the market by this map, which the process keeps. Raises EnvelopeError."""
+        if len(envelope) > limits.SHARD_MAP_BYTES_MAX:
+            raise EnvelopeError("oversize", "The shard map is too long.")
+        await self._call(Request("shards", envelope=envelope))
+
+    async def seek(self, needs: Requirements) -> None:
+        """Have the adverts that may fit these requirements in the directory."""
+        # Who is excluded changes from run to run and says nothing of where to look.
+        await self._call(Request("seek", needs=structs.replace(needs, excluded=())))
+
+    async def publish_demand(self, envelope: bytes) -> None:
+        """Gossip our signed demand to the sellers. Raises EnvelopeError when it is not valid."""
+        await self._call(Request("demand", envelope=envelope))
+
+    async def find_peer(self, peer: str) -> bytes | None:
+        """The newest signed record of a peer, from the directory or the DHT."""
+        if len(peer) > limits.NAME_CHARS_MAX:
+            return None
+        return (await self._call(Request("find", peer=peer))).envelope
+
+    async def ping(self, peer: str, *, addresses: Sequence[str] = ()) -> Ping:
+        """Ask a peer for its time. Raises RemoteError `unreachable`."""
+        if len(peer) > limits.NAME_CHARS_MAX:
+            raise RemoteError("unreachable", "That is not a peer id.")
+        reply = await self._call(Request("ping", peer=peer, addresses=tuple(addresses)))
+        return Ping(reply.round_trip_s, reply.clock_offset_s, reply.relayed)
 
     async def publish_advert(self, envelope: bytes) -> None:
         """Gossip our advert. Raises EnvelopeError when it would be refused by any honest peer."""
@@ -109,12 +149,21 @@ class SocketOverlay:
     async def peers(self) -> tuple[PeerInfo, ...]:
         """The peers the overlay process is connected to."""
         reply = await self._call(Request("peers"))
-        return tuple(PeerInfo(PeerId(item.peer), item.addresses) for item in reply.peers)
+        return tuple(
+            PeerInfo(PeerId(item.peer), item.addresses, item.relayed) for item in reply.peers
+        )
 
     async def reachability(self) -> Reachability:
         """Where the overlay process can be reached."""
         reply = await self._call(Request("reachability"))
-        return Reachability(reply.addresses, reply.count)
+        return Reachability(
+            reply.addresses,
+            reply.count,
+            reply.verdict,
+            tuple(PeerId(peer) for peer in reply.confirmed_by),
+            tuple(PeerId(peer) for peer in reply.relays),
+            reply.observed,
+        )
 
     async def open_stream(
         self, peer: str, protocol: str, *, addresses: Sequence[str] = ()
@@ -142,6 +191,26 @@ class SocketOverlay:
             finally:
                 scope.cancel()
 
+    @asynccontextmanager
+    async def demands(self) -> AsyncGenerator[trio.MemoryReceiveChannel[DemandEvent]]:
+        """Each demand of other peers from now on; across restarts."""
+        feed = DemandFeed()
+        pipe, reader = await self._ask(Request("demands"))
+        scope = trio.CancelScope()
+
+        async def listen() -> None:
+            with scope:
+                await self._follow_demands(feed, pipe, reader)
+
+        async with feed.follow() as events:
+            self._nursery.start_soon(listen)
+            try:
+                yield events
+            finally:
+                scope.cancel()
+                with trio.CancelScope(shield=True):
+                    await trio.aclose_forcefully(pipe)
+
     def serve(self, protocol: str, handler: StreamHandler) -> AbstractAsyncContextManager[None]:
         """Answer streams of a protocol while the context lasts; across restarts."""
         return self._serve(protocol, handler)
@@ -166,6 +235,29 @@ class SocketOverlay:
 
     # --- how ---
 
+    async def _follow_demands(
+        self, feed: DemandFeed, pipe: trio.SocketStream, reader: FrameReader
+    ) -> None:
+        while True:
+            try:
+                async with pipe:
+                    while (frame := await reader.next()) is not None:
+                        said = wire.decode_reply(frame)
+                        feed.tell(DemandEvent(PeerId(said.peer), said.envelope or b""))
+            except (*_Lost, LumarisError) as error:
+                logger.info("demands lost=%r", error)
+            pipe, reader = await self._ask_until_heard(Request("demands"))
+
+    async def _ask_until_heard(self, request: Request) -> tuple[trio.SocketStream, FrameReader]:
+        """Begin a call that lasts, as soon as the overlay process is there."""
+        while True:
+            await self._attached.wait()
+            try:
+                return await self._ask(request)
+            except LumarisError as error:
+                logger.info("op=%s again=%r", request.op, error)
+                await trio.sleep(_RETRY_S)
+
     async def _keep_serving(
         self, protocol: str, pipe: trio.SocketStream, reader: FrameReader
     ) -> None:
@@ -177,14 +269,7 @@ class SocketOverlay:
                         self._nursery.start_soon(self._accept, reply, protocol)
             except _Lost as error:
                 logger.info("serve protocol=%s lost=%r", protocol, error)
-            while True:
-                await self._attached.wait()
-                try:
-                    pipe, reader = await self._ask(Request("serve", protocol=protocol))
-                    break
-                except LumarisError as error:
-                    logger.info("serve protocol=%s again=%r", protocol, error)
-                    await trio.sleep(_RETRY_S)
+            pipe, reader = await self._ask_until_heard(Request("serve", protocol=protocol))
 
     async def _accept(self, inbound: Reply, protocol: str) -> None:
         try:
@@ -314,7 +399,7 @@ class SocketOverlay:
                     self._identity = wire.decode_reply(await reader.next())
                     self._attached.set()
                     if not first:
-                        self._nursery.start_soon(self._publish_again)
+                        self._nursery.start_soon(self._tell_again)
                     first = False
                     await reader.next()
             except (*_Lost, LumarisError) as error:
@@ -323,12 +408,15 @@ class SocketOverlay:
                 self._attached = trio.Event()
             await trio.sleep(_RETRY_S)
 
-    async def _publish_again(self) -> None:
-        for envelope in list(self._own.values()):
+    async def _tell_again(self) -> None:
+        again = [Request("publish", envelope=envelope) for envelope in self._own.values()]
+        if self._certificate:
+            again.insert(0, Request("present", envelope=self._certificate))
+        for request in again:
             try:
-                await self._call(Request("publish", envelope=envelope))
+                await self._call(request)
             except LumarisError as error:  # expired by now, or the process is gone again
-                logger.info("publish again error=%r", error)
+                logger.info("op=%s again error=%r", request.op, error)
 
 
 class _AdvertFollower:

@@ -25,7 +25,7 @@ from lumaris_overlay.ports import Overlay, OverlayStream
 from lumaris_overlay.socket import wire
 from lumaris_overlay.socket.wire import PeerItem, Reply, Request
 from lumaris_overlay.tasks import background
-from lumaris_protocol.errors import LocalError, LumarisError, RemoteError
+from lumaris_protocol.errors import EnvelopeError, LocalError, LumarisError, RemoteError
 from lumaris_protocol.limits import SOCKET_CLAIM_S, SOCKET_STREAMS_WAITING_MAX
 
 logger = logging.getLogger(__name__)
@@ -90,14 +90,21 @@ class SocketServer:
             "adverts": self._adverts,
             "attach": self._attach,
             "connect": self._connect,
+            "demand": self._demand,
+            "demands": self._demands,
             "ended": self._ended,
+            "find": self._find,
+            "identity": self._say_identity,
             "open": self._open,
             "peers": self._peers,
             "ping": self._ping,
+            "present": self._present,
             "publish": self._publish,
             "reachability": self._reachability,
             "reset": self._reset,
+            "seek": self._seek,
             "serve": self._serve,
+            "shards": self._present_shards,
             "shutdown": self._stop,
         }
         self.connections = 0
@@ -155,14 +162,54 @@ class SocketServer:
         await stream.send_all(wire.encode(Reply(count=count)))
 
     async def _peers(self, stream: trio.SocketStream, request: Request) -> None:
-        found = tuple(PeerItem(p.peer, p.addresses) for p in await self._overlay.peers())
+        known = await self._overlay.peers()
+        found = tuple(PeerItem(info.peer, info.addresses, info.relayed) for info in known)
         await stream.send_all(wire.encode(Reply(peers=found)))
 
     async def _reachability(self, stream: trio.SocketStream, request: Request) -> None:
         found = await self._overlay.reachability()
-        await stream.send_all(wire.encode(Reply(addresses=found.addresses, count=found.peers)))
+        reply = Reply(
+            addresses=found.addresses,
+            count=found.peers,
+            verdict=found.verdict,
+            confirmed_by=found.confirmed_by,
+            relays=found.relays,
+            observed=found.observed,
+        )
+        await stream.send_all(wire.encode(reply))
 
     async def _ping(self, stream: trio.SocketStream, request: Request) -> None:
+        found = await self._overlay.ping(request.peer, addresses=request.addresses)
+        reply = Reply(
+            round_trip_s=found.round_trip_s,
+            clock_offset_s=found.clock_offset_s,
+            relayed=found.relayed,
+        )
+        await stream.send_all(wire.encode(reply))
+
+    async def _find(self, stream: trio.SocketStream, request: Request) -> None:
+        found = await self._overlay.find_peer(request.peer)
+        await stream.send_all(wire.encode(Reply(envelope=found)))
+
+    async def _present(self, stream: trio.SocketStream, request: Request) -> None:
+        await self._overlay.present(request.envelope)
+        await stream.send_all(wire.encode(Reply()))
+
+    async def _present_shards(self, stream: trio.SocketStream, request: Request) -> None:
+        await self._overlay.present_shards(request.envelope)
+        await stream.send_all(wire.encode(Reply()))
+
+    async def _seek(self, stream: trio.SocketStream, request: Request) -> None:
+        if request.needs is None:
+            raise EnvelopeError("malformed", "Requirements are needed.")
+        await self._overlay.seek(request.needs)
+        await stream.send_all(wire.encode(Reply()))
+
+    async def _demand(self, stream: trio.SocketStream, request: Request) -> None:
+        await self._overlay.publish_demand(request.envelope)
+        await stream.send_all(wire.encode(Reply()))
+
+    async def _say_identity(self, stream: trio.SocketStream, request: Request) -> None:
         await stream.send_all(wire.encode(self._identity))
 
     async def _stop(self, stream: trio.SocketStream, request: Request) -> None:
@@ -190,6 +237,13 @@ class SocketServer:
                 await stream.send_all(
                     wire.encode(Reply(seller=event.seller, seq=event.seq, envelope=event.envelope))
                 )
+
+    async def _demands(self, stream: trio.SocketStream, request: Request) -> None:
+        async with self._overlay.demands() as events, background() as nursery:
+            nursery.start_soon(_cancel_when_gone, stream, nursery.cancel_scope)
+            await stream.send_all(wire.encode(Reply()))
+            async for event in events:
+                await stream.send_all(wire.encode(Reply(peer=event.buyer, envelope=event.envelope)))
 
     async def _serve(self, stream: trio.SocketStream, request: Request) -> None:
         order = trio.Lock()

@@ -2,9 +2,9 @@
 
 Every connection opens with one HEADER frame, a `Request`; the answer is a HEADER frame, a `Reply`,
 or a REFUSAL with a code. `open` and `accept` then turn the connection into the raw bytes of one
-stream, copied without further framing. `serve` and `adverts` go on with one HEADER per inbound
-stream or change, for as long as the connection lasts; `attach` only stays open. All other
-operations end with their reply.
+stream, copied without further framing. `serve`, `adverts` and `demands` go on with one HEADER per
+inbound stream, change or demand, for as long as the connection lasts; `attach` only stays open.
+All other operations end with their reply.
 
 A raw pipe cannot say whether its end was the peer's end of stream or a lost connection, so the
 server remembers for each stream how it ended and `ended` asks.
@@ -20,19 +20,22 @@ import trio
 from msgspec import Meta
 
 from lumaris_overlay.frame_reader import FrameReader
+from lumaris_overlay.ports import Verdict
 from lumaris_protocol import codes, frames
 from lumaris_protocol.errors import EnvelopeError, LumarisError, RemoteError
 from lumaris_protocol.frames import Kind
 from lumaris_protocol.limits import (
     ADDRESS_CHARS_MAX,
-    ADVERT_BYTES_MAX,
     PEERS_REMEMBERED_MAX,
+    SHARD_MAP_BYTES_MAX,
     SOCKET_HEADER_BYTES_MAX,
 )
+from lumaris_protocol.messages.negotiation import Requirements
 
 Operation = Literal[
-    "accept", "adverts", "attach", "connect", "ended", "open", "peers", "ping", "publish",
-    "reachability", "reset", "serve", "shutdown",
+    "accept", "adverts", "attach", "connect", "demand", "demands", "ended", "find", "identity",
+    "open", "peers", "ping", "present", "publish", "reachability", "reset", "seek", "serve",
+    "shards", "shutdown",
 ]  # fmt: skip
 
 # sun_path holds 108 bytes with its final zero.
@@ -49,7 +52,8 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         tuple[Annotated[str, Meta(max_length=ADDRESS_CHARS_MAX)], ...],
         Meta(max_length=PEERS_REMEMBERED_MAX),
     ] = ()
-    envelope: Annotated[bytes, Meta(max_length=ADVERT_BYTES_MAX * 2)] = b""
+    envelope: Annotated[bytes, Meta(max_length=SHARD_MAP_BYTES_MAX)] = b""
+    needs: Requirements | None = None
     token: Annotated[str, Meta(max_length=32)] = ""
     id: int = 0
 
@@ -59,6 +63,7 @@ class PeerItem(msgspec.Struct, frozen=True, omit_defaults=True):
 
     peer: str
     addresses: tuple[str, ...] = ()
+    relayed: bool = False
 
 
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -76,6 +81,13 @@ class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
     seller: str = ""
     seq: int = 0
     envelope: bytes | None = None
+    verdict: Verdict = "unknown"
+    confirmed_by: tuple[str, ...] = ()
+    relays: tuple[str, ...] = ()
+    observed: tuple[str, ...] = ()
+    relayed: bool = False
+    round_trip_s: float = 0.0
+    clock_offset_s: float = 0.0
 
 
 _REQUEST = msgspec.json.Decoder(Request)
@@ -151,6 +163,7 @@ _ENVELOPE_CODES = frozenset(
     {
         "malformed", "oversize", "bad_signature", "wrong_domain", "wrong_type", "wrong_signer",
         "unknown_field", "expired", "not_yet_valid", "not_certified", "directory_full",
+        "map_invalid", "map_stale",
     }
 )  # fmt: skip
 
