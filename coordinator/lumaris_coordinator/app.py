@@ -32,6 +32,8 @@ from lumaris_coordinator.problems import BadDocuments
 from lumaris_coordinator.receipts.log import ReceiptLog
 from lumaris_coordinator.receipts.routes import router as receipts_router
 from lumaris_coordinator.receipts.service import Receipts
+from lumaris_coordinator.shard_map import ShardMaps
+from lumaris_coordinator.shard_map import router as shards_router
 from lumaris_coordinator.store.sqlite import Connection, first
 from lumaris_coordinator.store.store import Store
 from lumaris_overlay.private_files import load_or_create_key, make_private_folder
@@ -57,6 +59,7 @@ class Coordinator:
         self.identity = Identity(self.context)
         self.receipts = Receipts(self.context, self.log)
         self.escrows = Escrows(self.context)
+        self.shard_maps = ShardMaps(self.context)
         self.metrics = Metrics()
         self.bad_documents = BadDocuments()
 
@@ -95,6 +98,7 @@ class Coordinator:
                 "INSERT INTO setting (name, value) VALUES (?, ?) ON CONFLICT DO NOTHING",
                 (name, value),
             )
+        self.shard_maps.start(connection)
         self.ledger.open_accounts(connection)
         away = add_downtime(connection, now=self.context.now())
         if away:
@@ -144,7 +148,14 @@ def create_app(coordinator: Coordinator) -> FastAPI:
     )
     app.state.coordinator = coordinator
     app.state.bad_documents = coordinator.bad_documents
-    for router in (identity_router, ledger_router, escrow_router, receipts_router, status.router):
+    for router in (
+        identity_router,
+        ledger_router,
+        escrow_router,
+        receipts_router,
+        shards_router,
+        status.router,
+    ):
         app.include_router(router)
     app.add_exception_handler(LumarisError, problems.on_error)
     app.add_exception_handler(RequestValidationError, problems.on_invalid)

@@ -22,6 +22,9 @@ LOCK_WAIT_S: Final = 5.0
 RETRY_AFTER_S: Final = 1
 
 CERTIFICATE_LIFETIME_S: Final = 24 * 3600
+# A shard map is good for newcomers for a day; signing it costs little, so it is never old.
+SHARD_MAP_SIGNED_S: Final = 24 * 3600
+SHARD_MAP_RENEWED_S: Final = 3600
 # Enough for a few programs of one peer; the oldest token goes when another is made.
 TOKENS_PER_PEER_MAX: Final = 8
 # A registration costs a stranger nothing but a key, so the table of peers has an end.

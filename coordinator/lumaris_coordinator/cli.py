@@ -96,6 +96,7 @@ def _settings(argv: Sequence[str] | None) -> Settings:
     parser.add_argument("--fee-bps", type=int)
     parser.add_argument("--settle-window", type=int, metavar="SECONDS")
     parser.add_argument("--test-credit", metavar="CREDITS", help="per account")
+    parser.add_argument("--shard-map", type=Path, metavar="FILE", help="JSON: version, shards")
     found = parser.parse_args(argv)
     settings = Settings(state=found.state, host=found.host, port=found.port, network=found.network)
     if found.fee_bps is not None:
@@ -108,6 +109,8 @@ def _settings(argv: Sequence[str] | None) -> Settings:
         except ValueError as error:
             raise LumarisError("config_invalid", f"--test-credit: {error}.") from None
         settings = replace(settings, test_credit_nanos=given)
+    if found.shard_map is not None:
+        settings = replace(settings, shard_map=found.shard_map)
     return settings
 
 

@@ -31,6 +31,7 @@ class Settings:
     fee_bps: int = 500
     settle_window_s: int = SETTLE_WINDOW_S_DEFAULT
     test_credit_nanos: int = 1_000 * NANOS_PER_CREDIT  # per account; 0 gives none
+    shard_map: Path | None = None  # a JSON file {version, shards}; none: the map of last time
 
     def __post_init__(self) -> None:
         _require("network", _NETWORK.fullmatch(self.network) is not None)

@@ -19,24 +19,29 @@ from lumaris_node import api
 from lumaris_node.capability import probe
 from lumaris_node.capability.advert import AdvertPublisher, Offer
 from lumaris_node.capability.gpu import probe_gpus
-from lumaris_node.config import NodeConfig
+from lumaris_node.config import NodeConfig, direct_address
 from lumaris_node.coordinator_link import CoordinatorLink
 from lumaris_node.desk import Desk, Terms
 from lumaris_node.executors.container import ContainerExecutor
 from lumaris_node.executors.port import Executor
 from lumaris_node.executors.wasm import WasmExecutor
+from lumaris_node.membership import Enrolment, Standing
 from lumaris_node.sessions import Sessions
 from lumaris_node.settle import Settler
 from lumaris_node.store import Store
+from lumaris_node.tender import Tenders
+from lumaris_overlay.bulk.gate import BulkGate
+from lumaris_overlay.bulk.rate import make_rate
+from lumaris_overlay.links import open_links
 from lumaris_overlay.ports import Overlay
 from lumaris_overlay.private_files import load_or_create_key
 from lumaris_overlay.supervisor import OverlayConfig, run_overlay
+from lumaris_overlay.validate import DemandGate
 from lumaris_protocol import coordinator_api, matching
 from lumaris_protocol.catalog import CATALOG
-from lumaris_protocol.coordinator_api import Info, Membership
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.keys import KeyPair, PeerId
-from lumaris_protocol.limits import CACHED_DIGESTS_MAX
+from lumaris_protocol.limits import CACHED_DIGESTS_MAX, MIB, SHARD_MAP_CHECK_S
 from lumaris_protocol.machines.desk import QuoteDesk
 from lumaris_protocol.messages.advert import Resources, Runtime
 from lumaris_protocol.protocols import BLOB, NEGOTIATE, SESSION
@@ -44,9 +49,8 @@ from lumaris_protocol.protocols import BLOB, NEGOTIATE, SESSION
 log = logging.getLogger(__name__)
 
 _EXPIRE_S = 1.0
-_RENEW_SHARE = 2  # a certificate is renewed at half its life
-_RETRY_S = 30.0
 _PROBE_S = 30.0
+_REACH_S = 2.0
 # The last words of sessions and the removal of their sandboxes, then claims: together less than
 # `down` waits.
 _DRAIN_S, _SETTLE_S = 12.0, 8.0
@@ -77,6 +81,7 @@ class Node:
         self._stopping = trio.Event()
         self._started_at = clock()
         self.executors: dict[str, Executor] = {}
+        self._transfer_rate = make_rate(config.share.transfer_mib_s * MIB or None)
 
     def stop(self) -> None:
         """Begin the clean shutdown."""
@@ -94,8 +99,11 @@ class Node:
                 nursery.start_soon(self._expire_holds)
                 nursery.start_soon(self._prune)
                 nursery.start_soon(self._keep_certified)
+                nursery.start_soon(self._keep_shards)
                 nursery.start_soon(self._watch_tiers)
+                nursery.start_soon(self._watch_reach)
                 nursery.start_soon(self._adverts.run)
+                nursery.start_soon(self._tenders.run)
                 nursery.start_soon(self._warm_catalog)
                 await self._serve(stack)
                 await nursery.start(self._serve_api)
@@ -122,6 +130,12 @@ class Node:
             "network": self._info.network,
             "coordinator": self.config.coordinator,
             "addresses": list(reach.addresses),
+            "reach": {
+                "verdict": reach.verdict,
+                "confirmed_by": list(reach.confirmed_by),
+                "relays": list(reach.relays),
+                "observed": list(reach.observed),
+            },
             "peers": reach.peers,
             "uptime_s": int(self.clock() - self._started_at),
             "runtimes": [runtime.tier for runtime in self._adverts.offer.runtimes],
@@ -146,11 +160,14 @@ class Node:
         stack.callback(store.close)
         link = self._link = self._link_opener(config.coordinator)
         stack.push_async_callback(link.aclose)
-        info = self._info = await link.info()
+        enrolment = self._enrolment = Enrolment(
+            link, key, state / "membership.json", url=config.coordinator, clock=self.clock
+        )
+        info = self._info = (await enrolment.join()).info
         terms = Terms(info.network, info.coordinator, info.fee_bps)
-        overlay = self._overlay = await self._open_overlay(stack, key, info)
-        membership = await self._register(overlay)
-        self._certified_until, self._token = membership.expires_at, membership.token
+        overlay = self._overlay = await self._open_overlay(stack, enrolment.standing)
+        await overlay.present(enrolment.standing.certificate)
+        await enrolment.announce(await self._addresses())
         self._runtimes = await self._open_executors(stack, key)
         total = await trio.to_thread.run_sync(self._capacity)
         quotes = self._quotes = QuoteDesk(total)
@@ -158,7 +175,7 @@ class Node:
             overlay,
             store,
             key,
-            await self._offer(total, membership),
+            await self._offer(total, enrolment.standing),
             network=info.network,
             free=lambda: quotes.free,
             clock=self.clock,
@@ -172,8 +189,12 @@ class Node:
             clock=self.clock,
             changed=self._adverts.changed,
         )
+        gate = DemandGate(info.network, frozenset({PeerId(info.coordinator)}))
+        self._tenders = Tenders(
+            overlay, self._adverts, gate, free=lambda: quotes.free, clock=self.clock
+        )
         self._settler = Settler(
-            link, store, key, terms, token=lambda: self._token, clock=self.clock
+            link, store, key, terms, token=lambda: enrolment.standing.token, clock=self.clock
         )
         self._sessions = Sessions(
             self._desk,
@@ -183,20 +204,29 @@ class Node:
             store=store,
             clock=self.clock,
             ended=self._settler.wake,
+            transfer_rate=self._transfer_rate,
         )
         await self._recover()
 
-    async def _open_overlay(self, stack: AsyncExitStack, key: KeyPair, info: Info) -> Overlay:
-        known = await self._link.call(coordinator_api.bootstrap())
+    async def _open_overlay(self, stack: AsyncExitStack, standing: Standing) -> Overlay:
+        info = standing.info
         config = OverlayConfig(
             key_file=self.state / "node.key",
             network=info.network,
             coordinator_keys=frozenset({PeerId(info.coordinator)}),
             state_dir=self.state / "overlay",
             listen=self.config.listen,
-            bootstrap=(*self.config.bootstrap, *known.addresses),
+            bootstrap=(*self.config.bootstrap, *standing.bootstrap),
+            memory_bytes_max=self.config.overlay_memory_mib * MIB,
+            announce=self.config.network.announce,
+            relay_service=self.config.network.relay_service,
+            mdns=self.config.network.mdns,
         )
-        return await stack.enter_async_context(self._overlay_opener(config))
+        inner = await stack.enter_async_context(self._overlay_opener(config))
+        listen = direct_address(self.config)
+        return await stack.enter_async_context(
+            open_links(inner, listen=listen, gate=BulkGate(rate=self._transfer_rate))
+        )
 
     async def _open_executors(self, stack: AsyncExitStack, key: KeyPair) -> tuple[Runtime, ...]:
         offered = self.config.accept.runtimes
@@ -243,10 +273,9 @@ class Node:
             disk_bytes=whole.disk_bytes * share.disk_percent // 100,
         )
 
-    async def _offer(self, total: Resources, membership: Membership) -> Offer:
+    async def _offer(self, total: Resources, standing: Standing) -> Offer:
         config = self.config
         benchmarks = await trio.to_thread.run_sync(probe.benchmarks, self.state)
-        reach = await self._overlay.reachability()
         return Offer(
             region=config.region,
             total=total,
@@ -255,8 +284,8 @@ class Node:
             benchmarks=benchmarks,
             runtimes=self._runtimes,
             cached=await self._cached(),
-            addresses=reach.addresses,
-            certificate=membership.certificate,
+            addresses=await self._addresses(),
+            certificate=standing.certificate,
         )
 
     async def _cached(self) -> tuple[str, ...]:
@@ -265,11 +294,8 @@ class Node:
             digests += await executor.images()
         return tuple(digests[:CACHED_DIGESTS_MAX])
 
-    async def _register(self, overlay: Overlay) -> Membership:
-        reach = await overlay.reachability()
-        return await self._link.register(
-            self._key, self._info, addresses=reach.addresses, clock=self.clock
-        )
+    async def _addresses(self) -> tuple[str, ...]:
+        return (await self._overlay.reachability()).addresses
 
     async def _recover(self) -> None:
         """Answer for what a killed predecessor left: files go, money is settled."""
@@ -311,18 +337,44 @@ class Node:
                 log.warning("store not pruned error=%r", error)
 
     async def _keep_certified(self) -> None:
-        """Renew the certificate at half its life; keep trying while the coordinator is away."""
+        await self._enrolment.keep(self._look_around, self._certified)
+
+    async def _watch_reach(self) -> None:
+        """A relay's address, or a new one of ours, is worth nothing until buyers know it."""
         while True:
-            left_s = self._certified_until - self.clock()
-            await trio.sleep(max(_RETRY_S, left_s / _RENEW_SHARE))
+            await trio.sleep(_REACH_S)
             try:
-                membership = await self._register(self._overlay)
+                await self._look_around()
             except LumarisError as error:
-                log.warning("certificate not renewed code=%s", error.code)
-                continue
-            self._certified_until, self._token = membership.expires_at, membership.token
-            self._adverts.offer.certificate = membership.certificate
+                log.debug("reach not known code=%s", error.code)
+
+    async def _look_around(self) -> tuple[str, ...]:
+        """Where we can be reached now; buyers are told of a change at once."""
+        found = await self._addresses()
+        if found != self._adverts.offer.addresses:
+            self._adverts.offer.addresses = found
             self._adverts.changed(always=True)
+        return found
+
+    async def _certified(self, standing: Standing) -> None:
+        """The coordinator has spoken again: show its word, and find whom it knows."""
+        self._adverts.offer.certificate = standing.certificate
+        self._adverts.changed(always=True)
+        try:
+            await self._overlay.present(standing.certificate)
+            await self._overlay.connect(standing.bootstrap)
+        except LumarisError as error:
+            log.warning("certificate not shown code=%s", error.code)
+
+    async def _keep_shards(self) -> None:
+        """Tell the overlay how the market is divided, now and whenever that may have changed."""
+        while True:
+            try:
+                found = await self._link.call(coordinator_api.shards())
+                await self._overlay.present_shards(found)
+            except LumarisError as error:  # the overlay goes on with the map it has
+                log.info("shard map not taken code=%s", error.code)
+            await trio.sleep(SHARD_MAP_CHECK_S)
 
     async def _warm_catalog(self) -> None:
         """Compile what buyers will most likely ask for, before the first one waits for it."""

@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta, structs
 
 from lumaris_protocol.errors import LumarisError
+from lumaris_protocol.limits import MIB, OVERLAY_MEMORY_BYTES
 from lumaris_protocol.messages.advert import PriceTable, Tier
 from lumaris_protocol.money import TEST_CURRENCY, parse_credits
 
@@ -24,6 +25,7 @@ class Share(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     memory_percent: Percent = 50
     disk_percent: Percent = 10
     cpu_threads: Annotated[int, Meta(ge=0, le=4096)] = 0
+    transfer_mib_s: Annotated[int, Meta(ge=0, le=100_000)] = 0
 
 
 class Price(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -58,18 +60,44 @@ class Accept(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     lease_s_max: Annotated[int, Meta(ge=60, le=24 * _S_PER_HOUR)] = 4 * _S_PER_HOUR
 
 
+class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How other peers find and reach this node, and what it does for them."""
+
+    announce: tuple[str, ...] = ()
+    relay_service: bool = False
+    mdns: bool = False
+
+
 class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """All settings of a node."""
 
     coordinator: str = "http://127.0.0.1:24480"
     listen: str = "127.0.0.1:0"
+    direct: str = ""
     region: str = "local"
     bootstrap: tuple[str, ...] = ()
+    overlay_memory_mib: Annotated[int, Meta(ge=192, le=65_536)] = OVERLAY_MEMORY_BYTES // MIB
     modules: str = ""  # a folder of compiled wasm modules that several nodes of one user may share
     share: Share = Share()
     price: Price = Price()
     accept: Accept = Accept()
+    network: Network = Network()
     log_level: Literal["debug", "info", "warning"] = "info"
+
+
+def direct_address(config: NodeConfig) -> tuple[str, int] | None:
+    """Where other programs may connect directly; None when they may not.
+
+    Raises LumarisError `config_invalid`.
+    """
+    if config.direct == "off":
+        return None
+    text = config.direct or f"{config.listen.rpartition(':')[0]}:0"
+    ip, _, port = text.rpartition(":")
+    if not ip or not port.isdecimal() or int(port) > 65535:
+        name, value = ("direct", config.direct) if config.direct else ("listen", config.listen)
+        raise LumarisError("config_invalid", f"{name} {value!r} is not IP:PORT.")
+    return ip.strip("[]"), int(port)
 
 
 def load(state: Path, **flags: object) -> NodeConfig:
@@ -87,4 +115,5 @@ def load(state: Path, **flags: object) -> NodeConfig:
     given = {name: value for name, value in flags.items() if value is not None}
     config = structs.replace(config, **given)
     config.price.table()
+    direct_address(config)
     return config

@@ -13,7 +13,9 @@ from pathlib import Path
 import msgspec
 import trio
 
-from lumaris_overlay import blobs
+from lumaris_overlay.bulk.part import part_path
+from lumaris_overlay.bulk.rate import Rate
+from lumaris_overlay.bulk.serve import take_file
 from lumaris_overlay.framed_stream import FramedStream
 from lumaris_protocol.errors import LumarisError, RefusedError
 from lumaris_protocol.frames import Kind
@@ -25,8 +27,8 @@ from lumaris_protocol.protocols import BlobHeader, BlobReply
 class Inputs:
     """The input files of one session, in `folder`. One order at a time uses them."""
 
-    def __init__(self, folder: Path, *, disk_bytes: int) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *, disk_bytes: int, transfer_rate: Rate | None = None) -> None:
+        self._folder, self._transfer_rate = folder, transfer_rate
         self._budget = disk_bytes + INPUT_ALLOWANCE_BYTES
         self._sizes: dict[str, int] = {}  # what is here, the least recently used first
         self._wanted: dict[str, tuple[int, trio.Event]] = {}
@@ -84,6 +86,8 @@ class Inputs:
             yield
         finally:
             self._wanted = {}
+            for sha256 in wanted.keys() - self._arriving:
+                self._forget_part(sha256)
 
     async def arrived(self, sha256: str) -> None:
         """Until a wanted file is here."""
@@ -109,12 +113,17 @@ class Inputs:
         await stream.send(Kind.HEADER, msgspec.json.encode(BlobReply(state="stored")))
 
     async def _receive(self, header: BlobHeader, stream: FramedStream) -> None:
-        await stream.send(Kind.HEADER, msgspec.json.encode(BlobReply(state="ready")))
-        await blobs.receive_chunks(
-            stream, self.path(header.sha256), sha256=header.sha256, size_bytes=header.size_bytes
-        )
-        if header.sha256 in self._wanted:
+        try:
+            await take_file(stream, header, self.path(header.sha256), rate=self._transfer_rate)
+            if header.sha256 not in self._wanted:
+                raise RefusedError("bad_input", "No order waits for this file any more.")
             self._sizes[header.sha256] = header.size_bytes
-        else:  # its order has ended meanwhile
-            await trio.Path(self.path(header.sha256)).unlink()
-            raise RefusedError("bad_input", "No order waits for this file any more.")
+        finally:
+            if not self.has(header.sha256):  # it is not counted, so it must not lie here
+                self.path(header.sha256).unlink(missing_ok=True)
+                if header.sha256 not in self._wanted:
+                    self._forget_part(header.sha256)
+
+    def _forget_part(self, sha256: str) -> None:
+        """Remove what an upload that was cut off has left for its next attempt."""
+        part_path(self.path(sha256), sha256).unlink(missing_ok=True)

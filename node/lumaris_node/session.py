@@ -12,14 +12,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
 import trio
 
 from lumaris_node.executors.port import Executor
 from lumaris_node.inputs import Inputs
 from lumaris_node.orders import OrderRun
 from lumaris_node.store import Store
-from lumaris_overlay import blobs as blob_transfer
+from lumaris_overlay.bulk.rate import Rate
+from lumaris_overlay.bulk.serve import give_file
 from lumaris_overlay.framed_stream import FramedStream
 from lumaris_overlay.outbox import Outbox
 from lumaris_protocol.effects import (
@@ -37,7 +37,7 @@ from lumaris_protocol.frames import Kind
 from lumaris_protocol.limits import INPUT_ALLOWANCE_BYTES, ORDERS_QUEUED_MAX
 from lumaris_protocol.machines.seller import SellerSession
 from lumaris_protocol.messages.execution import WorkOrder
-from lumaris_protocol.protocols import BlobHeader, BlobReply
+from lumaris_protocol.protocols import BlobHeader
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +57,16 @@ class SessionHost:
         folder: Path,
         store: Store,
         clock: Callable[[], float],
+        transfer_rate: Rate | None = None,
     ) -> None:
         agreement = machine.contract.agreement
         self.machine, self.resources = machine, agreement.resources
         self.session, self.buyer = agreement.session, agreement.buyer
         self._blobs, self._workspaces = folder / "blobs", folder / "jobs"
-        self.inputs = Inputs(self._blobs, disk_bytes=agreement.resources.disk_bytes)
+        self._transfer_rate = transfer_rate
+        self.inputs = Inputs(
+            self._blobs, disk_bytes=agreement.resources.disk_bytes, transfer_rate=transfer_rate
+        )
         self.orders_done = 0
         self._folder = folder
         self._stream, self._store, self._executor = stream, store, executor
@@ -184,8 +188,7 @@ class SessionHost:
         for run in self._done.values():
             path = run.delivered_path(header.sha256)
             if path is not None:
-                await stream.send(Kind.HEADER, _encode(BlobReply(state="ready")))
-                await blob_transfer.send_chunks(stream, path)
+                await give_file(stream, header, path, rate=self._transfer_rate)
                 return
         raise RefusedError("not_found", "No delivered file of that hash.")
 
@@ -318,7 +321,3 @@ class SessionHost:
                 await self._store.keep_closes(self.session, by_buyer, by_seller)
             case _:
                 raise AssertionError(effect)
-
-
-def _encode(reply: BlobReply) -> bytes:
-    return msgspec.json.encode(reply)

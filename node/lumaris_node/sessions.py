@@ -12,6 +12,7 @@ from lumaris_node.desk import Desk
 from lumaris_node.executors.port import Executor
 from lumaris_node.session import SessionHost
 from lumaris_node.store import Store
+from lumaris_overlay.bulk.rate import Rate
 from lumaris_overlay.framed_stream import FramedStream
 from lumaris_overlay.ports import OverlayStream
 from lumaris_overlay.tasks import StrangerLog
@@ -42,7 +43,9 @@ class Sessions:
         store: Store,
         clock: Callable[[], float],
         ended: Callable[[], None],
+        transfer_rate: Rate | None = None,
     ) -> None:
+        self._transfer_rate = transfer_rate
         self._desk, self._executors = desk, executors
         self._network, self._folder, self._store = network, folder, store
         self._clock, self._ended = clock, ended
@@ -113,6 +116,7 @@ class Sessions:
             folder=self._folder / session,
             store=self._store,
             clock=self._clock,
+            transfer_rate=self._transfer_rate,
         )
         host.check(opening)
         self._desk.quotes.granted(contract.hash, now=self._clock())

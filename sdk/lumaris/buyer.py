@@ -29,17 +29,19 @@ from lumaris.profile import Profile
 from lumaris.session import Session
 from lumaris.settling import Settling
 from lumaris.store import Store
+from lumaris_overlay.bulk.rate import make_rate
+from lumaris_overlay.links import open_links
 from lumaris_overlay.ports import Overlay
 from lumaris_overlay.private_files import load_or_create_key
 from lumaris_overlay.supervisor import OverlayConfig, attach_or_spawn
-from lumaris_protocol import coordinator_api, ids, matching, pricing
+from lumaris_protocol import coordinator_api, ids, matching
 from lumaris_protocol.codec import Signed
 from lumaris_protocol.coordinator_api import Account, Audit
 from lumaris_protocol.errors import LumarisError
-from lumaris_protocol.keys import KeyPair, PeerId
+from lumaris_protocol.keys import KeyPair
+from lumaris_protocol.limits import SHARD_MAP_CHECK_S
 from lumaris_protocol.messages.advert import Advert
 from lumaris_protocol.messages.execution import File
-from lumaris_protocol.messages.negotiation import Requirements
 from lumaris_protocol.money import Nanos
 
 log = logging.getLogger(__name__)
@@ -108,6 +110,7 @@ class Buyer:
             self._settling,
             network=standing.info.network,
             currency=standing.info.currency,
+            transfer_rate=make_rate(profile.transfer_bytes_per_s),
         )
         self.pool.attach(nursery)
         self._rows: dict[str, dict[str, Any]] = {}
@@ -216,8 +219,9 @@ class Buyer:
         self, request: JobRequest, image: Image, failed: list[str], approve: Approve | None
     ) -> Session:
         needs = structs.replace(self.pool.needs(request, image), excluded=tuple(failed))
-        worst = self._worst_cost(needs, request)
-        session = self.pool.find_idle(needs, cost_nanos=min(worst, request.max_cost_nanos))
+        session = self.pool.find_idle(
+            needs, wall_s=request.wall_s, cost_nanos_max=request.max_cost_nanos
+        )
         if session is not None:
             plan = plan_of_session(session, request.max_cost_nanos)
             if approve is not None and not await approve(plan):
@@ -225,14 +229,6 @@ class Buyer:
             return session
         bought = await self.pool.buy(needs, cap_nanos=request.max_cost_nanos, approve=approve)
         return bought[0]
-
-    def _worst_cost(self, needs: Requirements, request: JobRequest) -> int:
-        """The most the request can cost at the dearest seller known now."""
-        prices = [advert.message.prices for advert in self.market.adverts]
-        return max(
-            (pricing.lease_nanos(price, needs.resources, request.wall_s) for price in prices),
-            default=request.max_cost_nanos,
-        )
 
     async def order(
         self,
@@ -316,6 +312,26 @@ class Buyer:
             await trio.sleep(_JOB_WRITE_S)
             await self.flush_rows()
 
+    async def keep_certified(self) -> None:
+        """Renew the certificate before it ends, for as long as the client lives."""
+        cache = self.profile.state / membership.CACHE_NAME
+        while True:
+            self.standing = await membership.renew(self._link, self.key, cache, self.standing)
+            try:
+                await self.overlay.present(self.standing.certificate)
+            except LumarisError as error:
+                log.warning("certificate not shown code=%s", error.code)
+
+    async def keep_shards(self) -> None:
+        """Tell the overlay how the market is divided, now and whenever that may have changed."""
+        while True:
+            try:
+                found = await self._link.call(coordinator_api.shards())
+                await self.overlay.present_shards(found)
+            except LumarisError as error:  # the overlay goes on with the map it has
+                log.info("shard map not taken code=%s", error.code)
+            await trio.sleep(SHARD_MAP_CHECK_S)
+
     async def flush_rows(self) -> None:
         """Write the job rows that changed."""
         rows = list(self._rows.values())
@@ -343,23 +359,23 @@ async def open_buyer(
     store = Store(profile.database)
     link = open_link(profile.coordinator)
     try:
-        cache = profile.state / "membership.json"
+        cache = profile.state / membership.CACHE_NAME
         standing = await membership.join(link, key, cache, url=profile.coordinator)
         standing = await membership.refresh_bootstrap(link, cache, standing)
-        config = OverlayConfig(
-            key_file=profile.key_file,
-            network=standing.info.network,
-            coordinator_keys=frozenset({PeerId(standing.info.coordinator)}),
-            state_dir=profile.overlay,
-            bootstrap=(*profile.bootstrap, *standing.bootstrap),
-            linger_s=profile.overlay_linger_s,
-        )
-        async with open_overlay(config) as overlay, trio.open_nursery() as nursery:
+        config = membership.overlay_config(profile, standing)
+        async with (
+            open_overlay(config) as inner,
+            open_links(inner, listen=None, answer=False) as overlay,
+            trio.open_nursery() as nursery,
+        ):
+            await overlay.present(standing.certificate)
             buyer = Buyer(profile, key, store, link, standing, overlay, nursery)
             nursery.start_soon(buyer.market.follow)
             nursery.start_soon(buyer.pool.run, nursery)
             nursery.start_soon(buyer.write_rows)
             nursery.start_soon(_greet, overlay, standing.bootstrap)
+            nursery.start_soon(buyer.keep_certified)
+            nursery.start_soon(buyer.keep_shards)
             nursery.start_soon(buyer.pool.settle)
             await store.end_orphan_jobs(now=time.time())
             try:

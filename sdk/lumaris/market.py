@@ -3,59 +3,40 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import trio
 from msgspec import structs
 
-from lumaris_overlay.framed_stream import FramedStream
+from lumaris.demands import Demands
+from lumaris.quoting import REPLY_S, Asker, Offered, Round, Wish
 from lumaris_overlay.ports import AdvertEvent, Overlay
-from lumaris_protocol import agreements, codec, ids, matching, pricing
+from lumaris_overlay.validate import AdvertGate
+from lumaris_protocol import agreements, codec
 from lumaris_protocol.agreements import Contract
 from lumaris_protocol.codec import Signed
 from lumaris_protocol.errors import LumarisError, RefusedError
 from lumaris_protocol.frames import Kind
-from lumaris_protocol.keys import KeyPair
-from lumaris_protocol.limits import QUOTE_HOLD_S_MAX
+from lumaris_protocol.keys import KeyPair, PeerId
+from lumaris_protocol.limits import DIRECTORY_ADVERTS_MAX
 from lumaris_protocol.matching import Match, MatchReport
 from lumaris_protocol.messages.advert import Advert, Verification
-from lumaris_protocol.messages.negotiation import (
-    Quote,
-    QuoteRequest,
-    Requirements,
-)
-from lumaris_protocol.protocols import NEGOTIATE
+from lumaris_protocol.messages.negotiation import Requirements
+from lumaris_protocol.offer_index import OfferIndex
 
 log = logging.getLogger(__name__)
 
-_QUOTES_AT_ONCE = 3
-_REPLY_S = 3.0
 _QUIET_S = 0.5
+# The overlay forgets a place that nobody sought for some minutes; asking costs a round trip.
+_SEEK_AGAIN_S = 60.0
+_PLACES_MAX = 64
 _FIRST_SELLER_S = 5.0  # how long a search waits for the first matching advert of a fresh overlay
-
-
-@dataclass
-class Offered:
-    """A seller's signed quote, with the stream on which it can still be accepted."""
-
-    request: Signed[QuoteRequest]
-    quote: Signed[Quote]
-    advert: Signed[Advert]
-    stream: FramedStream
-
-    @property
-    def price_nanos(self) -> int:
-        """What one order over the whole lease costs: what quotes are compared by."""
-        quote = self.quote.message
-        return quote.terms.start_nanos + quote.terms.rate_nanos_per_s * quote.lease_s
-
-    async def decline(self) -> None:
-        """Let it go; the seller frees the capacity at once."""
-        await self.stream.aclose()
+# Sellers a search names beyond those needed, so that some may refuse and no one owner has them all.
+_SPARE = 15
 
 
 @dataclass(frozen=True)
@@ -82,79 +63,64 @@ class Market:
 
     def __init__(self, overlay: Overlay, key: KeyPair, terms: BuyerTerms) -> None:
         self._overlay, self._key, self._terms = overlay, key, terms
-        self._adverts: dict[str, Signed[Advert]] = {}
+        self._index = OfferIndex()
         self._changed = trio.Event()
+        self._settled = False
+        self._sought: dict[tuple[tuple[str, ...], bool], float] = {}
+        gate = AdvertGate(terms.network, frozenset({PeerId(terms.coordinator)}))
+        self._demands = Demands(overlay, key, gate, terms.certificate, self._put)
+        self._asker = Asker(overlay, key, terms.network, terms.certificate)
 
     @property
     def adverts(self) -> tuple[Signed[Advert], ...]:
         """Every advert known now."""
-        now = time.time()
-        live = [advert for advert in self._adverts.values() if advert.message.expires_at > now]
-        return tuple(live)
+        return self._current().adverts
 
     async def follow(self) -> None:
         """Keep the view current, for as long as the client lives."""
-        async with self._overlay.adverts() as events:
+        async with self._overlay.adverts() as events, trio.open_nursery() as nursery:
+            nursery.start_soon(self._demands.run)
             async for event in events:
                 self._take(event)
+            nursery.cancel_scope.cancel()
 
     async def settle_in(self) -> None:
         """Wait until the first adverts of a fresh overlay are in, and no more follow at once."""
         with trio.move_on_after(_FIRST_SELLER_S):
-            while not self._adverts:
+            while not len(self._index):
                 await self._changed.wait()
             while True:
                 with trio.move_on_after(_QUIET_S) as quiet:
                     await self._changed.wait()
                 if quiet.cancelled_caught:
-                    return
-
-    def _take(self, event: AdvertEvent) -> None:
-        if event.envelope is None:
-            self._adverts.pop(event.seller, None)
-        else:
-            try:
-                advert = codec.open_signed(
-                    event.envelope, Advert, network=self._terms.network, signer=event.seller
-                )
-            except LumarisError as error:
-                log.warning("advert refused seller=%s code=%s", event.seller, error.code)
-                return
-            self._adverts[event.seller] = advert
-        self._changed.set()
-        self._changed = trio.Event()
+                    break
+        self._settled = True
 
     async def search(self, needs: Requirements, *, lease_s: int, count: int = 1) -> MatchReport:
-        """Sellers that fit; waits a little for the first ones of a network just joined.
+        """The best sellers that fit, more than `count` of them as far as there are.
 
-        Raises LumarisError `no_sellers` or `no_offers` with the counts of what excluded whom.
+        Waits a little for the first ones of a network just joined, and asks all sellers when none
+        of those known fits. Raises LumarisError `no_sellers` or `no_offers` with the counts of what
+        excluded whom.
         """
+        await self._seek(needs)
         with trio.move_on_after(_FIRST_SELLER_S):
-            while not self.adverts:
+            while not len(self._current()):
                 await self._changed.wait()
-        if len(self.adverts) < count:
+        report = self._find(needs, lease_s, count)
+        if len(self._index) and not self._settled and len(report.matches) < count:
             await self.settle_in()  # a network just joined is still telling us about itself
-        report = self._match(needs, lease_s)
+            report = self._find(needs, lease_s, count)
+        if not report.matches and await self._ask_everybody(needs, lease_s):
+            report = self._find(needs, lease_s, count)
         if not report.matches:
-            # What is free changes faster than adverts travel; a seller that has it all is asked.
-            report = self._match(needs, lease_s, as_if_idle=True)
-        if not report.matches:
-            raise no_match(self._match(needs, lease_s))
+            raise no_match(report)
         return report
 
     async def change(self, timeout_s: float) -> None:
         """Wait for the next change of the directory, at most `timeout_s`."""
         with trio.move_on_after(timeout_s):
             await self._changed.wait()
-
-    def _match(self, needs: Requirements, lease_s: int, *, as_if_idle: bool = False) -> MatchReport:
-        adverts = self.adverts
-        if as_if_idle:
-            adverts = tuple(
-                replace(item, message=structs.replace(item.message, free=item.message.total))
-                for item in adverts
-            )
-        return matching.match(needs, adverts, lease_s=lease_s)
 
     async def quotes(
         self,
@@ -166,30 +132,21 @@ class Market:
         verification: Verification,
         count: int = 1,
     ) -> list[Offered]:
-        """Signed quotes of the best sellers, cheapest first; asks the next ones when some refuse.
+        """Signed quotes of the best sellers, cheapest first, at most `count`.
 
-        Raises LumarisError with the last refusal when nobody quotes.
+        Others that answered were declined. Raises LumarisError with the last refusal when nobody
+        quotes; nothing is held then, nor when this is cancelled.
         """
-        offered: list[Offered] = []
-        refusals: list[LumarisError] = []
-        queue = list(report.matches)
-        while queue and len(offered) < count:
-            batch = queue[: max(_QUOTES_AT_ONCE, count - len(offered))]
-            queue = queue[len(batch) :]
+        wish = Wish(needs, lease_s, cap_nanos, verification)
 
-            async def ask(match: Match) -> None:
-                try:
-                    offered.append(await self._ask(needs, match, lease_s, cap_nanos, verification))
-                except LumarisError as error:
-                    refusals.append(error)
+        def more(asked: frozenset[str]) -> tuple[Match, ...]:
+            if report.fitting <= len(report.matches):
+                return ()
+            others = structs.replace(needs, excluded=(*needs.excluded, *asked))
+            return self._find(others, lease_s, count).matches
 
-            async with trio.open_nursery() as nursery:
-                for match in batch:
-                    nursery.start_soon(ask, match)
-        if not offered:
-            raise refusals[-1] if refusals else LumarisError("no_offers")
-        offered.sort(key=lambda item: (item.price_nanos, item.quote.message.seller))
-        return offered
+        ask = partial(self._asker.ask, wish)
+        return await Round(ask, report.matches, more, count=count).run()
 
     async def agree(self, offered: Offered) -> tuple[Contract, KeyPair]:
         """Sign the agreement and take the seller's signature; with our new session key.
@@ -208,7 +165,7 @@ class Market:
         )
         ours = codec.sign(draft, self._key, self._terms.network)
         try:
-            with trio.fail_after(_REPLY_S):
+            with trio.fail_after(REPLY_S):
                 await offered.stream.send(Kind.ENVELOPE, ours.data)
                 theirs = await offered.stream.expect(Kind.ENVELOPE)
         except (trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError):
@@ -216,54 +173,72 @@ class Market:
         contract = agreements.join(ours.data, theirs, network=self._terms.network)
         return contract, session_key
 
-    async def _ask(
-        self,
-        needs: Requirements,
-        match: Match,
-        lease_s: int,
-        cap_nanos: int,
-        verification: Verification,
-    ) -> Offered:
-        seller, now = match.advert.message.seller, int(time.time())
-        request = codec.sign(
-            QuoteRequest(
-                request=ids.make_id("request", os.urandom(ids.ID_RANDOM_BYTES)),
-                buyer=self._key.peer_id,
-                seller=seller,
-                certificate=self._terms.certificate(),
-                requirements=structs.replace(needs, excluded=()),  # whom we avoid is our business
-                lease_s=lease_s,
-                cap_nanos=cap_nanos,
-                verification=verification,
-                nonce=os.urandom(16).hex(),
-                issued_at=now,
-                expires_at=now + math.ceil(_REPLY_S),
-            ),
-            self._key,
-            self._terms.network,
-        )
+    async def _seek(self, needs: Requirements) -> None:
+        """Have the overlay look where such sellers are; in an undivided market they are here."""
+        place = (needs.regions, bool(needs.resources.gpus))
+        now = trio.current_time()
+        if now - self._sought.get(place, -_SEEK_AGAIN_S) < _SEEK_AGAIN_S:
+            return
+        self._sought.pop(place, None)
+        while len(self._sought) >= _PLACES_MAX:
+            del self._sought[next(iter(self._sought))]
+        self._sought[place] = now
         try:
-            with trio.fail_after(_REPLY_S):
-                stream = FramedStream(await self._overlay.open_stream(seller, NEGOTIATE))
-        except trio.TooSlowError:
-            raise RefusedError("unreachable", f"{seller} does not answer.") from None
+            await self._overlay.seek(needs)
+        except LumarisError as error:
+            log.info("sellers not sought code=%s", error.code)
+
+    async def _ask_everybody(self, needs: Requirements, lease_s: int) -> bool:
+        """Whether a seller that we did not know has answered."""
+        anyone = structs.replace(needs, excluded=())
+        if needs.excluded and self._find(anyone, lease_s, 1).matches:
+            return False  # those that could answer are known, and were excluded
+        return await self._demands.ask(anyone, lease_s)
+
+    # --- the directory ---
+
+    def _current(self) -> OfferIndex:
+        self._index.expire(time.time())
+        return self._index
+
+    def _find(self, needs: Requirements, lease_s: int, count: int) -> MatchReport:
+        index = self._current()
+        report = index.search(needs, lease_s=lease_s, count=count + _SPARE)
+        if report.matches:
+            return report
+        # What is free changes faster than adverts travel; a seller that has it all is asked.
+        idle = index.search(needs, lease_s=lease_s, count=count + _SPARE, as_if_idle=True)
+        return idle if idle.matches else report
+
+    def _take(self, event: AdvertEvent) -> None:
+        held = self._index.get(event.seller)
+        if held is not None and held.message.seq > event.seq:
+            return  # the seller itself told us something newer
+        if event.envelope is None:
+            self._index.remove(event.seller)
+            self._tell()
+            return
         try:
-            with trio.fail_after(_REPLY_S):
-                await stream.send(Kind.ENVELOPE, request.data)
-                quote = codec.open_signed(
-                    await stream.expect(Kind.ENVELOPE),
-                    Quote,
-                    network=self._terms.network,
-                    signer=seller,
-                )
-            _check_quote(quote.message, request, match.advert, cap_nanos)
-        except (trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError):
-            await stream.aclose()
-            raise RefusedError("unreachable", f"{seller} went away.") from None
-        except LumarisError:
-            await stream.aclose()
-            raise
-        return Offered(request, quote, match.advert, stream)
+            advert = codec.open_signed(
+                event.envelope, Advert, network=self._terms.network, signer=event.seller
+            )
+        except LumarisError as error:
+            log.warning("advert refused seller=%s code=%s", event.seller, error.code)
+            return
+        self._put(advert)
+
+    def _put(self, advert: Signed[Advert]) -> None:
+        """Take in what is newer; a full directory takes in no new seller."""
+        held = self._index.get(advert.message.seller)
+        if held is None and len(self._index) >= DIRECTORY_ADVERTS_MAX:
+            return
+        if held is None or advert.message.seq >= held.message.seq:
+            self._index.put(advert)
+            self._tell()
+
+    def _tell(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
 
 
 def no_match(report: MatchReport) -> LumarisError:
@@ -273,25 +248,3 @@ def no_match(report: MatchReport) -> LumarisError:
     counts = sorted(report.excluded.items(), key=lambda item: -item[1])
     reasons = ", ".join(f"{code} {count}" for code, count in counts)
     return LumarisError("no_offers", f"None of {report.seen} sellers fits ({reasons}).")
-
-
-def _check_quote(
-    quote: Quote, request: Signed[QuoteRequest], advert: Signed[Advert], cap_nanos: int
-) -> None:
-    """The price shown must be the price signed: the quote may not exceed the advertised table."""
-    asked = request.message
-    rate = pricing.rate_nanos_per_s(advert.message.prices, asked.requirements.resources)
-    fits = (
-        quote.request_hash == request.hash
-        and quote.buyer == asked.buyer
-        and quote.seller == asked.seller
-        and quote.resources == asked.requirements.resources
-        and quote.lease_s == asked.lease_s
-        and quote.terms.currency == asked.requirements.currency
-        and quote.terms.rate_nanos_per_s <= rate
-        and quote.terms.start_nanos <= advert.message.prices.start_nanos
-        and (not cap_nanos or quote.terms.cap_nanos <= cap_nanos)
-        and quote.hold_until <= asked.issued_at + 2 * QUOTE_HOLD_S_MAX
-    )
-    if not fits:
-        raise RefusedError("terms_changed", "The quote does not match the seller's own advert.")

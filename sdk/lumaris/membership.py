@@ -13,15 +13,23 @@ import msgspec
 import trio
 
 from lumaris.coordinator import CoordinatorLink
+from lumaris.profile import Profile
+from lumaris_overlay.private_files import write_private_file
+from lumaris_overlay.supervisor import OverlayConfig
 from lumaris_protocol import codec, coordinator_api
-from lumaris_protocol.coordinator_api import Account, Info
+from lumaris_protocol.coordinator_api import TRANSIENT, Account, Info
 from lumaris_protocol.errors import LumarisError
-from lumaris_protocol.keys import KeyPair
+from lumaris_protocol.keys import KeyPair, PeerId
+from lumaris_protocol.limits import CLOCK_SKEW_S
 from lumaris_protocol.messages.budget import CreditRequest, Registration
 
 log = logging.getLogger(__name__)
 
+CACHE_NAME = "membership.json"
 _RENEW_BEFORE_S = 3600
+# Looked at often, since a machine that slept wakes up hours later.
+_RENEW_CHECK_S = 30.0
+_FILE_BYTES_MAX = 1 << 20
 
 
 class Standing(msgspec.Struct, frozen=True):
@@ -34,25 +42,47 @@ class Standing(msgspec.Struct, frozen=True):
     token: str
     expires_at: int
     bootstrap: tuple[str, ...]
+    peer: str = ""
+
+    def is_valid(self, now: float, *, for_s: float = CLOCK_SKEW_S) -> bool:
+        """Whether the certificate is accepted for some time to come."""
+        return now + for_s < self.expires_at
 
 
 async def join(link: CoordinatorLink, key: KeyPair, cache: Path, *, url: str) -> Standing:
     """Our standing with the coordinator at `url`: the cached one while it is good, else a new one.
 
-    Raises LumarisError; `coordinator_unreachable` only when there is nothing cached to go on with.
+    Raises LumarisError; `coordinator_unreachable` only when nothing valid is cached.
     """
-    cached = await _read(cache, url)
-    if cached is not None and cached.expires_at > time.time() + _RENEW_BEFORE_S:
+    cached = await trio.to_thread.run_sync(_read, cache, url, key.peer_id)
+    if cached is not None and cached.is_valid(time.time(), for_s=_RENEW_BEFORE_S):
         return cached
     try:
         standing = await _register(link, key, url)
     except LumarisError as error:
-        if error.code == "coordinator_unreachable" and cached is not None:
+        usable = cached is not None and cached.is_valid(time.time())
+        if cached is not None and usable and error.code in TRANSIENT:
             log.warning("going on with the cached membership url=%s", url)
             return cached
         raise
     await trio.to_thread.run_sync(_write, cache, standing)
     return standing
+
+
+async def renew(link: CoordinatorLink, key: KeyPair, cache: Path, standing: Standing) -> Standing:
+    """Wait until a certificate is near its end, and get the next one, however long that takes."""
+    while True:
+        await trio.sleep(_RENEW_CHECK_S)
+        if standing.is_valid(time.time(), for_s=_RENEW_BEFORE_S):
+            continue
+        try:
+            found = await _register(link, key, standing.url)
+        except LumarisError as error:
+            log.warning("certificate not renewed code=%s", error.code)
+            continue
+        found = msgspec.structs.replace(found, bootstrap=standing.bootstrap)
+        await trio.to_thread.run_sync(_write, cache, found)
+        return found
 
 
 async def refresh_bootstrap(link: CoordinatorLink, cache: Path, standing: Standing) -> Standing:
@@ -68,6 +98,19 @@ async def refresh_bootstrap(link: CoordinatorLink, cache: Path, standing: Standi
     standing = msgspec.structs.replace(standing, bootstrap=tuple(found.addresses))
     await trio.to_thread.run_sync(_write, cache, standing)
     return standing
+
+
+def overlay_config(profile: Profile, standing: Standing) -> OverlayConfig:
+    """The buyer's overlay process: all programs of one profile ask for the same one."""
+    return OverlayConfig(
+        key_file=profile.key_file,
+        network=standing.info.network,
+        coordinator_keys=frozenset({PeerId(standing.info.coordinator)}),
+        state_dir=profile.overlay,
+        listen=profile.listen,
+        bootstrap=(*profile.bootstrap, *standing.bootstrap),
+        linger_s=profile.overlay_linger_s,
+    )
 
 
 async def deposit_test_credit(
@@ -105,19 +148,21 @@ async def _register(link: CoordinatorLink, key: KeyPair, url: str) -> Standing:
         token=membership.token,
         expires_at=membership.expires_at,
         bootstrap=(),
+        peer=key.peer_id,
     )
 
 
-async def _read(cache: Path, url: str) -> Standing | None:
+def _read(cache: Path, url: str, peer: str) -> Standing | None:
     try:
-        standing = msgspec.json.decode(await trio.Path(cache).read_bytes(), type=Standing)
-    except (OSError, msgspec.MsgspecError):
+        with cache.open("rb") as file:
+            standing = msgspec.json.decode(file.read(_FILE_BYTES_MAX), type=Standing)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
-    return standing if standing.url == url else None
+    return standing if (standing.url, standing.peer) == (url, peer) else None
 
 
 def _write(cache: Path, standing: Standing) -> None:
-    part = cache.with_suffix(".part")
-    part.touch(mode=0o600)
-    part.write_bytes(msgspec.json.encode(standing))
-    part.replace(cache)
+    try:
+        write_private_file(cache, msgspec.json.encode(standing))
+    except OSError as error:
+        raise LumarisError("not_writable", f"{cache}: {error.strerror}") from None

@@ -14,12 +14,15 @@ from msgspec import structs
 
 from lumaris.images import Image
 from lumaris.jobs import JobRequest, Plan
-from lumaris.market import Market, Offered, SellerError
+from lumaris.market import Market, SellerError
+from lumaris.quoting import Offered
 from lumaris.session import Session
 from lumaris.settling import Settling
 from lumaris.store import Store
+from lumaris_overlay.bulk.rate import Rate
 from lumaris_overlay.ports import Overlay
-from lumaris_protocol import agreements
+from lumaris_overlay.tasks import shielded
+from lumaris_protocol import agreements, pricing
 from lumaris_protocol.agreements import Contract
 from lumaris_protocol.coordinator_api import TRANSIENT
 from lumaris_protocol.effects import Send
@@ -34,6 +37,7 @@ log = logging.getLogger(__name__)
 LEASE_S = 3600
 _IDLE_S = 15.0
 _SWEEP_S = 1.0
+_DECLINE_S = 2.0
 
 Approve = Callable[[Plan], Awaitable[bool]]
 
@@ -50,10 +54,12 @@ class Pool:
         *,
         network: str,
         currency: str,
+        transfer_rate: Rate | None = None,
     ) -> None:
         self._market, self._overlay = market, overlay
         self._store, self._settling = store, settling
         self._network, self._currency = network, currency
+        self._transfer_rate = transfer_rate
         self._nursery: trio.Nursery | None = None
         self._sessions: dict[str, tuple[Session, Requirements]] = {}
 
@@ -85,15 +91,17 @@ class Pool:
             currency=self._currency,
         )
 
-    def find_idle(self, needs: Requirements, *, cost_nanos: int) -> Session | None:
-        """An open session without orders that fits and still covers `cost_nanos`."""
+    def find_idle(self, needs: Requirements, *, wall_s: int, cost_nanos_max: int) -> Session | None:
+        """An open session without orders that fits and still covers an order of `wall_s`."""
         for session, had in self._sessions.values():
             free = (
                 not session.live
                 and not session.over.is_set()
                 and session.seller not in needs.excluded
             )
-            if free and _same(had, needs) and session.remaining_nanos >= cost_nanos:
+            whole_nanos = pricing.order_nanos(session.machine.terms, wall_s * 1000)
+            covers = session.remaining_nanos >= min(whole_nanos, cost_nanos_max)
+            if free and covers and _same(had, needs):
                 session.used_at = trio.current_time()  # the sweeper leaves it alone
                 return session
         return None
@@ -119,11 +127,9 @@ class Pool:
             verification=_verification(needs),
             count=count,
         )
-        chosen, rest = offered[:count], offered[count:]
-        for item in rest:
-            await item.decline()
+        chosen = offered
         if approve is not None:
-            chosen = await self._approved(chosen, rest, report, needs, cap_nanos, approve)
+            chosen = await self._approved(offered, report, needs, cap_nanos, approve)
         sessions: list[Session] = []
         errors: list[LumarisError] = []
 
@@ -162,22 +168,24 @@ class Pool:
     async def _approved(
         self,
         chosen: list[Offered],
-        rest: list[Offered],
         report: MatchReport,
         needs: Requirements,
         cap_nanos: int,
         approve: Approve,
     ) -> list[Offered]:
         """Ask before money is held; a quote that lapsed meanwhile is fetched anew at its price."""
-        plan = plan_of(chosen[0], [*chosen[1:], *rest], report)
-        if not await approve(plan):
-            for item in chosen:
-                await item.decline()
-            raise LumarisError("declined")
-        if chosen[0].quote.message.hold_until > time.time():
+        kept = False
+        try:
+            if not await approve(plan_of(chosen[0], chosen[1:], report)):
+                raise LumarisError("declined")
+            kept = chosen[0].quote.message.hold_until > time.time()
+        finally:
+            if not kept:
+                with shielded(_DECLINE_S):
+                    for item in chosen:
+                        await item.decline()
+        if kept:
             return chosen
-        for item in chosen:
-            await item.decline()
         again = await self._market.quotes(
             needs,
             report,
@@ -187,8 +195,10 @@ class Pool:
             count=len(chosen),
         )
         if again[0].price_nanos > chosen[0].price_nanos:
+            for item in again:
+                await item.decline()
             raise LumarisError("quote_expired", "The price rose while you decided; try again.")
-        return again[: len(chosen)]
+        return again
 
     async def _open(self, offered: Offered, needs: Requirements) -> Session:
         try:
@@ -210,7 +220,13 @@ class Pool:
             first = opening[0]
             assert isinstance(first, Send)
             region = offered.advert.message.region
-            session = Session(machine, self._overlay, self._store, region=region)
+            session = Session(
+                machine,
+                self._overlay,
+                self._store,
+                region=region,
+                transfer_rate=self._transfer_rate,
+            )
             await self._store.keep_grant(session.session, grant, first.data)
             assert self._nursery is not None, "attach comes first"
             self._sessions[session.session] = (session, needs)

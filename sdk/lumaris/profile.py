@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from lumaris_overlay.private_files import make_private_folder
 from lumaris_protocol.errors import LumarisError
+from lumaris_protocol.limits import MIB
 
 DEFAULT_COORDINATOR = "http://127.0.0.1:24480"
 _PREFIX = "LUMARIS_"
@@ -21,6 +24,24 @@ class Profile:
     coordinator: str
     bootstrap: tuple[str, ...] = ()
     overlay_linger_s: int = 180
+    overlay_listen: str = ""
+    transfer_mib_s: int = 0
+
+    @property
+    def listen(self) -> str:
+        """Where the overlay process listens, as IP:PORT.
+
+        A buyer needs no open port, but only a listening one can be met half-way by a seller
+        behind a NAT. In a market on this machine nobody outside has a reason to come.
+        """
+        if self.overlay_listen:
+            return self.overlay_listen
+        return "127.0.0.1:0" if _is_loopback(self.coordinator) else "0.0.0.0:0"
+
+    @property
+    def transfer_bytes_per_s(self) -> int | None:
+        """The most that files of one transfer may take; None for no cap."""
+        return self.transfer_mib_s * MIB or None
 
     @property
     def key_file(self) -> Path:
@@ -49,19 +70,23 @@ def load(
     coordinator: str | None = None,
     overlay_linger_s: int | None = None,
 ) -> Profile:
-    """The profile from arguments, then `LUMARIS_STATE`, `LUMARIS_COORDINATOR_URL`, then defaults.
+    """The profile from arguments, then `LUMARIS_STATE` and its like, then defaults.
 
-    Raises LumarisError `not_writable` when the state directory cannot be made.
+    Raises LumarisError `not_writable` when the state directory cannot be made, `config_invalid`
+    for a variable that is no number.
     """
     folder = Path(state or os.environ.get(f"{_PREFIX}STATE") or default_state())
     url = coordinator or os.environ.get(f"{_PREFIX}COORDINATOR_URL") or DEFAULT_COORDINATOR
-    linger = os.environ.get(f"{_PREFIX}OVERLAY_LINGER_S", "180")
     if overlay_linger_s is None:
-        if not linger.isdigit():
-            raise LumarisError("config_invalid", f"{_PREFIX}OVERLAY_LINGER_S is not a number.")
-        overlay_linger_s = int(linger)
+        overlay_linger_s = _number(f"{_PREFIX}OVERLAY_LINGER_S", 180)
     make_private_folder(folder)
-    return Profile(folder, url.rstrip("/"), overlay_linger_s=overlay_linger_s)
+    return Profile(
+        folder,
+        url.rstrip("/"),
+        overlay_linger_s=overlay_linger_s,
+        overlay_listen=os.environ.get(f"{_PREFIX}OVERLAY_LISTEN", ""),
+        transfer_mib_s=_number(f"{_PREFIX}TRANSFER_MIB_S", 0),
+    )
 
 
 def default_state() -> Path:
@@ -69,3 +94,18 @@ def default_state() -> Path:
     import platformdirs
 
     return Path(platformdirs.user_data_dir("lumaris")) / "buyer"
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name) or str(default)
+    if not (text.isascii() and text.isdigit()):
+        raise LumarisError("config_invalid", f"{name} is not a number.")
+    return int(text)
+
+
+def _is_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

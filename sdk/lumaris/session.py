@@ -17,7 +17,9 @@ import trio
 from lumaris import artifacts
 from lumaris.jobs import Artifact, JobRequest, JobResult, JobUpdate, LogLine, Observer
 from lumaris.store import Store
-from lumaris_overlay import blobs
+from lumaris_overlay.bulk.fetch import get_file
+from lumaris_overlay.bulk.put import put_file
+from lumaris_overlay.bulk.rate import Rate
 from lumaris_overlay.framed_stream import FramedStream, read_refusal
 from lumaris_overlay.outbox import Outbox
 from lumaris_overlay.ports import Overlay
@@ -74,8 +76,15 @@ class Session:
     """Orders to one seller under one grant. Used as a task: `run`, then `order` any number."""
 
     def __init__(
-        self, machine: BuyerSession, overlay: Overlay, store: Store, *, region: str = ""
+        self,
+        machine: BuyerSession,
+        overlay: Overlay,
+        store: Store,
+        *,
+        region: str = "",
+        transfer_rate: Rate | None = None,
     ) -> None:
+        self._transfer_rate = transfer_rate
         agreement = machine.contract.agreement
         self.machine, self.region = machine, region
         self.session, self.seller = agreement.session, agreement.seller
@@ -273,8 +282,13 @@ class Session:
                 if source is None:
                     raise LumarisError("bad_image", f"Neither side holds {sha256}.")
                 async with self._fetching:
-                    await blobs.put_file(
-                        self._overlay, self.seller, self.session, source, sha256=sha256
+                    await put_file(
+                        self._overlay,
+                        self.seller,
+                        self.session,
+                        source,
+                        sha256=sha256,
+                        rate=self._transfer_rate,
                     )
         except (LumarisError, OSError) as error:
             known = isinstance(error, LumarisError)
@@ -310,13 +324,14 @@ class Session:
         for file in delivery.outputs:
             target = await artifacts.make_target(order.folder, file.path)
             async with self._fetching:
-                await blobs.get_file(
+                await get_file(
                     self._overlay,
                     self.seller,
                     self.session,
                     target,
                     sha256=file.sha256,
                     size_bytes=file.size_bytes,
+                    rate=self._transfer_rate,
                 )
             order.artifacts[file.path] = Artifact(file.path, target, file.size_bytes, file.sha256)
 

@@ -30,6 +30,12 @@ def coordinator() -> None:
 @click.option("--fee-bps", type=click.IntRange(0, 10_000), help="Fee in hundredths of a per cent.")
 @click.option("--settle-window", type=SECONDS, help="How long sellers may settle, such as 30d.")
 @click.option("--test-credit", metavar="CREDITS", help="Test credit an account may get.")
+@click.option(
+    "--shard-map",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="JSON file that divides the market.",
+)
 @plain_options
 @click.pass_obj
 def up(
@@ -41,6 +47,7 @@ def up(
     fee_bps: int | None,
     settle_window: int | None,
     test_credit: str | None,
+    shard_map: Path | None,
 ) -> None:
     """Serve until Ctrl-C. Prints `ready PEER URL` once requests are answered."""
     folder = state or settings.state
@@ -52,6 +59,7 @@ def up(
         "fee_bps": fee_bps,
         "settle_window_s": settle_window,
         "test_credit_nanos": _nanos(test_credit),
+        "shard_map": shard_map,
     }
     given = {name: value for name, value in chosen.items() if value is not None}
     note(f"coordinating {network} from {folder}; stop with Ctrl-C")

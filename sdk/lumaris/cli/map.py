@@ -174,7 +174,7 @@ def _approved(
             emit({"plan": {**plan, "seen": report.seen, "excluded": report.excluded}})
         return not dry_run
     say_wanted(requests[0])
-    used = min(sellers, len(report.matches), len(requests))
+    used = min(sellers, report.fitting, len(requests))
     note(f"jobs     {len(requests)} over up to {used} of {report.seen} sellers")
     note(f"budget   at most {budget} credits are held in all; what is unused returns")
     if dry_run:

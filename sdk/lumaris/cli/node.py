@@ -38,7 +38,7 @@ def up(settings: Settings, state: Path | None, listen: str | None, region: str |
     in node.toml in the state folder.
     """
     run = _load("run")
-    folder = _folder(settings, state)
+    folder = folder_of(settings, state)
     note(f"selling from {folder}; stop with Ctrl-C or `lumaris node down`")
     level = "debug" if settings.debug else None
     run(folder, coordinator=settings.coordinator, listen=listen, region=region, log_level=level)
@@ -50,7 +50,7 @@ def up(settings: Settings, state: Path | None, listen: str | None, region: str |
 @click.pass_obj
 def status(settings: Settings, state: Path | None) -> None:
     """Show what the node on this machine does."""
-    found: dict[str, Any] = _load("status")(_folder(settings, state))
+    found: dict[str, Any] = _load("status")(folder_of(settings, state))
     if settings.json:
         emit(found)
         return
@@ -64,7 +64,7 @@ def status(settings: Settings, state: Path | None) -> None:
 @click.pass_obj
 def down(settings: Settings, state: Path | None) -> None:
     """Stop the node on this machine; sessions end with their money kept."""
-    folder = _folder(settings, state)
+    folder = folder_of(settings, state)
     _load("down")(folder)
     if settings.json:
         emit({"stopped": True, "state": str(folder)})
@@ -76,7 +76,8 @@ def _load(name: str) -> Any:
     return load(f"{_PART}:{name}", extra="node")
 
 
-def _folder(settings: Settings, state: Path | None) -> Path:
+def folder_of(settings: Settings, state: Path | None) -> Path:
+    """The node's folder."""
     if state is not None or settings.state is not None:
         return Path(state or settings.state or ".")
     import platformdirs

@@ -32,6 +32,12 @@ COMMANDS: Final = {
     "job": ("lumaris.cli.job:job", "Look at jobs of the past."),
     "wallet": ("lumaris.cli.wallet:wallet", "See what you have, and add test credit."),
     "receipt": ("lumaris.cli.receipt:receipt", "Show, save and verify receipts."),
+    "daemon": (
+        "lumaris.cli.daemon:daemon",
+        "Keep this machine on the network between commands.",
+    ),
+    "netcheck": ("lumaris.cli.net:netcheck", "Show who can reach this machine, and how."),
+    "ping": ("lumaris.cli.net:ping", "Ask a peer whether it is there, and for its time."),
     "node": ("lumaris.cli.node:node", "Sell from this machine."),
     "coordinator": ("lumaris.cli.coordinator:coordinator", "Operate a coordinator."),
     "devnet": ("lumaris.cli.devnet:devnet", "Keep a market on this machine to try things on."),
