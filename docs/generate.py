@@ -41,12 +41,17 @@ _HELP_WIDTH: Final = 96
 NODE_MEANINGS: Final = {
     "coordinator": "The coordinator's address. Flag: `--coordinator`.",
     "listen": "IP and TCP port for peers; port 0 lets the system choose. Flag: `--listen`.",
+    "direct": "IP and TCP port where other programs connect directly; empty means the IP of"
+    " `listen` and any port, `off` that all goes through the overlay.",
     "region": "A free name that buyers can filter by. Flag: `--region`.",
     "bootstrap": "Addresses of peers to join by, besides those the coordinator names.",
+    "overlay_memory_mib": "Memory the overlay process may hold before it is restarted, in MiB.",
     "modules": "A folder for compiled WebAssembly; empty means `wasm/` in the state folder.",
     "share.cpu_percent": "Part of the hardware threads that is for sale.",
     "share.memory_percent": "Part of the memory that is for sale.",
     "share.disk_percent": "Part of the free disk that is for sale.",
+    "share.transfer_mib_s": "MiB a second that the files of all jobs together may take, both"
+    " ways; 0 is no limit.",
     "share.cpu_threads": "Hardware threads for sale; 0 means by `cpu_percent`.",
     "price.currency": "Must be the coordinator's.",
     "price.start": "Credits for each order that starts.",
@@ -55,6 +60,11 @@ NODE_MEANINGS: Final = {
     "price.disk_gib_hour": "Credits for one GiB of disk for an hour.",
     "price.gpu_hour": "Credits for one GPU for an hour.",
     "accept.runtimes": "Tiers to offer, of those that work on this machine.",
+    "network.announce": "Addresses to tell other peers besides those found, as `/ip4/IP/tcp/PORT`;"
+    " a forwarded port, for example.",
+    "network.relay_service": "Carry control traffic of peers that nobody can dial, within limits."
+    " For nodes with a public address.",
+    "network.mdns": "Find peers on the local network by multicast DNS, and be found by them.",
     "accept.lease_s_max": "The longest session, in seconds.",
     "log_level": "`debug` with the flag `--debug`.",
 }
@@ -70,6 +80,10 @@ COORDINATOR_MEANINGS: Final = {
         "--test-credit",
         "Test credit an account may get; the flag is in credits.",
     ),
+    "shard_map": (
+        "--shard-map",
+        "JSON file that divides the market, checked at start. None: the map of last time.",
+    ),
 }
 ENVIRONMENT_MEANINGS: Final = {
     "LUMARIS_STATE": "The buyer's folder, as `--state`. Default: `buyer` in the user's data"
@@ -78,7 +92,12 @@ ENVIRONMENT_MEANINGS: Final = {
     " `http://127.0.0.1:24480`.",
     "LUMARIS_OVERLAY_LINGER_S": "Seconds the buyer's overlay process stays after its last client."
     " Default: 180.",
+    "LUMARIS_OVERLAY_LISTEN": "IP:PORT where the buyer's overlay process listens. Default: a free"
+    " port, on loopback when the coordinator is there, else on every address.",
+    "LUMARIS_TRANSFER_MIB_S": "MiB a second that a buyer's files may take, both ways. Default: 0,"
+    " no limit.",
     "LUMARIS_REQUIRE_DOCKER": "Tests only: `1` makes a missing Docker engine a failure.",
+    "LUMARIS_REQUIRE_NAMESPACES": "Tests only: `1` makes a lack of network namespaces a failure.",
 }
 _TYPES: Final = {
     base.Id: "id",
@@ -158,7 +177,8 @@ def endpoints() -> str:
     rows = []
     for name in ("identity", "ledger", "escrow", "receipts"):
         rows += _routes(importlib.import_module(f"lumaris_coordinator.{name}.routes").router)
-    rows += _routes(importlib.import_module("lumaris_coordinator.status").router)
+    for name in ("shard_map", "status"):
+        rows += _routes(importlib.import_module(f"lumaris_coordinator.{name}").router)
     return _table(("request", "answer"), rows)
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,6 +28,7 @@ from lumaris_coordinator import Coordinator, Settings, create_app
 from lumaris_node.agent import Node
 from lumaris_node.config import Accept, NodeConfig, Price
 from lumaris_node.coordinator_link import CoordinatorLink as NodeLink
+from lumaris_overlay.links import Timing
 from lumaris_overlay.ports import Overlay
 from lumaris_overlay.private_files import load_or_create_key
 from lumaris_overlay.simulated import SimulatedNetwork, SimulatedOverlay, open_network
@@ -40,6 +42,8 @@ URL = "http://coordinator"
 CREDIT = 1_000_000_000
 # The most that any condition is waited for; conditions come true in a fraction of it.
 WAIT_S = 15.0
+# A lost peer is given up soon: nobody here comes back.
+_RESUME_S = 0.2
 
 # One module for every behaviour: its first argument names it, with a nap in tenths of a second.
 GUEST_TEXT = """(module
@@ -230,6 +234,7 @@ class Market:
         state.mkdir(mode=0o700, exist_ok=True)
         config = NodeConfig(
             coordinator=URL,
+            direct="off",  # a power cut in the simulated network would not be one on loopback
             modules=str(modules or self.modules),
             price=price or Price(),
             accept=Accept(runtimes=("wasm",), lease_s_max=lease_s_max),
@@ -342,7 +347,10 @@ async def open_market(folder: Path, modules: Path) -> AsyncIterator[Market]:
         open_network(NETWORK, keys, now=clock) as network,
         trio.open_nursery() as nursery,
     ):
-        with mock.patch("time.time", clock):  # the clock of buyers
+        with (
+            mock.patch("time.time", clock),  # the clock of buyers
+            mock.patch("lumaris_overlay.links.overlay.Timing", partial(Timing, resume_s=_RESUME_S)),
+        ):
             yield Market(folder, modules, coordinator, line, clock, network, nursery, str(guest))
         nursery.cancel_scope.cancel()
 

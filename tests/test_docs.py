@@ -114,6 +114,39 @@ def test_every_message_is_documented() -> None:
     assert [name for name in MESSAGES if f"#### `{name}`" not in text] == []
 
 
+@pytest.mark.slow  # loads libp2p
+def test_every_protocol_id_and_unsigned_field_is_documented() -> None:
+    from lumaris_overlay.advert_filter import AdvertFilter
+    from lumaris_overlay.libp2p import circuit, dht_wire, gossip, hello, index, punch, reach
+    from lumaris_overlay.links import wire
+    from lumaris_protocol import protocols
+
+    text = text_of("docs/protocol.md")
+    names = [getattr(protocols, name) for name in vars(protocols) if name.isupper()]
+    names += [index.PROTOCOL, reach.PROTOCOL, punch.PROTOCOL, circuit.HOP, *gossip._PROTOCOLS]
+    names += [
+        dht_wire.protocol_of("<network>"),
+        *(f"/lumaris/<network>/{kind}/<shard>" for kind in (gossip.ADVERTS, gossip.DEMANDS)),
+    ]
+    assert [name for name in names if f"`{name}`" not in text] == []
+    spoken = text[text.index("## The network") : text.index("## Money")]
+    kinds: tuple[type[msgspec.Struct], ...] = (
+        *(hello.Greeting, index.Query, index.Answer, AdvertFilter, reach.Ask, reach.Answer),
+        *(wire.Attach, wire.Attached, wire.Resumed, wire.Target, wire.Address),
+        protocols.TenderHeader,
+    )
+    fields = {name for kind in kinds for name in kind.__struct_encode_fields__}
+    assert [f for f in sorted(fields) if f"`{f}`" not in spoken and f'"{f}"' not in spoken] == []
+    frames = [f"| `{kind.name}` | {int(kind)} |" for kind in wire.Kind]
+    assert [row for row in frames if row not in spoken] == []
+
+
+def test_every_vector_file_is_named_in_the_protocol() -> None:
+    text = text_of("docs/protocol.md")
+    names = [path.name for path in (ROOT / "tests" / "vectors").glob("*.json")]
+    assert [name for name in sorted(names) if f"`{name}`" not in text] == []
+
+
 def test_every_setting_is_documented() -> None:
     text = text_of("docs/settings.md")
     names = [name for name, _ in generate.node_fields()]

@@ -7,6 +7,7 @@ late joiner that knows `one`'s address. `kill` ends a host as a power cut would.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,9 +15,20 @@ import pytest
 import trio
 
 from lumaris_overlay.ports import Overlay, OverlayStream
+from lumaris_protocol import envelope
 from lumaris_protocol.errors import EnvelopeError, LumarisError, RemoteError
 from lumaris_protocol.keys import KeyPair
-from tests.overlay.world import advert, echo, key_of, next_of, read_all, seen_all
+from tests.overlay.shard_maps import needs, regional, shard_map
+from tests.overlay.world import (
+    advert,
+    certificate,
+    demand,
+    echo,
+    key_of,
+    next_of,
+    read_all,
+    seen_all,
+)
 
 PROTOCOL = "/lumaris/test/1"
 MIB = 1024 * 1024
@@ -207,3 +219,107 @@ class Conformance:
                 with pytest.raises(trio.BrokenResourceError):
                     await stream.receive_some()
             await stream.aclose()
+
+    async def test_own_certificate_is_presented_and_renewed(self, world: World):
+        one = world.one
+        await one.overlay.present(certificate(one.key.peer_id))
+        await one.overlay.present(certificate(one.key.peer_id, lifetime_s=7200))
+        for wrong in (
+            b"junk",
+            certificate(world.two.key.peer_id),
+            certificate(one.key.peer_id, signer=one.key),
+            certificate(one.key.peer_id, now=1_000_000),
+        ):
+            with pytest.raises(EnvelopeError):
+                await one.overlay.present(wrong)
+
+    async def test_find_peer_gives_the_newest_record(self, world: World):
+        one, two = world.one, world.two
+        await one.overlay.present(certificate(one.key.peer_id))
+        found = None
+        with trio.fail_after(30):
+            while found is None:
+                found = await two.overlay.find_peer(one.key.peer_id)
+                await trio.sleep(0.01)
+        assert envelope.decode(found).payload_type == "endpoint"
+        # Later than the endpoint, which was issued in this very second.
+        now = time.time()
+        for seq in (1, 2):
+            await one.overlay.publish_advert(advert(one.key, seq, now=now + 5 + seq))
+        newest = advert(one.key, 2, now=now + 7)
+        with trio.fail_after(30):
+            while await two.overlay.find_peer(one.key.peer_id) != newest:
+                await trio.sleep(0.01)
+        for nobody in (key_of("nobody").peer_id, "not a peer id", "x" * 200):
+            assert await two.overlay.find_peer(nobody) is None
+
+    async def test_ping_tells_round_trip_and_clock(self, world: World):
+        one, three = world.one, world.three
+        found = await world.two.overlay.ping(one.key.peer_id)
+        assert 0 <= found.round_trip_s < 5
+        assert abs(found.clock_offset_s) < 5
+        assert not found.relayed
+        await three.overlay.ping(one.key.peer_id, addresses=world.addresses)
+        assert one.key.peer_id in [info.peer for info in await three.overlay.peers()]
+        for nobody in (key_of("nobody").peer_id, "not a peer id", "x" * 200):
+            with pytest.raises(RemoteError) as caught:
+                await world.two.overlay.ping(nobody)
+            assert caught.value.code == "unreachable"
+
+    async def test_demand_reaches_others_and_not_its_buyer(self, world: World):
+        one, two = world.one, world.two
+        async with one.overlay.demands() as own, two.overlay.demands() as events:
+            sent: list[bytes] = []
+            event = None
+            with trio.fail_after(20):
+                while event is None:
+                    # A young connection may be gossiped over only after a heartbeat.
+                    sent.append(demand(one.key, len(sent)))
+                    await one.overlay.publish_demand(sent[-1])
+                    with trio.move_on_after(1):
+                        event = await events.receive()
+            assert event.buyer == one.key.peer_id
+            assert event.envelope in sent
+            assert own.statistics().current_buffer_used == 0
+
+    async def test_invalid_demand_is_refused_at_publish(self, world: World):
+        for wrong in (
+            b"junk",
+            demand(world.one.key, signer=key_of("forger")),
+            demand(world.one.key, cert=b""),
+            demand(world.one.key, now=1_000_000),
+        ):
+            with pytest.raises(EnvelopeError):
+                await world.one.overlay.publish_demand(wrong)
+
+    async def test_a_shard_map_is_taken_and_never_taken_back(self, world: World):
+        for peer in (world.one, world.two):
+            await peer.overlay.present_shards(shard_map(("local",), version=2))
+        for wrong, code in (
+            (shard_map(version=1), "map_stale"),
+            (shard_map(("elsewhere",), version=2), "map_stale"),
+            (shard_map(version=3, signer=key_of("liar")), "not_certified"),
+            (shard_map(version=3, now=1_000_000), "expired"),
+            (shard_map(("x",), ("x",), version=3), "map_invalid"),
+            (b"junk", "malformed"),
+            (bytes(20_000), "oversize"),
+        ):
+            with pytest.raises(EnvelopeError) as caught:
+                await world.one.overlay.present_shards(wrong)
+            assert caught.value.code == code
+
+    async def test_sellers_of_sought_shards_are_found(self, world: World):
+        one, two = world.one, world.two
+        for peer in (one, two):
+            await peer.overlay.present_shards(shard_map(("here",), ("there",)))
+        async with two.overlay.adverts() as events:
+            await one.overlay.publish_advert(regional(one.key, "here"))
+            with trio.fail_after(20):
+                found = None
+                while found is None:
+                    await two.overlay.seek(needs("here"))
+                    with trio.move_on_after(1):
+                        found = await next_of(events, one.key.peer_id)
+            assert found.seq == 1
+            await one.overlay.publish_advert(regional(one.key, "here", 2))
+            assert (await next_of(events, one.key.peer_id)).seq == 2

@@ -7,12 +7,18 @@ from contextlib import nullcontext
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from lumaris_overlay.directory import Directory
 from lumaris_overlay.ports import AdvertEvent
-from lumaris_overlay.validate import AdvertGate, TokenBuckets
+from lumaris_overlay.validate import AdvertGate, DemandGate, TokenBuckets
+from lumaris_protocol import codec, ids
 from lumaris_protocol.errors import EnvelopeError
+from lumaris_protocol.keys import KeyPair
 from lumaris_protocol.limits import ADVERT_LIFETIME_S_MAX, CERTIFICATE_LIFETIME_S_MAX
+from lumaris_protocol.messages.advert import Resources
+from lumaris_protocol.messages.demand import Demand
+from lumaris_protocol.messages.negotiation import Requirements
 from tests.overlay.world import KEYS, NETWORK, advert, certificate, key_of
 
 NOW = 1_700_000_000
@@ -148,3 +154,90 @@ def test_buckets_refill_and_forget():
     assert not buckets.take("a", 1.5)
     for name in "bcd":
         assert buckets.take(name, 2)
+
+
+def test_time_is_looked_at_only_when_something_is_due():
+    directory = Directory(GATE)
+    directory.offer(good(1, lifetime_s=600), NOW)
+    directory.offer(advert(key_of("b"), now=NOW, lifetime_s=100), NOW)
+    assert directory.expire(NOW + 159) == []
+    [gone] = directory.expire(NOW + 161)
+    assert gone.seller == key_of("b").peer_id
+    offer(directory, good(2, lifetime_s=700))
+    assert directory.expire(NOW + 700) == []
+    assert [event.seller for event in directory.expire(NOW + 761)] == [SELLER.peer_id]
+    assert directory.expire(NOW + 2000) == []
+    assert directory.page("", 10) == ([], "")
+
+
+# --- demands ---
+
+BUYER = key_of("buyer")
+NEEDS = Requirements(resources=Resources(cpu_millis=1), tier="wasm", currency="TEST")
+DEMANDS = DemandGate(NETWORK, KEYS)
+
+
+def demand(*, signer: KeyPair = BUYER, network: str = NETWORK, **changes: Any) -> bytes:
+    fields: dict[str, Any] = {
+        "demand": ids.derive_id("demand", b"1"),
+        "buyer": BUYER.peer_id,
+        "certificate": certificate(BUYER.peer_id, now=NOW, roles=("buyer",)),
+        "requirements": NEEDS,
+        "lease_s": 60,
+        "answers_max": 8,
+        "addresses": (f"/ip4/127.0.0.1/tcp/1/p2p/{BUYER.peer_id}",),
+        "issued_at": NOW,
+        "expires_at": NOW + 30,
+    }
+    return codec.sign(Demand(**(fields | changes)), signer, network).data
+
+
+BAD_DEMANDS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "oversize": (lambda: demand() + bytes(4096), "oversize"),
+    "an advert": (good, "wrong_type"),
+    "altered": (lambda: demand().replace(b'"wasm"', b'"wasn"'), "bad_signature"),
+    "other network": (lambda: demand(network="main"), "bad_signature"),
+    "other signer": (lambda: demand(signer=key_of("x")), "wrong_signer"),
+    "expired": (lambda: demand(issued_at=NOW - 91, expires_at=NOW - 61), "expired"),
+    "from the future": (lambda: demand(issued_at=NOW + 61, expires_at=NOW + 62), "not_yet_valid"),
+    "too long": (lambda: demand(expires_at=NOW + 31), "malformed"),
+    "backwards": (lambda: demand(expires_at=NOW - 1), "malformed"),
+    "names sellers": (
+        lambda: demand(requirements=structs.replace(NEEDS, excluded=(SELLER.peer_id,))),
+        "malformed",
+    ),
+    "another's address": (
+        lambda: demand(addresses=(f"/ip4/8.8.8.8/tcp/1/p2p/{SELLER.peer_id}",)),
+        "malformed",
+    ),
+    "a bare address": (lambda: demand(addresses=("/ip4/8.8.8.8/tcp/1",)), "malformed"),
+    "a seller": (
+        lambda: demand(certificate=certificate(BUYER.peer_id, now=NOW, roles=("seller",))),
+        "not_certified",
+    ),
+    "another's certificate": (
+        lambda: demand(certificate=certificate(SELLER.peer_id, now=NOW, roles=("buyer",))),
+        "not_certified",
+    ),
+}
+
+
+def test_a_demand_passes():
+    found = DEMANDS.check(demand(), NOW)
+    assert (found.signer, found.message.answers_max) == (BUYER.peer_id, 8)
+
+
+@pytest.mark.parametrize("name", BAD_DEMANDS)
+def test_a_bad_demand_goes_no_further(name):
+    make, code = BAD_DEMANDS[name]
+    with pytest.raises(EnvelopeError) as caught:
+        DEMANDS.check(make(), NOW)
+    assert caught.value.code == code
+
+
+def test_a_buyer_demands_so_often():
+    gate = DemandGate(NETWORK, KEYS)
+    assert [gate.admit(BUYER.peer_id, 0.0) for _ in range(6)] == [True] * 5 + [False]
+    assert gate.admit(SELLER.peer_id, 0.0)
+    assert gate.admit(BUYER.peer_id, 5.0)
+    assert not gate.admit(BUYER.peer_id, 5.0)

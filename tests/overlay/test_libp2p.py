@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import trio
 
-from lumaris_overlay.libp2p.host import HostConfig, open_host
+from lumaris_overlay.libp2p.host import open_host
 from lumaris_overlay.socket import open_socket_overlay, serve_socket
 from lumaris_overlay.tasks import background
 from tests.overlay.conformance import Conformance, World, world_of
-from tests.overlay.world import KEYS, NETWORK, key_of, until
+from tests.overlay.hosts import member
+from tests.overlay.world import advert, key_of, next_of, until
 
 pytestmark = pytest.mark.slow
 
@@ -26,9 +27,8 @@ class Running:
         self.ended = trio.Event()
 
     async def run(self, task_status=trio.TASK_STATUS_IGNORED) -> None:
-        config = HostConfig(network=NETWORK, coordinator_keys=KEYS, **self.settings)
         with self.scope:
-            async with open_host(config) as overlay:
+            async with open_host(member(**self.settings)) as overlay:
                 task_status.started(overlay)
                 await trio.sleep_forever()
         self.ended.set()
@@ -42,7 +42,7 @@ class Running:
 async def world():
     keys = [key_of(name) for name in ("one", "two", "three")]
     async with background() as nursery:
-        running = [Running(key=key) for key in keys]
+        running = [Running(who=key) for key in keys]
         hosts = [await nursery.start(each.run) for each in running]
         addresses = (await hosts[0].reachability()).addresses
         assert await hosts[1].connect(addresses) == 1
@@ -69,3 +69,12 @@ class TestSocketBeforeLibp2p(Conformance):
                 await stack.enter_async_context(serve_socket(peer.overlay, path))
                 clients.append(await stack.enter_async_context(open_socket_overlay(path)))
             yield world_of(clients, [peer.key for peer in peers], world.addresses, world.kill_one)
+
+
+async def test_restarted_host_knows_the_sellers_of_before(tmp_path: Path):
+    data = advert(key_of("seller"))
+    async with open_host(member("one", state_dir=tmp_path)) as one:
+        await one.publish_advert(data)
+    async with open_host(member("one", state_dir=tmp_path)) as one, one.adverts() as events:
+        assert (await next_of(events, key_of("seller").peer_id)).envelope == data
+        assert not await one.peers()

@@ -14,7 +14,17 @@ from lumaris_overlay.private_files import read_key, write_key
 from lumaris_overlay.socket import open_socket_overlay
 from lumaris_overlay.supervisor import OverlayConfig, attach_or_spawn, run_overlay
 from lumaris_protocol.errors import LumarisError
-from tests.overlay.world import KEYS, NETWORK, advert, echo, key_of, next_of, open_when_ready, until
+from tests.overlay.world import (
+    KEYS,
+    NETWORK,
+    advert,
+    certificate,
+    echo,
+    key_of,
+    next_of,
+    open_when_ready,
+    until,
+)
 
 pytestmark = [pytest.mark.planet, pytest.mark.slow]
 
@@ -64,6 +74,8 @@ async def test_two_processes_find_each_other_and_survive_a_kill(tmp_path):
             buyer.adverts() as events,
             seller.serve("/echo/1", echo),
         ):
+            await seller.present(certificate(seller.peer_id))
+            await buyer.present(certificate(buyer.peer_id, roles=("buyer",)))
             await until_connected(buyer)
             await seller.publish_advert(advert(key_of("one")))
             assert (await next_of(events, key_of("one").peer_id)).seq == 1

@@ -18,7 +18,17 @@ from lumaris_protocol import frames
 from lumaris_protocol.errors import LumarisError, RemoteError
 from lumaris_protocol.frames import Kind
 from tests.overlay.conformance import Conformance, world_of
-from tests.overlay.world import KEYS, NETWORK, advert, key_of, next_of, open_when_ready, read_all
+from tests.overlay.world import (
+    KEYS,
+    NETWORK,
+    advert,
+    certificate,
+    key_of,
+    next_of,
+    open_when_ready,
+    read_all,
+    until,
+)
 
 
 @pytest.fixture
@@ -68,7 +78,7 @@ async def test_stale_socket_is_replaced_and_live_one_refused(host, tmp_path):
                 pass
         assert caught.value.code == "already_running"
         async with open_socket_overlay(path) as overlay:
-            assert (await overlay.ping()).peer == host.peer_id
+            assert (await overlay.identity()).peer == host.peer_id
 
 
 async def test_long_path_is_explained(host, tmp_path):
@@ -115,7 +125,7 @@ async def test_bad_client_is_refused_and_others_go_on(host, tmp_path, data):
                 answer = await pipe.receive_some()
                 assert not answer or answer[4] == Kind.REFUSAL
         async with open_socket_overlay(path) as overlay:
-            assert (await overlay.ping()).peer == host.peer_id
+            assert (await overlay.identity()).peer == host.peer_id
 
 
 async def test_client_recovers_when_the_server_comes_back(tmp_path):
@@ -193,3 +203,31 @@ def test_client_import_is_light():
         "sys.exit(str(bad) if bad else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+async def test_certificate_is_shown_again_after_a_restart(tmp_path, host):
+    path, shown = tmp_path / "overlay.sock", []
+    own = certificate(host.peer_id)
+
+    async def present(data):
+        await trio.lowlevel.checkpoint()
+        shown.append(data)
+
+    host.present = present
+
+    async def run(scope, ended, task_status=trio.TASK_STATUS_IGNORED):
+        with scope:
+            async with serve_socket(host, path):
+                task_status.started()
+                await trio.sleep_forever()
+        ended.set()
+
+    async with background() as nursery:
+        scope, ended = trio.CancelScope(), trio.Event()
+        await nursery.start(run, scope, ended)
+        async with open_socket_overlay(path) as overlay:
+            await overlay.present(own)
+            scope.cancel()
+            await ended.wait()
+            await nursery.start(run, trio.CancelScope(), trio.Event())
+            await until(lambda: shown == [own, own])

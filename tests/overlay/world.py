@@ -10,7 +10,7 @@ from typing import Any
 import trio
 
 from lumaris_overlay.ports import AdvertEvent, Overlay, OverlayStream
-from lumaris_protocol import codec
+from lumaris_protocol import codec, ids
 from lumaris_protocol.errors import RemoteError
 from lumaris_protocol.keys import KeyPair, PeerId
 from lumaris_protocol.messages.advert import (
@@ -20,6 +20,8 @@ from lumaris_protocol.messages.advert import (
     Resources,
     Runtime,
 )
+from lumaris_protocol.messages.demand import Demand
+from lumaris_protocol.messages.negotiation import Requirements
 
 NETWORK = "test"
 
@@ -38,7 +40,7 @@ def certificate(
     signer: KeyPair = COORDINATOR,
     now: float | None = None,
     lifetime_s: int = 3600,
-    roles: tuple[Any, ...] = ("seller",),
+    roles: tuple[Any, ...] = ("buyer", "seller"),
 ) -> bytes:
     issued = int(time.time() if now is None else now)
     return codec.sign(
@@ -90,6 +92,34 @@ def advert(
         ),
         signer or key,
         network,
+    ).data
+
+
+def demand(
+    key: KeyPair,
+    number: int = 1,
+    *,
+    now: float | None = None,
+    lifetime_s: int = 20,
+    signer: KeyPair | None = None,
+    cert: bytes | None = None,
+) -> bytes:
+    issued = int(time.time() if now is None else now)
+    return codec.sign(
+        Demand(
+            demand=ids.make_id("demand", number.to_bytes(ids.ID_RANDOM_BYTES, "big")),
+            buyer=key.peer_id,
+            certificate=certificate(key.peer_id, now=now) if cert is None else cert,
+            requirements=Requirements(
+                resources=Resources(cpu_millis=1000), tier="wasm", currency="TEST"
+            ),
+            lease_s=60,
+            answers_max=4,
+            issued_at=issued,
+            expires_at=issued + lifetime_s,
+        ),
+        signer or key,
+        NETWORK,
     ).data
 
 

@@ -10,7 +10,7 @@ import trio
 from msgspec import structs
 
 from lumaris_node.orders import OrderRun
-from lumaris_overlay import blobs
+from lumaris_overlay.bulk import wire
 from lumaris_overlay.framed_stream import FramedStream
 from lumaris_protocol import ids, pricing
 from lumaris_protocol.effects import Effect, Send
@@ -63,20 +63,30 @@ def too_much(patch: pytest.MonkeyPatch) -> None:
 
 
 def other_bytes(patch: pytest.MonkeyPatch) -> None:
-    async def send(stream: FramedStream, source: object) -> None:
-        await stream.send(Kind.DATA, b"other")
+    def send(to: wire.Wire, file: int, first: int, count: int, size_bytes: int) -> None:
+        to.send(b"x" * size_bytes)
+
+    patch.setattr(wire, "send_chunks", send)
+
+
+def fewer_bytes(patch: pytest.MonkeyPatch) -> None:
+    async def give(stream: FramedStream, *_: Any) -> None:
+        await stream.send(Kind.HEADER, b'{"state":"ready"}')
+        await stream.receive()
+        await stream.send(Kind.DATA, b"w")
         await stream.send(Kind.END)
 
-    patch.setattr(blobs, "send_chunks", send)
+    patch.setattr("lumaris_node.session.give_file", give)
 
 
 def more_bytes(patch: pytest.MonkeyPatch) -> None:
-    async def send(stream: FramedStream, source: object) -> None:
-        for _ in range(5):
+    async def give(stream: FramedStream, *_: Any) -> None:
+        await stream.send(Kind.HEADER, b'{"state":"ready"}')
+        for _n in range(5):
             await stream.send(Kind.DATA, b"y" * 100_000)
         await stream.send(Kind.END)
 
-    patch.setattr(blobs, "send_chunks", send)
+    patch.setattr("lumaris_node.session.give_file", give)
 
 
 def delivered_twice(patch: pytest.MonkeyPatch) -> None:
@@ -123,6 +133,7 @@ def log_with_a_gap(session: SellerSession, n: int) -> bytes:
         (delivering("never made"), "platform_error"),
         (too_much, "oversize"),
         (other_bytes, "output_mismatch"),
+        (fewer_bytes, "output_mismatch"),
         (more_bytes, "oversize"),
         (delivered_twice, "replayed"),
         (instead_of_delivery(false_end), "platform_error"),
@@ -151,7 +162,7 @@ async def test_a_cheat_earns_nothing(market: Market, tmp_path, cheat: Patch, rea
 
 async def test_a_seller_that_stops_reading_an_upload(market: Market, tmp_path, monkeypatch):
     """A stalled transfer fails its job only, not the buyer's program."""
-    monkeypatch.setattr(blobs, "_STALL_S", 0.2)
+    monkeypatch.setattr(wire, "STALL_S", 0.2)
     (tmp_path / "a").write_bytes(bytes(2_000_000))
     await market.seller()
 
@@ -161,7 +172,7 @@ async def test_a_seller_that_stops_reading_an_upload(market: Market, tmp_path, m
     async with market.buyer() as buyer:
         assert (await buyer.run(market.request(m.HELLO))).ok
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("lumaris_node.session.blob_transfer.receive_chunks", stall)
+            patch.setattr("lumaris_node.inputs.take_file", stall)
             result = await buyer.run(market.request(m.COPY, inputs={"a": tmp_path / "a"}))
         assert (result.reason, result.cost_nanos) == ("unreachable", 0)
         assert (await buyer.run(market.request(m.HELLO))).ok

@@ -47,6 +47,11 @@ def test_the_commands() -> None:
         "wallet deposit",
         "receipt show",
         "receipt verify",
+        "daemon up",
+        "daemon status",
+        "daemon down",
+        "netcheck",
+        "ping",
         "node up",
         "node status",
         "node down",
@@ -94,7 +99,11 @@ def test_listing_imports_no_command() -> None:
 
 
 @pytest.mark.planet
-@pytest.mark.parametrize("arguments", [["--help"], ["job", "--help"], ["--version"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["job", "--help"], ["daemon", "--help"], ["ping", "--help"], ["--version"]],
+    ids=" ".join,
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     program = (
         "import sys\n"

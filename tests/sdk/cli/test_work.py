@@ -136,7 +136,7 @@ class Market:
         return self.results
 
     def plan(self, request: JobRequest) -> MatchReport:
-        return MatchReport((Match(self.adverts[0], 7, has_image=True),), 1, {})
+        return MatchReport((Match(self.adverts[0], 7, has_image=True),), 1, {}, 1)
 
     def offers(self) -> list[Any]:
         return self.adverts

@@ -1,0 +1,292 @@
+"""Honest latency under attack: what a hostile peer costs two others that talk to each other.
+
+    python benchmarks/attacks.py [--json] [--quick] [--only ATTACK,ATTACK]
+
+Four overlay processes are an honest market; all of it and this program run on one core, and the
+attacker (`attacker.py`, from an address of its own on loopback) on another, so that what is
+measured is the work that it makes for its victim and not its own. Each attack has a measurement
+right before it, in the same processes. A round trip is 64 bytes there and back between the
+programs of two hosts: on an open stream through both overlay processes, on a new stream each time,
+and on a direct link. With one core only the rows measure the attacker too, and one of them says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from lumaris_overlay.links import open_links
+from lumaris_overlay.ports import OverlayStream
+
+# Started as a file, this folder is on the path and the one above is not.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import overlay_world
+from benchmarks.attacker import ATTACKS, Order
+from benchmarks.overlay_world import (
+    Host,
+    Processes,
+    cpu_s,
+    memory_mib,
+    percentile,
+    processes,
+)
+
+ECHO, DEAF = "/lumaris/bench/1", "/lumaris/deaf/1"
+MESSAGE = bytes(64)
+HOSTS = 4
+LOOPBACK = "127.0.0.1"
+LOST_S = 10.0
+PAUSE_S = 0.01
+Row = Callable[..., None]
+Open = Callable[[], Awaitable[OverlayStream]]
+
+
+class Pace:
+    """How long each step takes, in seconds."""
+
+    def __init__(self, *, quick: bool) -> None:
+        self.settle = 2.0 if quick else 8.0  # the reach test and DHT refresh of young hosts
+        self.before = 0.6 if quick else 3.0
+        self.warm = 0.3 if quick else 1.0
+        self.during = 0.9 if quick else 6.0
+        self.after = 0.1 if quick else 1.0
+
+
+class Pair:
+    """The honest pair, and its three ways to talk."""
+
+    def __init__(self, asker: Host, asked: Host, open_link: Open) -> None:
+        self._asker, self._asked, self._open_link = asker, asked, open_link
+        self._held: dict[str, OverlayStream] = {}
+
+    @property
+    def direct(self) -> bool:
+        """Whether the link has moved to a connection of its own."""
+        held = self._held.get("link")
+        return held is not None and held.direct is not None
+
+    async def measure(self, seconds: float) -> dict[str, list[float]]:
+        """Milliseconds of round trips, the ways in turn, for so long."""
+        found: dict[str, list[float]] = {"open stream": [], "new stream": [], "link": []}
+        ends = time.perf_counter() + seconds
+        while time.perf_counter() < ends:
+            for way, times in found.items():
+                began = time.perf_counter()
+                with trio.move_on_after(LOST_S) as scope:
+                    await self._ask(way)
+                lost = scope.cancelled_caught
+                times.append(1e3 * (LOST_S if lost else time.perf_counter() - began))
+            # A negotiation now and then: what the victim's core has left is not used up by us.
+            await trio.sleep(PAUSE_S)
+        return found
+
+    async def _ask(self, way: str) -> None:
+        while True:
+            try:
+                if way == "new stream":
+                    async with await self._open() as stream:
+                        return await _round_trip(stream)
+                if way not in self._held:
+                    self._held[way] = await (self._open_link if way == "link" else self._open)()
+                return await _round_trip(self._held[way])
+            except Exception:  # a broken stream is opened again, on the clock
+                self._held.pop(way, None)
+                await trio.sleep(0.01)
+
+    async def _open(self) -> OverlayStream:
+        return await self._asker.overlay.open_stream(self._asked.key.peer_id, ECHO)
+
+    async def aclose(self) -> None:
+        """Give the open streams up."""
+        for stream in self._held.values():
+            await trio.aclose_forcefully(stream)
+
+
+async def _round_trip(stream: OverlayStream) -> None:
+    await stream.send_all(MESSAGE)
+    left = len(MESSAGE)
+    while left:
+        data = await stream.receive_some(left)
+        if not data:
+            raise EOFError
+        left -= len(data)
+
+
+async def _echo(stream: OverlayStream) -> None:
+    with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+        async for data in stream:
+            await stream.send_all(data)
+
+
+async def _deaf(stream: OverlayStream) -> None:
+    await trio.sleep(LOST_S)
+
+
+class Attacker:
+    """The attacker's process."""
+
+    def __init__(self, process: trio.Process, victim: str) -> None:
+        self._process, self._victim = process, victim
+        self._number = 0
+
+    async def begin(self, name: str) -> None:
+        """Begin an attack, from an address that was not used before."""
+        self._number += 1
+        order = Order(
+            attack=name,
+            address=self._victim,
+            coordinator=overlay_world.COORDINATOR.seed.hex(),
+            source=f"127.0.1.{self._number}",
+            deaf=DEAF,
+        )
+        await self._ask(json.dumps(vars(order)))
+
+    async def end(self) -> dict[str, Any]:
+        """End it: what was sent, and whether the attacker was still connected."""
+        return await self._ask("stop")
+
+    async def _ask(self, line: str) -> dict[str, Any]:
+        assert self._process.stdin is not None, "it was asked for"
+        assert self._process.stdout is not None, "it was asked for"
+        await self._process.stdin.send_all(line.encode() + b"\n")
+        answer = b""
+        with trio.fail_after(30):
+            while not answer.endswith(b"\n"):
+                data = await self._process.stdout.receive_some()
+                if not data:
+                    raise EOFError("the attacker has ended")
+                answer += data
+        found: dict[str, Any] = json.loads(answer)
+        return found
+
+
+@asynccontextmanager
+async def _attacker(victim: str, core: int) -> AsyncIterator[Attacker]:
+    command = [sys.executable, str(Path(__file__).with_name("attacker.py")), str(core)]
+    process = await trio.lowlevel.open_process(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        yield Attacker(process, victim)
+    finally:
+        process.kill()
+        with trio.CancelScope(shield=True):
+            await process.wait()
+
+
+async def measure(row: Row, names: list[str], *, quick: bool) -> None:
+    """Each attack in turn on one market."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[0]})
+    row("cores: the honest on one, the attacker on another", min(len(cores), 2), "cores")
+    pace = Pace(quick=quick)
+    with tempfile.TemporaryDirectory(prefix="lumaris-bench-") as folder:
+        async with processes(Path(folder)) as net, AsyncExitStack() as stack:
+            pair, victim = await _market(net, stack)
+            attacker = await stack.enter_async_context(_attacker(victim.address, cores[-1]))
+            await pair.measure(pace.settle)
+            worst = 0.0
+            for name in names:
+                worst = max(worst, await _measure_one(row, name, pair, victim, attacker, pace))
+            row("link between the programs, p50, worst attack", worst, "x", "<= 2", worst <= 2)
+            row("victim's memory at the end", memory_mib(victim.pid), "MiB")
+            await pair.aclose()
+
+
+async def _market(net: Processes, stack: AsyncExitStack) -> tuple[Pair, Host]:
+    for _ in range(HOSTS):
+        await net.add()
+    asked, asker = net.hosts[:2]
+    for host in net.hosts:
+        await host.publish()
+    await asker.overlay.connect([asked.address])
+    await stack.enter_async_context(asked.overlay.serve(ECHO, _echo))
+    await stack.enter_async_context(asked.overlay.serve(DEAF, _deaf))
+    seller = await stack.enter_async_context(open_links(asked.overlay, listen=(LOOPBACK, 0)))
+    buyer = await stack.enter_async_context(open_links(asker.overlay, listen=None, answer=False))
+    await stack.enter_async_context(seller.serve(ECHO + "/link", _echo))
+
+    async def open_link() -> OverlayStream:
+        return await buyer.open_stream(asked.key.peer_id, ECHO + "/link")
+
+    pair = Pair(asker, asked, open_link)
+    with trio.fail_after(10):
+        while not pair.direct:
+            await pair.measure(0.1)
+    return pair, asked
+
+
+async def _measure_one(
+    row: Row, name: str, pair: Pair, victim: Host, attacker: Attacker, pace: Pace
+) -> float:
+    """One attack; how many times longer the link took."""
+    began, memory, used = time.perf_counter(), memory_mib(victim.pid), cpu_s(victim.pid)
+    before = await pair.measure(pace.before)
+    share_before = _share(victim, began, used)
+    await attacker.begin(name)
+    await pair.measure(pace.warm)
+    began, used = time.perf_counter(), cpu_s(victim.pid)
+    during = await pair.measure(pace.during)
+    share = _share(victim, began, used)
+    outcome = await attacker.end()
+    for way in ("open stream", "new stream"):
+        slow = percentile(during[way], 50) / percentile(before[way], 50)
+        row(f"{name}: {way} p50, during/before", slow, "x", "<= 2", slow <= 2)
+        for percent in (50, 99):
+            row(f"{name}: {way} p{percent} before", percentile(before[way], percent), "ms")
+            row(f"{name}: {way} p{percent} during", percentile(during[way], percent), "ms")
+    row(f"{name}: victim's share of its core before", share_before, "%")
+    row(f"{name}: victim's share of its core during", share, "%")
+    row(f"{name}: victim's memory, growth", memory_mib(victim.pid) - memory, "MiB")
+    row(f"{name}: sent by the attacker", outcome["sent"], "things")
+    row(f"{name}: attacker was sent away", not outcome["connected"], "yes/no")
+    await trio.sleep(pace.after)
+    return percentile(during["link"], 50) / percentile(before["link"], 50)
+
+
+def _share(victim: Host, began: float, used: float) -> float:
+    return 100 * (cpu_s(victim.pid) - used) / (time.perf_counter() - began)
+
+
+def main() -> None:
+    """Run the attacks and print a table, or one JSON object."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="a second for each attack")
+    parser.add_argument("--only", default="", help="attacks, separated by commas")
+    options = parser.parse_args()
+    names = options.only.split(",") if options.only else list(ATTACKS)
+    for name in names:
+        if name not in ATTACKS:
+            parser.error(f"no attack {name!r}; there are {', '.join(ATTACKS)}")
+    rows: list[dict[str, Any]] = []
+
+    def row(name: str, value: float, unit: str, bar: str = "", holds: bool | None = None) -> None:
+        rows.append(
+            {"name": name, "value": round(value, 3), "unit": unit, "bar": bar, "holds": holds}
+        )
+        if not options.json:
+            mark = {True: "holds", False: "MISSED", None: ""}[holds]
+            print(f"{name:66} {value:10.2f} {unit:7} {bar:5} {mark}", flush=True)
+
+    async def run() -> None:
+        await measure(row, names, quick=options.quick)
+
+    trio.run(run)
+    if options.json:
+        print(json.dumps({"rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

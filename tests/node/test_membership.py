@@ -1,0 +1,233 @@
+"""The node's certificate: asked for seldom, kept on disk, renewed, good without a coordinator."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from lumaris_node.membership import Enrolment, Standing
+from lumaris_node.store import Store
+from lumaris_protocol.coordinator_api import Bootstrap, Info, Membership
+from lumaris_protocol.errors import LumarisError
+from lumaris_protocol.keys import KeyPair
+
+URL = "http://coordinator"
+KEY = KeyPair(b"m" * 32)
+HERE = ("/ip4/192.0.2.1/tcp/4001",)
+ELSEWHERE = ("/ip4/192.0.2.2/tcp/4001",)
+LIFE_S = 24 * 3600
+
+
+class FakeLink:
+    """A coordinator that counts what it is asked, and may be down."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock, self.down, self.coordinator = clock, "", "C1"
+        self.asked: list[str] = []
+        self.registered: list[tuple[str, ...]] = []
+
+    def _note(self, what: str) -> None:
+        self.asked.append(what)
+        if self.down:
+            raise LumarisError(self.down)
+
+    async def info(self) -> Info:
+        self._note("info")
+        return Info("net", self.coordinator, "TEST", 500, 60, 0, "1", int(self.clock()))
+
+    async def register(self, _key: KeyPair, _info: Info, *, addresses: Any, clock: Any) -> Any:
+        self._note("register")
+        self.registered.append(addresses)
+        number = len(self.registered)
+        return Membership(b"cert %d" % number, "acc", f"token {number}", int(clock()) + LIFE_S)
+
+    async def call(self, _request: object) -> Bootstrap:
+        self._note("bootstrap")
+        return Bootstrap(["/ip4/192.0.2.9/tcp/1/p2p/x"])
+
+
+class World:
+    """One node's state folder over several starts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.cache = folder / "membership.json"
+        self.ahead_s = 0.0
+        self.link = FakeLink(self.now)
+
+    def now(self) -> float:
+        return 1_800_000_000 + trio.current_time() + self.ahead_s
+
+    def start(self, *, url: str = URL, key: KeyPair = KEY) -> Enrolment:
+        self.link.asked.clear()
+        link: Any = self.link
+        return Enrolment(link, key, self.cache, url=url, clock=self.now)
+
+
+@pytest.fixture(autouse=True)
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that jumps does not wait for worker threads."""
+
+    async def run(work: Callable[..., Any], *arguments: Any, **_: Any) -> Any:
+        await trio.lowlevel.checkpoint()
+        return work(*arguments)
+
+    monkeypatch.setattr("trio.to_thread.run_sync", run)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+async def test_the_first_start_registers_twice_and_a_restart_never(world: World) -> None:
+    enrolment = world.start()
+    await enrolment.join()
+    await enrolment.announce(HERE)
+    assert world.link.asked == ["info", "register", "bootstrap", "register"]
+    assert world.link.registered == [(), HERE]
+    assert world.cache.stat().st_mode & 0o777 == 0o600
+    before = enrolment.standing
+    enrolment = world.start()
+    assert await enrolment.join() == before
+    await enrolment.announce(HERE)
+    assert world.link.asked == ["info", "bootstrap"]
+    await enrolment.announce(ELSEWHERE)
+    assert world.link.registered[-1] == ELSEWHERE
+    assert enrolment.standing.bootstrap == before.bootstrap
+
+
+async def test_without_a_coordinator_the_cache_serves_while_it_is_valid(world: World) -> None:
+    world.link.down = "coordinator_unreachable"
+    with pytest.raises(LumarisError, match="coordinator_unreachable"):
+        await world.start().join()
+    world.link.down = ""
+    standing = await world.start().join()
+    world.link.down = "coordinator_unreachable"
+    world.ahead_s = LIFE_S * 0.9  # old enough to be renewed, still valid
+    enrolment = world.start()
+    assert await enrolment.join() == standing
+    await enrolment.announce(HERE)
+    assert enrolment.standing == standing
+    world.ahead_s = LIFE_S - 30.0
+    with pytest.raises(LumarisError, match="coordinator_unreachable"):
+        await world.start().join()
+
+
+async def test_an_old_certificate_is_renewed_at_start_with_the_addresses_of_before(
+    world: World,
+) -> None:
+    enrolment = world.start()
+    await enrolment.join()
+    await enrolment.announce(HERE)
+    world.ahead_s = LIFE_S * 0.6
+    enrolment = world.start()
+    await enrolment.join()
+    await enrolment.announce(HERE)
+    assert world.link.asked == ["info", "register", "bootstrap"]
+    assert world.link.registered[-1] == HERE
+
+
+@pytest.mark.parametrize("spoil", ["garbage", "other url", "other key", "other coordinator"])
+async def test_a_cache_of_something_else_is_not_used(world: World, spoil: str) -> None:
+    await world.start().join()
+    url, key = URL, KEY
+    if spoil == "garbage":
+        world.cache.write_bytes(b"\xff{")
+    elif spoil == "other url":
+        url = "http://another"
+    elif spoil == "other key":
+        key = KeyPair(b"n" * 32)
+    else:
+        world.link.coordinator = "C2"
+    standing = await world.start(url=url, key=key).join()
+    assert "register" in world.link.asked
+    assert standing.token == "token 2"
+    assert (standing.peer, standing.url) == (key.peer_id, url)
+
+
+async def test_another_coordinator_that_does_not_register_us_is_no_reason_to_go_on(
+    world: World,
+) -> None:
+    await world.start().join()
+    world.link.coordinator = "C2"
+
+    async def refuse(*_: object, **__: object) -> Membership:
+        raise LumarisError("busy")
+
+    enrolment = world.start()
+    enrolment._link.register = refuse  # type: ignore[method-assign]
+    with pytest.raises(LumarisError, match="busy"):
+        await enrolment.join()
+
+
+async def test_it_keeps_trying_behind_and_then_says_what_changed(
+    world: World, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    await world.start().join()
+    world.link.down = "coordinator_unreachable"
+    enrolment = world.start()
+    await enrolment.join()
+    told: list[Standing] = []
+    done = trio.Event()
+
+    async def addresses() -> tuple[str, ...]:
+        return HERE
+
+    async def changed(standing: Standing) -> None:
+        told.append(standing)
+        done.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(enrolment.keep, addresses, changed)
+        await trio.sleep(600)
+        assert not told
+        assert len(world.link.asked) < 20  # it backs off
+        world.link.down = ""
+        with trio.fail_after(120):
+            await done.wait()
+        assert told[0].addresses == HERE
+        # Nothing to say for hours, then the renewal at half life.
+        count = len(world.link.registered)
+        await trio.sleep(LIFE_S * 0.4)
+        assert len(world.link.registered) == count
+        await trio.sleep(LIFE_S * 0.2)
+        assert len(world.link.registered) == count + 1
+        nursery.cancel_scope.cancel()
+
+
+async def test_restless_addresses_are_announced_now_and_then(
+    world: World, autojump_clock: MockClock
+) -> None:
+    enrolment = world.start()
+    await enrolment.join()
+
+    async def addresses() -> tuple[str, ...]:
+        return (f"/ip4/192.0.2.1/tcp/{int(trio.current_time()) % 60_000}",)
+
+    async def changed(_: Standing) -> None:
+        return
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(enrolment.keep, addresses, changed)
+        await trio.sleep(3000)
+        nursery.cancel_scope.cancel()
+    assert 5 <= len(world.link.registered) <= 12
+
+
+async def test_advert_numbers_grow_over_restarts_and_a_clock_that_goes_back(
+    tmp_path: Path,
+) -> None:
+    numbers: list[int] = []
+    for now in (1_800_000_000.9, 1_800_000_000.1, 1_700_000_000.0, 5.0, 1_800_000_100.0):
+        store = Store(tmp_path / "node.db")
+        numbers += [await store.next_advert_seq(now=now) for _ in range(2)]
+        store.close()
+    assert numbers == sorted(set(numbers))
+    assert numbers[-2] == 1_800_000_100
