@@ -119,7 +119,7 @@ class Attack:
         return await host.host.new_stream(self.victim, [protocol])
 
 
-Kindly = Callable[[Attack], Awaitable[None]]
+Run = Callable[[Attack], Awaitable[None]]
 
 
 def rpc(**fields: Any) -> bytes:
@@ -139,6 +139,11 @@ async def _for_ever(attempt: Callable[[], Awaitable[None]], *, at_once: int = 1)
     async with trio.open_nursery() as nursery:
         for _ in range(at_once):
             nursery.start_soon(try_again)
+
+
+async def nothing(attack: Attack) -> None:
+    """No attack: how far the measure strays by itself."""
+    await trio.sleep_forever()
 
 
 # --- members -------------------------------------------------------------------------------------
@@ -383,7 +388,8 @@ async def strange_neighbours(attack: Attack) -> None:
     await _reconnect(attack, LOOPBACK)
 
 
-ATTACKS: dict[str, Kindly] = {
+ATTACKS: dict[str, Run] = {
+    "no attack": nothing,
     "advert flood at 10x": advert_flood,
     "bad signatures": bad_signatures,
     "junk frames on every protocol": junk_frames,

@@ -7,7 +7,9 @@ attacker (`attacker.py`, from an address of its own on loopback) on another, so 
 measured is the work that it makes for its victim and not its own. Each attack has a measurement
 right before it, in the same processes. A round trip is 64 bytes there and back between the
 programs of two hosts: on an open stream through both overlay processes, on a new stream each time,
-and on a direct link. With one core only the rows measure the attacker too, and one of them says so.
+and on a direct link. With one core only the rows measure the attacker too, and one of them says so;
+what other programs took of the core is in a row too, and where it is much the attack is measured
+once more and the quieter of both kept.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +51,7 @@ HOSTS = 4
 LOOPBACK = "127.0.0.1"
 LOST_S = 10.0
 PAUSE_S = 0.01
+OTHERS_MAX = 15.0  # percent of the core; above it an attack is measured once more
 Row = Callable[..., None]
 Open = Callable[[], Awaitable[OverlayStream]]
 
@@ -57,10 +61,33 @@ class Pace:
 
     def __init__(self, *, quick: bool) -> None:
         self.settle = 2.0 if quick else 8.0  # the reach test and DHT refresh of young hosts
-        self.before = 0.6 if quick else 3.0
-        self.warm = 0.3 if quick else 1.0
-        self.during = 0.9 if quick else 6.0
-        self.after = 0.1 if quick else 1.0
+        self.before = 0.5 if quick else 2.5
+        self.warm = 0.2 if quick else 0.5
+        self.during = 0.8 if quick else 5.0
+        self.after = 0.1 if quick else 0.5
+        self.again_until = 25.0 if quick else 140.0  # keeps all within 40 s, and three minutes
+
+
+class Cores:
+    """What others on this machine take of our core: with much of it, a measurement says nothing."""
+
+    def __init__(self, core: int, pids: list[int]) -> None:
+        self._core, self._pids = core, pids
+
+    def used(self) -> tuple[float, float, float]:
+        """Seconds now, used of the core by anybody, and used by the honest."""
+        lines = Path("/proc/stat").read_text().splitlines()
+        (line,) = (each for each in lines if each.startswith(f"cpu{self._core} "))
+        fields = [int(text) for text in line.split()[1:9]]
+        busy = (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+        ours = sum(cpu_s(pid) for pid in self._pids) + time.process_time()
+        return time.perf_counter(), busy, ours
+
+    def others(self, since: tuple[float, float, float]) -> float:
+        """The share of the core that others took, in percent."""
+        began, busy, ours = since
+        now = self.used()
+        return 100 * max(0.0, (now[1] - busy) - (now[2] - ours)) / (now[0] - began)
 
 
 class Pair:
@@ -187,18 +214,24 @@ async def _attacker(victim: str, core: int) -> AsyncIterator[Attacker]:
 
 async def measure(row: Row, names: list[str], *, quick: bool) -> None:
     """Each attack in turn on one market."""
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[0]})
-    row("cores: the honest on one, the attacker on another", min(len(cores), 2), "cores")
-    pace = Pace(quick=quick)
+    mine = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {mine[0]})
+    row("cores: the honest on one, the attacker on another", min(len(mine), 2), "cores")
+    pace, began = Pace(quick=quick), time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="lumaris-bench-") as folder:
         async with processes(Path(folder)) as net, AsyncExitStack() as stack:
             pair, victim = await _market(net, stack)
-            attacker = await stack.enter_async_context(_attacker(victim.address, cores[-1]))
+            attacker = await stack.enter_async_context(_attacker(victim.address, mine[-1]))
+            cores = Cores(mine[0], [host.pid for host in net.hosts])
             await pair.measure(pace.settle)
             worst = 0.0
             for name in names:
-                worst = max(worst, await _measure_one(row, name, pair, victim, attacker, pace))
+                found = await _measure_one(pair, victim, attacker, cores, name, pace)
+                if found.others > OTHERS_MAX and time.perf_counter() - began < pace.again_until:
+                    again = await _measure_one(pair, victim, attacker, cores, name, pace)
+                    found = min(found, again, key=lambda each: each.others)
+                found.tell(row)
+                worst = max(worst, found.slower("link"))
             row("link between the programs, p50, worst attack", worst, "x", "<= 2", worst <= 2)
             row("victim's memory at the end", memory_mib(victim.pid), "MiB")
             await pair.aclose()
@@ -227,32 +260,60 @@ async def _market(net: Processes, stack: AsyncExitStack) -> tuple[Pair, Host]:
     return pair, asked
 
 
+@dataclass
+class Measured:
+    """One attack, measured. Shares are percents of the core."""
+
+    name: str
+    before: dict[str, list[float]]
+    during: dict[str, list[float]]
+    share_before: float
+    share: float
+    grown: float
+    others: float
+    outcome: dict[str, Any]
+
+    def slower(self, way: str) -> float:
+        """How many times longer the middle round trip took."""
+        return percentile(self.during[way], 50) / percentile(self.before[way], 50)
+
+    def tell(self, row: Row) -> None:
+        """All its rows."""
+        name = self.name
+        for way in ("open stream", "new stream"):
+            slow = self.slower(way)
+            row(f"{name}: {way} p50, during/before", slow, "x", "<= 2", slow <= 2)
+            for percent in (50, 99):
+                row(f"{name}: {way} p{percent} before", percentile(self.before[way], percent), "ms")
+                row(f"{name}: {way} p{percent} during", percentile(self.during[way], percent), "ms")
+        row(f"{name}: victim's share of its core before", self.share_before, "%")
+        row(f"{name}: victim's share of its core during", self.share, "%")
+        row(f"{name}: others' share of that core, at most", self.others, "%")
+        row(f"{name}: victim's memory, growth", self.grown, "MiB")
+        row(f"{name}: sent by the attacker", self.outcome["sent"], "things")
+        row(f"{name}: attacker not connected at the end", not self.outcome["connected"], "yes/no")
+
+
 async def _measure_one(
-    row: Row, name: str, pair: Pair, victim: Host, attacker: Attacker, pace: Pace
-) -> float:
-    """One attack; how many times longer the link took."""
-    began, memory, used = time.perf_counter(), memory_mib(victim.pid), cpu_s(victim.pid)
+    pair: Pair, victim: Host, attacker: Attacker, cores: Cores, name: str, pace: Pace
+) -> Measured:
+    began, memory, used, since = (
+        time.perf_counter(),
+        memory_mib(victim.pid),
+        cpu_s(victim.pid),
+        cores.used(),
+    )
     before = await pair.measure(pace.before)
-    share_before = _share(victim, began, used)
+    share_before, others = _share(victim, began, used), cores.others(since)
     await attacker.begin(name)
     await pair.measure(pace.warm)
-    began, used = time.perf_counter(), cpu_s(victim.pid)
+    began, used, since = time.perf_counter(), cpu_s(victim.pid), cores.used()
     during = await pair.measure(pace.during)
-    share = _share(victim, began, used)
+    share, others = _share(victim, began, used), max(others, cores.others(since))
     outcome = await attacker.end()
-    for way in ("open stream", "new stream"):
-        slow = percentile(during[way], 50) / percentile(before[way], 50)
-        row(f"{name}: {way} p50, during/before", slow, "x", "<= 2", slow <= 2)
-        for percent in (50, 99):
-            row(f"{name}: {way} p{percent} before", percentile(before[way], percent), "ms")
-            row(f"{name}: {way} p{percent} during", percentile(during[way], percent), "ms")
-    row(f"{name}: victim's share of its core before", share_before, "%")
-    row(f"{name}: victim's share of its core during", share, "%")
-    row(f"{name}: victim's memory, growth", memory_mib(victim.pid) - memory, "MiB")
-    row(f"{name}: sent by the attacker", outcome["sent"], "things")
-    row(f"{name}: attacker was sent away", not outcome["connected"], "yes/no")
+    grown = memory_mib(victim.pid) - memory
     await trio.sleep(pace.after)
-    return percentile(during["link"], 50) / percentile(before["link"], 50)
+    return Measured(name, before, during, share_before, share, grown, others, outcome)
 
 
 def _share(victim: Host, began: float, used: float) -> float:

@@ -16,6 +16,7 @@ import pytest
 from lumaris.cli.options import Settings
 from lumaris.cli.root import root
 from lumaris_node.config import NodeConfig
+from lumaris_protocol import limits
 from lumaris_protocol.codes import CODES
 from lumaris_protocol.registry import MESSAGES
 
@@ -139,6 +140,13 @@ def test_every_protocol_id_and_unsigned_field_is_documented() -> None:
     assert [f for f in sorted(fields) if f"`{f}`" not in spoken and f'"{f}"' not in spoken] == []
     frames = [f"| `{kind.name}` | {int(kind)} |" for kind in wire.Kind]
     assert [row for row in frames if row not in spoken] == []
+
+
+def test_the_waits_of_a_link_are_the_documented_ones() -> None:
+    text = text_of("docs/protocol.md")
+    life = text[text.index("**Signs of life.** With a lane") : text.index("A program answers")]
+    waits = (limits.LINK_PING_S, limits.LINK_DEAD_S, limits.LINK_RESUME_S, limits.LINK_IDLE_S)
+    assert [f"{s:g} s" for s in (*waits, 2 * limits.LINK_IDLE_S)] == re.findall(r"[\d.]+ s\b", life)
 
 
 def test_every_vector_file_is_named_in_the_protocol() -> None:

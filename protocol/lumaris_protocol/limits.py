@@ -133,7 +133,7 @@ RETURNS_PER_S_PER_PEER = 1
 RETURNS_BURST_PER_PEER = 20
 # Streams that one peer opens on the overlay: 2 ms of CPU each, and programs talk over links.
 STREAMS_PER_S_PER_PEER = 100
-STREAMS_BURST_PER_PEER = 300
+STREAMS_BURST_PER_PEER = 150
 # A hello costs a signature check and a few hundred bytes.
 HELLOS_PER_S_PER_PEER = 2
 HELLOS_BURST_PER_PEER = 20
@@ -208,10 +208,11 @@ LINK_PROTOCOLS_MAX = 32
 # Frames of a link kept until the peer says that they arrived: 20 MB/s at 100 ms.
 LINK_UNACKED_BYTES_MAX = 2 * MIB
 # With lanes open, a silent peer is asked after this long, and the connection given up after that.
-LINK_PING_S = 2.0
-LINK_DEAD_S = 6.0
-# How long both sides keep a link without a connection.
-LINK_RESUME_S = 10.0
+LINK_PING_S = 1.5
+LINK_DEAD_S = 4.0
+# A link without a connection is kept until its peer was not heard of for this long: time for an
+# overlay process to come back, and less than the 10 s after which work must run elsewhere.
+LINK_RESUME_S = 9.0
 LINK_IDLE_S = 60.0
 # Begun by others; as many again may be ours. All their unacknowledged frames: 512 MiB at worst.
 LINKS_MAX = 256

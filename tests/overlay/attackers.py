@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -12,16 +12,22 @@ from typing import Any
 import trio
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.keys import KeyPair as Libp2pKeyPair
+from libp2p.custom_types import TProtocol
 from libp2p.peer.id import ID
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.validators import PUBSUB_SIGNING_PREFIX
 from libp2p.utils.varint import encode_varint_prefixed
 
+from lumaris_overlay.libp2p import build, overrides
+from lumaris_overlay.libp2p.admission import Admission
 from lumaris_overlay.libp2p.gossip import ADVERTS, topic_of
+from lumaris_overlay.libp2p.guarded_pubsub import GuardedPubsub, GuardedRouter, Judgement, Manners
 from lumaris_overlay.libp2p.host import HostConfig, Libp2pOverlay, open_host
+from lumaris_overlay.validate import MembershipGate
 from tests.overlay.hosts import member
 from tests.overlay.world import (
     COORDINATOR,
+    KEYS,
     NETWORK,
     advert,
     certificate,
@@ -31,6 +37,8 @@ from tests.overlay.world import (
 )
 
 STRANGER = key_of("stranger")
+# An attack that starves the honest makes them wait for seconds; a busy machine for tenths.
+PATIENCE_S = 20.0
 ROGUE = key_of("rogue coordinator")
 TOPIC = topic_of(NETWORK, ADVERTS)
 SENDER = create_new_key_pair(b"s" * 32)
@@ -122,3 +130,49 @@ def forgeries() -> list[bytes]:
         advert(STRANGER, network="other"),
         advert(STRANGER) + b"x" * 4000,
     ]
+
+
+async def latency_s(asker: Libp2pOverlay, asked: Libp2pOverlay, times: int = 5) -> float:
+    """The middle of some round trips over a new stream each; a test protocol of no limit."""
+    found = []
+    for _ in range(times):
+        with trio.fail_after(PATIENCE_S):
+            began = trio.current_time()
+            stream = await asker.open_stream(asked.peer_id, "/still/1")
+            async with stream:
+                await stream.send_all(b"x")
+                assert await stream.receive_some() == b"x"
+            found.append(trio.current_time() - began)
+    return sorted(found)[times // 2]
+
+
+async def attacked(
+    friend: Libp2pOverlay, honest: Libp2pOverlay, attack: Callable[[], Awaitable[None]]
+) -> None:
+    """Run the attack; the honest go on answering each other meanwhile and afterwards."""
+    async with honest.serve("/still/1", echo), trio.open_nursery() as nursery:
+        before_s = await latency_s(friend, honest)
+        nursery.start_soon(attack)
+        during_s = await latency_s(friend, honest)
+        nursery.cancel_scope.cancel()
+    print(f"latency before={before_s * 1000:.1f}ms during={during_s / before_s:.1f}x")
+
+
+def idle_host(name: str = "one") -> overrides.GuardedHost:
+    """A host that is not running."""
+    key = key_of(name)
+    admission = Admission(MembershipGate(NETWORK, KEYS), key.peer_id)
+    return build.build_host(key, lambda found: found, overrides.ClosingTCP(), admission)
+
+
+def content_id(message: rpc_pb2.Message) -> bytes:
+    return bytes(message.data)
+
+
+def guarded_pubsub(judge=lambda forwarder, data: Judgement.PASS) -> Any:
+    router = GuardedRouter(
+        protocols=[TProtocol("/meshsub/1.1.0")], degree=6, degree_low=4, degree_high=12
+    )
+    found = GuardedPubsub(idle_host(), router, msg_id_constructor=content_id, manners=Manners())
+    found.judges[TOPIC] = judge
+    return found

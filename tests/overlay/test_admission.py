@@ -25,7 +25,7 @@ from lumaris_overlay.libp2p import admission as admission_module
 from lumaris_overlay.libp2p import index
 from lumaris_overlay.libp2p.admission import Admission
 from lumaris_overlay.libp2p.hello import Greeting
-from lumaris_overlay.libp2p.host import HostConfig, Libp2pOverlay, open_host
+from lumaris_overlay.libp2p.host import Libp2pOverlay, open_host
 from lumaris_overlay.libp2p.streams import Libp2pStream
 from lumaris_overlay.ports import OverlayStream
 from lumaris_overlay.validate import MembershipGate
@@ -33,9 +33,9 @@ from lumaris_protocol import frames
 from lumaris_protocol.errors import EnvelopeError, RemoteError
 from lumaris_protocol.frames import Kind
 from lumaris_protocol.protocols import HELLO
+from tests.overlay.attackers import ROGUE, uncertified
 from tests.overlay.hosts import member, stranger
 from tests.overlay.world import (
-    COORDINATOR,
     KEYS,
     NETWORK,
     advert,
@@ -49,7 +49,6 @@ from tests.overlay.world import (
 )
 
 ONE, TWO = key_of("one"), key_of("two")
-ROGUE = key_of("rogue coordinator")
 
 
 def admission_at(now: list[float]) -> Admission:
@@ -101,7 +100,7 @@ class TestCertificates:
         assert caught.value.code == code
         assert len(found) == 0
 
-    def test_members_are_bounded_and_forgotten(self, monkeypatch):
+    def test_members_are_bounded_and_those_that_left_make_room_first(self, monkeypatch):
         monkeypatch.setattr(admission_module, "_MEMBERS_MAX", 3)
         now = [1_000_000.0]
         found = admission_at(now)
@@ -109,19 +108,11 @@ class TestCertificates:
             peer = key_of(name).peer_id
             found.admit(peer, certificate(peer, now=now[0]))
         assert len(found) == 3
-        found.forget(key_of("e").peer_id)
-        assert len(found) == 2
-
-
-def uncertified(name: str) -> HostConfig:
-    """A host that dials, but shows the word of a coordinator that nobody here knows."""
-    key = key_of(name)
-    return HostConfig(
-        key=key,
-        network=NETWORK,
-        coordinator_keys=frozenset({ROGUE.peer_id, COORDINATOR.peer_id}),
-        certificate=certificate(key.peer_id, signer=ROGUE),
-    )
+        found.part(key_of("e").peer_id)
+        assert found.admitted(key_of("e").peer_id)
+        found.admit(key_of("a").peer_id, certificate(key_of("a").peer_id, now=now[0]))
+        assert not found.admitted(key_of("e").peer_id)
+        assert found.admitted(key_of("c").peer_id)
 
 
 async def addresses_of(host: Libp2pOverlay) -> tuple[str, ...]:

@@ -1,13 +1,13 @@
 """One canary for each fault of libp2p 0.8.1 that we correct or keep away from.
 
 Each shows the fault in the stock code and its absence in ours. When the first half fails, a new
-release has repaired the fault, and the override can go. B14 is in `test_dht.py`.
+release has repaired the fault, and the override can go. B14 is in `test_dht.py`, those of
+gossip are in `test_canaries_gossip.py`.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import os
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -16,8 +16,6 @@ import trio
 from google.protobuf.message import DecodeError
 from libp2p import new_host
 from libp2p.crypto.ed25519 import create_new_key_pair
-from libp2p.crypto.keys import KeyPair as Libp2pKeyPair
-from libp2p.custom_types import TProtocol
 from libp2p.host.autonat.autonat import AutoNATService
 from libp2p.host.basic_host import BasicHost
 from libp2p.io import utils as io_utils
@@ -27,10 +25,9 @@ from libp2p.network.config import ConnectionConfig
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
-from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
-from libp2p.pubsub.validators import PUBSUB_SIGNING_PREFIX, signature_validator
+from libp2p.pubsub.validators import signature_validator
 from libp2p.security.noise.patterns import PatternXX
 from libp2p.stream_muxer.exceptions import MuxedStreamError
 from libp2p.stream_muxer.yamux import yamux
@@ -39,28 +36,27 @@ from multiaddr import Multiaddr
 
 from lumaris_overlay.libp2p import build, overrides
 from lumaris_overlay.libp2p import host as host_module
-from lumaris_overlay.libp2p.admission import Admission
 from lumaris_overlay.libp2p.connections import Connections
-from lumaris_overlay.libp2p.gossip import ADVERTS, Gossip, topic_of
-from lumaris_overlay.libp2p.guarded_pubsub import (
-    GuardedPubsub,
-    GuardedRouter,
-    Judgement,
-    Manners,
-)
 from lumaris_overlay.libp2p.host import open_host
 from lumaris_overlay.libp2p.peerbook import PeerBook
-from lumaris_overlay.validate import MembershipGate
 from lumaris_protocol.errors import LumarisError, RemoteError
+from tests.overlay.attackers import (
+    SENDER,
+    SENDER_ID,
+    TOPIC,
+    idle_host,
+    works,
+)
 from tests.overlay.hosts import member
-from tests.overlay.world import KEYS, NETWORK, advert, echo, key_of, next_of, until
+from tests.overlay.world import advert, key_of, next_of, until
 
 pytestmark = pytest.mark.slow
 
 overrides.install()
+
+
 # `install` puts our stream class and reader in the place of these.
 STOCK_STREAM: Any = overrides.BoundedStream.__bases__[0]
-TOPIC = topic_of(NETWORK, ADVERTS)
 
 
 def stock_io_utils() -> ModuleType:
@@ -73,31 +69,11 @@ def stock_io_utils() -> ModuleType:
     return module
 
 
-def idle_host(name: str = "one") -> overrides.GuardedHost:
-    """A host that is not running."""
-    key = key_of(name)
-    admission = Admission(MembershipGate(NETWORK, KEYS), key.peer_id)
-    return build.build_host(key, lambda found: found, overrides.ClosingTCP(), admission)
-
-
 @pytest.fixture
 async def pair():
     async with open_host(member("one")) as one, open_host(member("two")) as two:
         assert await two.connect((await one.reachability()).addresses) == 1
         yield one, two
-
-
-async def works(one, two) -> None:
-    """The host `one` is alive: it still answers."""
-    protocol = f"/alive/{os.urandom(4).hex()}"
-    async with one.serve(protocol, echo):
-        stream = await two.open_stream(
-            one.peer_id, protocol, addresses=(await one.reachability()).addresses
-        )
-        with trio.fail_after(10):
-            async with stream:
-                await stream.send_all(b"x")
-                assert await stream.receive_some() == b"x"
 
 
 def test_peer_id_is_libp2ps():
@@ -328,87 +304,6 @@ async def test_b10_many_small_pieces_are_read():
     assert vars(yamux)["read_exactly"] is overrides.read_exactly
 
 
-def gossip_message(key: Libp2pKeyPair, data: bytes, topics: list[str]) -> rpc_pb2.Message:
-    """A signed message, as `Pubsub.publish` makes it."""
-    sender = ID.from_pubkey(key.public_key)
-    message = rpc_pb2.Message(
-        data=data, topicIDs=topics, from_id=sender.to_bytes(), seqno=os.urandom(8)
-    )
-    message.signature = key.private_key.sign(
-        PUBSUB_SIGNING_PREFIX.encode() + message.SerializeToString()
-    )
-    message.key = key.public_key.serialize()
-    return message
-
-
-SENDER = create_new_key_pair(b"s" * 32)
-SENDER_ID = ID.from_pubkey(SENDER.public_key)
-
-
-def content_id(message: rpc_pb2.Message) -> bytes:
-    return bytes(message.data)
-
-
-def stock_pubsub() -> Any:
-    router = GossipSub(
-        protocols=[TProtocol("/meshsub/1.1.0")], degree=6, degree_low=4, degree_high=12
-    )
-    return Pubsub(idle_host(), router, msg_id_constructor=content_id)
-
-
-def guarded_pubsub(judge=lambda forwarder, data: Judgement.PASS) -> Any:
-    router = GuardedRouter(
-        protocols=[TProtocol("/meshsub/1.1.0")], degree=6, degree_low=4, degree_high=12
-    )
-    found = GuardedPubsub(idle_host(), router, msg_id_constructor=content_id, manners=Manners())
-    found.judges[TOPIC] = judge
-    return found
-
-
-def count_published(pubsub: Any) -> list[bytes]:
-    """What the router is asked to pass on from now on."""
-    published: list[bytes] = []
-
-    async def publish(forwarder, message):
-        await trio.lowlevel.checkpoint()
-        published.append(bytes(message.data))
-
-    pubsub.router.publish = publish
-    return published
-
-
-def test_b12_no_message_is_lost_to_a_count_by_forwarder():
-    stock, ours = stock_pubsub().router, Gossip(idle_host(), NETWORK, {})._router
-    answers = [
-        stock._check_spam_protection(SENDER_ID, gossip_message(SENDER, b"%d" % n, [TOPIC]))
-        for n in range(11)
-    ]
-    assert answers == [True] * 10 + [False]
-    assert all(
-        ours._check_spam_protection(SENDER_ID, gossip_message(SENDER, b"%d" % n, [TOPIC]))
-        for n in range(50)
-    )
-    assert stock.heartbeat_interval == 120
-    assert ours.heartbeat_interval == 1
-    assert list(ours.protocols) == ["/meshsub/1.1.0", "/meshsub/1.0.0"]
-
-
-async def test_b13_a_document_that_comes_twice_at_once_is_passed_on_once():
-    async def validate(forwarder, message):
-        await trio.lowlevel.checkpoint()
-        return True
-
-    stock, ours = stock_pubsub(), guarded_pubsub()
-    stock.set_topic_validator(TOPIC, validate, is_async_validator=True)
-    for pubsub, times in ((stock, 2), (ours, 1)):
-        published = count_published(pubsub)
-        async with trio.open_nursery() as nursery:
-            for _ in range(2):
-                message = gossip_message(SENDER, b"the same", [TOPIC])
-                nursery.start_soon(pubsub.push_msg, SENDER_ID, message)
-        assert len(published) == times
-
-
 def test_b15_provider_records_are_capped_silently():
     """We keep no provider records: what a seller offers is in its advert."""
     stock = ProviderStore(idle_host())
@@ -515,59 +410,6 @@ async def test_b21_opening_a_stream_fails_in_time(pair, monkeypatch):
     with trio.fail_after(10), pytest.raises(RemoteError) as caught:
         await two.open_stream(one.peer_id, "/any/1")
     assert caught.value.code == "unreachable"
-
-
-# --- faults found later, by reading ---
-
-
-async def test_b22_a_verdict_is_about_a_message_and_not_about_its_data():
-    """Else whoever sends a new advert under a wrong topic first bars the honest copy."""
-
-    def validate(forwarder, message) -> bool:
-        return list(message.topicIDs) == [TOPIC]
-
-    stock, ours = stock_pubsub(), guarded_pubsub()
-    stock.set_topic_validator(TOPIC, validate, is_async_validator=False)
-    for pubsub, passed in ((stock, []), (ours, [b"advert"])):
-        published = count_published(pubsub)
-        await pubsub.push_msg(SENDER_ID, gossip_message(SENDER, b"advert", [TOPIC, TOPIC]))
-        await pubsub.push_msg(SENDER_ID, gossip_message(SENDER, b"advert", [TOPIC]))
-        assert published == passed
-
-
-async def test_b23_delivery_times_are_let_go_of():
-    for pubsub, kept in ((stock_pubsub(), 9), (guarded_pubsub(), 0)):
-        for number in range(9):
-            await pubsub.push_msg(SENDER_ID, gossip_message(SENDER, b"%d" % number, [TOPIC]))
-        assert len(pubsub.router.recent_message_deliveries[TOPIC]) == kept
-
-
-async def test_b24_topics_we_do_not_follow_leave_nothing_behind():
-    topics = [TOPIC, *(f"junk {number}" for number in range(100))]
-    for pubsub, kept in ((stock_pubsub(), 101), (guarded_pubsub(), 0)):
-        pubsub.router.spam_protection_enabled = False
-        await pubsub.push_msg(SENDER_ID, gossip_message(SENDER, b"x", topics))
-        tables = pubsub.router.scorer.first_message_deliveries
-        assert len(tables[SENDER_ID]) == kept
-    control = rpc_pb2.ControlMessage(
-        graft=[rpc_pb2.ControlGraft(topicID=topic) for topic in topics],
-        ihave=[rpc_pb2.ControlIHave(topicID=topic, messageIDs=[b"00"]) for topic in topics],
-        iwant=[rpc_pb2.ControlIWant(messageIDs=[b"00"] * 500)],
-    )
-    guarded_pubsub()._strip(control)
-    assert [graft.topicID for graft in control.graft] == [TOPIC]
-    assert [ihave.topicID for ihave in control.ihave] == [TOPIC]
-    assert list(control.iwant[0].messageIDs) == [b"00"]
-
-
-async def test_b25_a_restarted_peer_may_use_a_sequence_number_again():
-    for pubsub, passed in ((stock_pubsub(), False), (guarded_pubsub(), True)):
-        found = None
-        for data in (b"before", b"after"):
-            message = gossip_message(SENDER, data, [TOPIC])
-            message.seqno = b"12345678"
-            found = pubsub.router._check_equivocation(message)
-        assert found is passed
 
 
 async def test_b26_the_handshake_carries_the_certificate(pair):

@@ -15,8 +15,8 @@ from lumaris_overlay.libp2p.guarded_pubsub import Judgement
 from lumaris_overlay.libp2p.host import open_host
 from lumaris_overlay.validate import TokenBuckets
 from lumaris_protocol.limits import BAD_ADVERTS_BURST_PER_PEER, BAN_S
+from tests.overlay.attackers import SENDER, SENDER_ID, TOPIC, gossip_message, guarded_pubsub
 from tests.overlay.hosts import member
-from tests.overlay.test_canaries import SENDER, SENDER_ID, TOPIC, gossip_message, guarded_pubsub
 from tests.overlay.world import NETWORK, advert, key_of, until
 
 

@@ -1,4 +1,4 @@
-"""What peers may do to a real host: it lives, believes nothing, forgets nothing, stays quick.
+"""What peers may do to a real host: it lives, believes nothing and forgets nothing.
 
 The attackers are certified: whoever is not gets no further than `test_admission.py` shows.
 """
@@ -7,108 +7,47 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack, suppress
+from contextlib import suppress
 
 import msgspec
 import pytest
 import trio
-from libp2p.pubsub.pb import rpc_pb2
 from libp2p.utils.varint import encode_varint_prefixed
 
-from lumaris_overlay.libp2p import admission as admission_module
 from lumaris_overlay.libp2p import index
-from lumaris_overlay.libp2p.gossip import ADVERTS
-from lumaris_overlay.libp2p.host import Libp2pOverlay, open_host
+from lumaris_overlay.libp2p.host import open_host
 from lumaris_protocol import frames
 from lumaris_protocol.errors import RemoteError
 from lumaris_protocol.frames import Kind
 from lumaris_protocol.limits import (
-    ADVERTS_BURST_PER_SELLER,
     BAD_ADVERTS_BURST_PER_PEER,
-    HANDSHAKES_MAX,
-    OVERLAY_CONNECTIONS_MAX,
 )
 from lumaris_protocol.protocols import HELLO
+from tests.overlay.attackers import (
+    STRANGER,
+    forgeries,
+    friend_of,
+    honest_and_stranger,
+    raw_stream,
+    works,
+)
 from tests.overlay.hosts import member
-from tests.overlay.test_admission import uncertified
-from tests.overlay.test_canaries import SENDER, TOPIC, gossip_message, works
-from tests.overlay.world import advert, certificate, echo, key_of, next_of, read_all, until
+from tests.overlay.world import advert, certificate, key_of, next_of, read_all, until
 
 pytestmark = pytest.mark.slow
-
-STRANGER = key_of("stranger")
-# An attack that starves the honest makes them wait for seconds; a busy machine for tenths.
-PATIENCE_S = 20.0
-
-
-def forgeries() -> list[bytes]:
-    now = time.time()
-    return [
-        b"",
-        os.urandom(300),
-        advert(STRANGER)[:-3],
-        advert(STRANGER, signer=key_of("forger")),
-        advert(STRANGER, cert=certificate(STRANGER.peer_id, signer=STRANGER)),
-        advert(STRANGER, cert=certificate(key_of("x").peer_id)),
-        advert(STRANGER, now=now - 3000),
-        advert(STRANGER, now=now + 300, cert=certificate(STRANGER.peer_id)),
-        advert(STRANGER, network="other"),
-        advert(STRANGER) + b"x" * 4000,
-    ]
 
 
 @pytest.fixture
 async def pair():
-    """An honest host, and one that says what it is told to."""
-    async with open_host(member("one")) as honest, open_host(member(STRANGER)) as stranger:
-        assert await stranger.connect((await honest.reachability()).addresses) == 1
-        yield honest, stranger
+    async with honest_and_stranger() as found:
+        yield found
 
 
 @pytest.fixture
 async def trio_of(pair):
-    """The pair, and another honest host that is connected to the honest one alone."""
     honest, stranger = pair
-    async with open_host(member("friend")) as friend:
-        assert await friend.connect((await honest.reachability()).addresses) == 1
-        await until(lambda: friend.exchange.gossip.in_mesh(honest.host.get_id()))
+    async with friend_of(honest) as friend:
         yield honest, stranger, friend
-
-
-async def latency_s(asker: Libp2pOverlay, asked: Libp2pOverlay, times: int = 5) -> float:
-    """The middle of some round trips over a new stream each; a test protocol of no limit."""
-    found = []
-    for _ in range(times):
-        with trio.fail_after(PATIENCE_S):
-            began = trio.current_time()
-            stream = await asker.open_stream(asked.peer_id, "/still/1")
-            async with stream:
-                await stream.send_all(b"x")
-                assert await stream.receive_some() == b"x"
-            found.append(trio.current_time() - began)
-    return sorted(found)[times // 2]
-
-
-async def attacked(
-    friend: Libp2pOverlay, honest: Libp2pOverlay, attack: Callable[[], Awaitable[None]]
-) -> None:
-    """Run the attack; the honest go on answering each other meanwhile and afterwards."""
-    async with honest.serve("/still/1", echo), trio.open_nursery() as nursery:
-        before_s = await latency_s(friend, honest)
-        nursery.start_soon(attack)
-        during_s = await latency_s(friend, honest)
-        nursery.cancel_scope.cancel()
-    print(f"latency before={before_s * 1000:.1f}ms during={during_s / before_s:.1f}x")
-
-
-async def raw_stream(attacker: Libp2pOverlay, honest: Libp2pOverlay, protocol: str):
-    """A stream without any of our own manners."""
-    return await attacker.host.new_stream(honest.host.get_id(), [protocol])
-
-
-def rpc_bytes(**fields: object) -> bytes:
-    return encode_varint_prefixed(rpc_pb2.RPC(**fields).SerializeToString())  # type: ignore[arg-type]
 
 
 async def test_random_bytes_on_the_port(pair):
@@ -122,18 +61,6 @@ async def test_random_bytes_on_the_port(pair):
                 while await raw.receive_some():
                     pass
     await works(honest, stranger)
-
-
-@pytest.mark.parametrize("number", range(10))
-async def test_forged_advert_over_gossip(pair, number):
-    honest, stranger = pair
-    await until(lambda: stranger.exchange.gossip.in_mesh(honest.host.get_id()))
-    await stranger.exchange.gossip.publish(ADVERTS, forgeries()[number])
-    async with honest.adverts() as events:
-        good = advert(key_of("good seller"))
-        await stranger.publish_advert(good)
-        assert (await next_of(events, key_of("good seller").peer_id)).envelope == good
-    assert len(honest.directory) == 1
 
 
 @pytest.mark.parametrize("number", range(9))
@@ -231,113 +158,6 @@ async def test_index_answers_one_peer_only_so_often(pair):
     assert 0 < answered < 60
 
 
-async def test_advert_flood_is_passed_on_only_so_fast(trio_of):
-    """Ten times what a seller may say: neighbours of neighbours get the allowed rate."""
-    honest, stranger, friend = trio_of
-    await until(lambda: stranger.exchange.gossip.in_mesh(honest.host.get_id()))
-    said, heard = 0, 0
-
-    async def flood() -> None:
-        nonlocal said
-        while True:
-            said += 1
-            await stranger.exchange.gossip.publish(ADVERTS, advert(STRANGER, said))
-            await trio.sleep(0.02)
-
-    async with friend.adverts() as events:
-        began = trio.current_time()
-        await attacked(friend, honest, flood)
-        await honest.publish_advert(advert(key_of("one")))
-        with trio.fail_after(PATIENCE_S):
-            while (event := await events.receive()).seller != honest.peer_id:
-                heard += event.seller == STRANGER.peer_id
-        allowed = ADVERTS_BURST_PER_SELLER + 2 * (trio.current_time() - began) + 1
-    assert heard <= allowed
-    assert len(honest.directory) <= 2
-
-
-async def test_bad_signatures_end_the_connection(trio_of):
-    honest, stranger, friend = trio_of
-    stream = await raw_stream(stranger, honest, "/meshsub/1.1.0")
-
-    async def flood() -> None:
-        with suppress(Exception):
-            while True:
-                message = gossip_message(SENDER, os.urandom(64), [TOPIC])
-                message.signature = bytes(64)
-                await stream.write(rpc_bytes(publish=[message]))
-        await trio.sleep_forever()
-
-    await attacked(friend, honest, flood)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(flood)
-        await until(lambda: honest.conduct.banned(stranger.peer_id))
-        nursery.cancel_scope.cancel()
-    await until(lambda: stranger.host.get_id() not in honest.connections.live())
-    assert friend.host.get_id() in honest.connections.live()
-
-
-async def test_flood_of_gossip_is_read_slowly_and_then_ended(trio_of, monkeypatch):
-    honest, stranger, friend = trio_of
-    pubsub = honest.exchange.gossip._pubsub
-    monkeypatch.setattr(pubsub._waits, "_burst", 10)
-    stream = await raw_stream(stranger, honest, "/meshsub/1.1.0")
-
-    async def flood() -> None:
-        empty = rpc_bytes() * 200
-        with suppress(Exception):
-            while True:
-                await stream.write(empty)
-        await trio.sleep_forever()
-
-    await attacked(friend, honest, flood)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(flood)
-        await until(lambda: honest.conduct.banned(stranger.peer_id), PATIENCE_S)
-        nursery.cancel_scope.cancel()
-    assert len(pubsub._tolls._levels) <= OVERLAY_CONNECTIONS_MAX
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"publish": [rpc_pb2.Message(data=b"x", topicIDs=[TOPIC])] * 600},
-        {"control": rpc_pb2.ControlMessage(iwant=[rpc_pb2.ControlIWant(messageIDs=[b"x"] * 5000)])},
-        {
-            "control": rpc_pb2.ControlMessage(
-                graft=[rpc_pb2.ControlGraft(topicID=f"{number}") for number in range(2000)]
-            )
-        },
-        {"publish": [rpc_pb2.Message(data=b"x" * 70_000, topicIDs=[TOPIC])]},
-    ],
-    ids=["messages", "ids", "grafts", "bytes"],
-)
-async def test_rpc_that_asks_for_too_much_is_refused(pair, fields):
-    honest, stranger = pair
-    stream = await raw_stream(stranger, honest, "/meshsub/1.1.0")
-    await stream.write(rpc_bytes(**fields))
-    with trio.fail_after(10):
-        with suppress(Exception):
-            while await stream.read(1):
-                pass
-    await works(honest, stranger)
-
-
-async def test_subscriptions_are_bounded(pair):
-    honest, stranger = pair
-    stream = await raw_stream(stranger, honest, "/meshsub/1.1.0")
-    options = rpc_pb2.RPC.SubOpts
-    for kind in ("junk", "adverts"):
-        for start in range(0, 300, 30):
-            topics = [f"/lumaris/test/{kind}/{number}" for number in range(start, start + 30)]
-            found = [options(subscribe=True, topicid=topic) for topic in topics]
-            await stream.write(rpc_bytes(subscriptions=found))
-    await works(honest, stranger)
-    followed = honest.exchange.gossip._pubsub.peer_topics
-    assert len(followed) <= 33
-    assert not any("junk" in topic for topic in followed)
-
-
 JUNK = [
     b"\xff" * 400,
     os.urandom(4000),
@@ -366,83 +186,6 @@ async def test_junk_on_every_protocol_we_serve():
                             pass
             await works(honest, friend)
         assert len(honest.directory) == 0
-
-
-async def test_window_violation_ends_the_connection(trio_of):
-    honest, stranger, friend = trio_of
-    release = trio.Event()
-
-    async def deaf(stream) -> None:
-        await release.wait()
-
-    async with honest.serve("/deaf/1", deaf):
-        stream = await raw_stream(stranger, honest, "/deaf/1")
-        muxed = stream.muxed_stream
-
-        async def push() -> None:
-            with suppress(Exception):
-                while True:
-                    muxed.send_window = 1 << 30
-                    await stream.write(b"x" * 65_536)
-            await trio.sleep_forever()
-
-        await attacked(friend, honest, push)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(push)
-            await until(lambda: honest.conduct.banned(stranger.peer_id))
-            nursery.cancel_scope.cancel()
-        await until(lambda: stranger.host.get_id() not in honest.connections.live())
-        release.set()
-    assert friend.host.get_id() in honest.connections.live()
-
-
-async def test_slow_streams_hold_nothing_for_long(trio_of, monkeypatch):
-    """A byte and then silence, on what answers strangers and members."""
-    honest, stranger, friend = trio_of
-    monkeypatch.setattr(index, "_EXCHANGE_S", 0.5)
-    opened = []
-
-    async def dribble() -> None:
-        for number in range(60):
-            protocol = (index.PROTOCOL, HELLO)[number % 2]
-            with suppress(Exception):
-                stream = await raw_stream(stranger, honest, protocol)
-                await stream.write(b"\0")
-                opened.append(stream)
-        await trio.sleep_forever()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(attacked, friend, honest, dribble)
-
-    def held() -> int:
-        mine = stranger.host.get_id()
-        found = honest.host.get_network().connections.get(mine, ())
-        return sum(len(connection.muxed_conn.streams) for connection in found)
-
-    assert opened
-    # Some streams stay by right: gossip, hellos and health checks.
-    await until(lambda: held() <= 8, PATIENCE_S)
-
-
-async def test_half_open_handshakes_keep_nobody_out(monkeypatch):
-    async with (
-        open_host(member("one")) as honest,
-        open_host(member("friend")) as friend,
-        AsyncExitStack() as stack,
-    ):
-        (address,) = (await honest.reachability()).addresses
-        swarm = honest.host.get_network()
-        port = int(address.split("/")[4])
-        for _ in range(400):
-            stack.push_async_callback(
-                trio.aclose_forcefully, await trio.open_tcp_stream("127.0.0.1", port)
-            )
-        await until(lambda: swarm._shaking)
-        with trio.fail_after(PATIENCE_S):
-            while not await friend.connect([address]):
-                await trio.sleep(0.05)
-        assert len(swarm._shaking) <= HANDSHAKES_MAX
-        await works(honest, friend)
 
 
 async def test_old_advert_comes_back_to_nobody_after_a_restart():
@@ -482,26 +225,3 @@ async def test_two_hosts_of_one_key_harm_nobody_else(trio_of):
             await next_of(events, honest.peer_id)
         await works(honest, friend)
     assert len(honest.admission) <= 3
-
-
-async def test_crowd_of_strangers(monkeypatch):
-    monkeypatch.setattr(admission_module, "STRANGERS_MAX", 4)
-    async with open_host(member("one")) as honest, open_host(member("friend")) as friend:
-        addresses = (await honest.reachability()).addresses
-        await friend.connect(addresses)
-
-        async def crowd() -> None:
-            async def come(number: int) -> None:
-                async with open_host(uncertified(f"crowd {number}")) as each:
-                    while True:
-                        await each.connect(addresses)
-                        await trio.sleep(0.2)
-
-            async with trio.open_nursery() as nursery:
-                for number in range(8):
-                    nursery.start_soon(come, number)
-
-        await attacked(friend, honest, crowd)
-        assert len(honest.strangers) <= 4
-        assert friend.host.get_id() in honest.connections.live()
-        assert [info.peer for info in await honest.peers()] == [friend.peer_id]

@@ -10,12 +10,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import pytest
 
 from lumaris.client import AsyncClient, Client
 from lumaris.jobs import JobResult, JobUpdate, LogLine
 from lumaris.testing.devnet import Devnet
+from lumaris_overlay.process_file import holder
 from lumaris_protocol import receipts
 
 pytestmark = [pytest.mark.planet, pytest.mark.slow]
@@ -33,6 +36,10 @@ def eventually(holds: Callable[[], bool], what: str) -> None:
     while not holds():
         assert time.monotonic() < deadline, f"still not: {what}"
         time.sleep(0.05)
+
+
+def overlay_runs(folder: Path) -> bool:
+    return holder(folder / "overlay") is not None
 
 
 def settled(client: Client) -> bool:
@@ -159,4 +166,33 @@ def test_an_asyncio_program_that_gives_up_cancels_the_job_at_the_seller(net: Dev
 
     assert asyncio.run(give_up()).ok
     with net.client() as client:
+        assert_money_rests(client)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_job_does_not_notice_that_both_overlay_processes_died(net: Devnet, direct: bool) -> None:
+    seller = net.nodes[0]
+    if not direct:
+        seller.end()
+        settings = Path(seller.state) / "node.toml"
+        settings.write_text('direct = "off"\n')
+        seller = net.nodes[0] = net.start_seller(seller.role)
+    killed: list[int] = []
+
+    def kill(event: JobUpdate | LogLine) -> None:
+        if isinstance(event, JobUpdate) and event.state == "running":
+            for folder in (Path(seller.state), net.buyer_state):
+                overlay = holder(folder / "overlay")
+                assert overlay is not None
+                killed.append(overlay.pid)
+                os.kill(overlay.pid, signal.SIGKILL)
+
+    with net.client() as client:
+        slow = ["python", "-c", "import time; time.sleep(6); print(6 * 7)"]
+        result = client.run(IMAGE, slow, observe=kill)
+        assert result.ok and result.stdout == b"42\n", result
+        assert len(killed) == 2
+        for folder in (Path(seller.state), net.buyer_state):
+            eventually(partial(overlay_runs, folder), "its overlay process is back")
+        assert client.run(IMAGE, QUICK).ok
         assert_money_rests(client)

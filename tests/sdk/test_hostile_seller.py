@@ -70,7 +70,7 @@ def other_bytes(patch: pytest.MonkeyPatch) -> None:
 
 
 def fewer_bytes(patch: pytest.MonkeyPatch) -> None:
-    async def give(stream: FramedStream, *_: Any) -> None:
+    async def give(stream: FramedStream, *_: Any, **__: Any) -> None:
         await stream.send(Kind.HEADER, b'{"state":"ready"}')
         await stream.receive()
         await stream.send(Kind.DATA, b"w")
@@ -80,7 +80,7 @@ def fewer_bytes(patch: pytest.MonkeyPatch) -> None:
 
 
 def more_bytes(patch: pytest.MonkeyPatch) -> None:
-    async def give(stream: FramedStream, *_: Any) -> None:
+    async def give(stream: FramedStream, *_: Any, **__: Any) -> None:
         await stream.send(Kind.HEADER, b'{"state":"ready"}')
         for _n in range(5):
             await stream.send(Kind.DATA, b"y" * 100_000)

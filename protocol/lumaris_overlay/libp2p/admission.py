@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +59,7 @@ class Admission:
 
     def __init__(self, gate: MembershipGate, me: PeerId, *, clock: Clock = time.time) -> None:
         self._gate, self._me, self._clock = gate, me, clock
-        self._members: dict[str, Member] = {}
+        self._members: OrderedDict[str, Member] = OrderedDict()
         self.certificate = b""
 
     def __len__(self) -> int:
@@ -95,9 +96,14 @@ class Admission:
         """Whether a peer is a member now."""
         return self.member(peer) is not None
 
-    def forget(self, peer: str) -> None:
-        """The peer has left."""
-        self._members.pop(peer, None)
+    def part(self, peer: str) -> None:
+        """The peer has left: its entry is the first to make room.
+
+        It is not dropped at once, for the certificate goes with the key: a connection that the peer
+        began before the old one ended must find it a member.
+        """
+        if peer in self._members:
+            self._members.move_to_end(peer, last=False)
 
 
 class _MemberPattern(PatternXX):

@@ -22,6 +22,7 @@ from lumaris_overlay.libp2p.guarded_pubsub import GuardedPubsub, GuardedRouter, 
 from lumaris_protocol.limits import (
     ADVERT_BYTES_MAX,
     ADVERT_REFRESH_S,
+    DEMAND_BYTES_MAX,
     SHARD_ID_MAX,
     SHARDS_FOLLOWED_MAX,
 )
@@ -37,6 +38,7 @@ _PROTOCOLS = [TProtocol("/meshsub/1.1.0"), TProtocol("/meshsub/1.0.0")]
 _SUBSCRIPTIONS_MAX = 8 * SHARDS_FOLLOWED_MAX
 
 ADVERTS, DEMANDS = "adverts", "demands"
+_BYTES_MAX = {ADVERTS: ADVERT_BYTES_MAX, DEMANDS: DEMAND_BYTES_MAX}
 
 # What becomes of a document in this shard from this forwarder.
 Judge = Callable[[int, str, bytes], Judgement]
@@ -143,12 +145,10 @@ class Gossip:
         if topic in self._joined:
             return
         self._joined.add(topic)
-        judge = self._judges[kind]
+        judge, bytes_max = self._judges[kind], _BYTES_MAX[kind]
 
         def judge_size_first(forwarder: str, data: bytes) -> Judgement:
-            return (
-                judge(shard, forwarder, data) if len(data) <= ADVERT_BYTES_MAX else Judgement.REJECT
-            )
+            return judge(shard, forwarder, data) if len(data) <= bytes_max else Judgement.REJECT
 
         self._pubsub.judges[topic] = judge_size_first
         # The judge takes the documents in; nothing comes by the subscription itself.

@@ -280,7 +280,7 @@ class Libp2pOverlay:
         await self.exchange.gossip.part(peer)
 
     def _part(self, peer: Any) -> None:
-        self.admission.forget(str(peer))
+        self.admission.part(str(peer))
         self.hello.forget(str(peer))
 
     def _send_away(self, peer: str) -> None:

@@ -167,8 +167,9 @@ class WholeFrameYamux(yamux.Yamux):
     milliseconds, whatever is said on it.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.stream_events = WakingEvents(self.stream_events)
         self.negotiating = trio.Semaphore(_NEGOTIATING_MAX)
         self._turn = -math.inf
 
@@ -177,10 +178,6 @@ class WholeFrameYamux(yamux.Yamux):
         now, step = trio.current_time(), 1 / STREAMS_PER_S_PER_PEER
         self._turn = max(self._turn + step, now - STREAMS_BURST_PER_PEER * step)
         await trio.sleep(max(0.0, self._turn - now))
-
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self.stream_events = WakingEvents(self.stream_events)
 
     async def _write_frame(self, data: bytes) -> None:
         # A frame cut in half, or a Noise nonce used up for bytes not sent, kills the connection

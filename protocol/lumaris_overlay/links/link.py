@@ -6,7 +6,8 @@ first, so that the counts of frames they exchange are final. Beginning, moving t
 back after a loss are this one operation.
 
 The side that began the link dials: it first speaks inside the overlay, moves to TLS when the other
-program can be reached, and after a loss tries both for `resume_s`. The other side waits.
+program can be reached, and after a loss tries both until nothing was heard for `resume_s`. The
+other side waits.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _BEGIN_S = 5.0  # a few round trips on a slow line
+# Even a link that was idle for long gets one attempt.
+_RESUME_S_MIN = 0.1
 _CLOSE_S = 1.0  # what was sent last, and the other side's hanging up
 _RETRY_S, _RETRY_S_MAX = 0.05, 1.0
 # A listener that could not be reached is tried again after these waits, then no more.
@@ -192,7 +195,8 @@ class Link:
 
     async def _next(self) -> Offer | None:
         """The next connection, or None when there was none in time. Raises GoneError."""
-        with trio.move_on_after(self._means.timing.resume_s):
+        until = self._heard + self._means.timing.resume_s
+        with trio.CancelScope(deadline=max(until, trio.current_time() + _RESUME_S_MIN)):
             if self._offered is None and self._means.open_inner is not None:
                 await self._reconnect(self._means.open_inner)
             while self._offered is None:

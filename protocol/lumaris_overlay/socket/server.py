@@ -365,8 +365,7 @@ class _Pipes:
             await remote.send_eof()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             # Nobody takes what the client says; what the peer says may still be of use to it.
-            done.set()
-            return
+            pass
         done.set()
         await _until_hung_up(local)
         # The client closed both ways: nobody is left to read what the peer still says.

@@ -16,7 +16,7 @@ from lumaris_overlay.links.link import Link
 from lumaris_overlay.links.wire import Attach, Attached, Decoder, Kind
 from lumaris_overlay.simulated import SimulatedOverlay, open_network
 from lumaris_protocol.errors import LumarisError, RemoteError
-from lumaris_protocol.limits import LINK_DEAD_S, LINK_RESUME_S, LINKS_PER_PEER_MAX
+from lumaris_protocol.limits import LINK_RESUME_S, LINKS_PER_PEER_MAX
 from lumaris_protocol.protocols import LINK
 from tests.overlay.links.pair import ECHO, LOOPBACK, Programs, cut, is_direct, programs
 from tests.overlay.world import KEYS, NETWORK, echo, key_of, read_all, until
@@ -234,7 +234,7 @@ async def test_frozen_peer_is_noticed_in_seconds(autojump_clock):
         puppet.silent = True
         with pytest.raises(trio.BrokenResourceError):
             await stream.receive_some()
-        assert trio.current_time() - began == pytest.approx(LINK_DEAD_S + LINK_RESUME_S)
+        assert trio.current_time() - began == pytest.approx(LINK_RESUME_S)
         assert any(frame.kind is Kind.PING for frame in puppet.frames)
         assert not near.links
 
