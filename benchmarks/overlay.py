@@ -31,13 +31,13 @@ from lumaris_overlay.tasks import background
 
 # Started as a file, this folder is on the path and the one above is not.
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.overlay_latency import (
+from benchmarks.parts.overlay_latency import (
     Row,
     measure_exchange,
     measure_match,
     measure_negotiation,
 )
-from benchmarks.overlay_world import (
+from benchmarks.parts.overlay_world import (
     KEYS,
     NETWORK,
     Host,

@@ -28,7 +28,7 @@ from lumaris_protocol.keys import KeyPair
 
 # Started as a file, this folder is on the path and the one above is not.
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.overlay_world import (
+from benchmarks.parts.overlay_world import (
     KEYS,
     NETWORK,
     advert,

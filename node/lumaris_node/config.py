@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -92,12 +93,9 @@ def direct_address(config: NodeConfig) -> tuple[str, int] | None:
     """
     if config.direct == "off":
         return None
-    text = config.direct or f"{config.listen.rpartition(':')[0]}:0"
-    ip, _, port = text.rpartition(":")
-    if not ip or not port.isdecimal() or int(port) > 65535:
-        name, value = ("direct", config.direct) if config.direct else ("listen", config.listen)
-        raise LumarisError("config_invalid", f"{name} {value!r} is not IP:PORT.")
-    return ip.strip("[]"), int(port)
+    if config.direct:
+        return _check_address("direct", config.direct)
+    return _check_address("listen", config.listen)[0], 0
 
 
 def load(state: Path, **flags: object) -> NodeConfig:
@@ -115,5 +113,23 @@ def load(state: Path, **flags: object) -> NodeConfig:
     given = {name: value for name, value in flags.items() if value is not None}
     config = structs.replace(config, **given)
     config.price.table()
-    direct_address(config)
+    try:
+        direct_address(config)
+        _check_address("listen", config.listen)
+        for address in config.bootstrap:
+            if not address.startswith("/") or "/p2p/" not in address:
+                raise LumarisError("config_invalid", f"bootstrap {address!r} has no /p2p/PEER.")
+    except LumarisError as error:
+        raise LumarisError(error.code, f"{path}: {error.message}") from None
     return config
+
+
+def _check_address(name: str, text: str) -> tuple[str, int]:
+    ip, _, port = text.rpartition(":")
+    try:
+        ipaddress.ip_address(ip.strip("[]"))
+        if not 0 <= int(port) <= 65_535:
+            raise ValueError(port)
+    except ValueError:
+        raise LumarisError("config_invalid", f"{name} {text!r} is not IP:PORT.") from None
+    return ip.strip("[]"), int(port)

@@ -41,6 +41,8 @@ _GRACE_S = 4.0
 _PING_S = 2.0
 _LOCK_S = 40.0
 _POLL_S = 0.02
+# Looked at this often; so many looks in a row without an answer, and it is killed.
+_LOOK_S, _MISSES_MAX = 10.0, 3
 _BACKOFF_S_MIN, _BACKOFF_S_MAX = 0.1, 10.0
 # A process that ran this long was sound: the next failure starts over with a short wait.
 _SOUND_S = 30.0
@@ -135,7 +137,9 @@ class OverlayProcess:
         while True:
             assert self._process is not None
             since = trio.current_time()
-            status = await self._process.wait()
+            async with background() as nursery:
+                nursery.start_soon(self._kill_when_hung, self._process)
+                status = await self._process.wait()
             logger.warning("overlay event=died status=%s", status)
             if trio.current_time() - since >= _SOUND_S:
                 delay = _BACKOFF_S_MIN
@@ -145,8 +149,20 @@ class OverlayProcess:
                 try:
                     await self._start()
                     break
-                except LumarisError as error:
-                    logger.warning("overlay event=restart_failed code=%s", error.code)
+                except (LumarisError, OSError) as error:  # no memory for a process, say
+                    logger.warning("overlay event=restart_failed error=%r", error)
+
+    async def _kill_when_hung(self, process: trio.Process) -> None:
+        """A process that lives and does not answer is as good as dead."""
+        missed = 0
+        while missed < _MISSES_MAX:
+            await trio.sleep(_LOOK_S)
+            answer = None
+            with trio.move_on_after(_LOOK_S), suppress(LumarisError):
+                answer = await identify(self._config.socket)
+            missed = 0 if answer is not None else missed + 1
+        logger.warning("overlay event=hung")
+        process.kill()
 
     async def end(self) -> None:
         """End the process: asked first, then killed; its socket file is gone afterwards."""
@@ -261,8 +277,8 @@ class _SharedProcess:
             delay = min(delay * 2, _BACKOFF_S_MAX)
             try:
                 await self.ensure()
-            except LumarisError as error:
-                logger.warning("overlay event=restart_failed error=%s", error)
+            except (LumarisError, OSError) as error:
+                logger.warning("overlay event=restart_failed error=%r", error)
 
     async def _answers(self) -> bool:
         found = await identify(self._config.socket)

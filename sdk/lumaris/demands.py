@@ -11,13 +11,20 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import trio
 from msgspec import structs
 
 from lumaris_overlay.framed_stream import FramedStream
+from lumaris_overlay.libp2p.addresses import (
+    DIALS_MAX,
+    endpoint_of,
+    same_ip,
+    scope_of,
+    split_circuit,
+)
 from lumaris_overlay.ports import Overlay, OverlayStream
 from lumaris_overlay.tasks import StrangerLog
 from lumaris_overlay.validate import AdvertGate
@@ -135,7 +142,7 @@ class Demands:
     async def _draft(self, needs: Requirements, lease_s: int) -> Signed[Demand]:
         reach = await self._overlay.reachability()
         own = f"/p2p/{self._key.peer_id}"
-        addresses = [address for address in reach.addresses if address.endswith(own)]
+        addresses = _on_one_ip([each for each in reach.addresses if each.endswith(own)])
         now = math.floor(time.time())
         demand = Demand(
             demand=ids.make_id("demand", os.urandom(ids.ID_RANDOM_BYTES)),
@@ -187,3 +194,14 @@ class Demands:
         demand = opened.demand
         if not matching.explain(demand.requirements, advert.message, lease_s=demand.lease_s):
             opened.news.set()
+
+
+def _on_one_ip(addresses: Sequence[str]) -> list[str]:
+    """Those that a demand may name: all direct ones on one IP, the widest seen, and circuits."""
+    found = [(each, endpoint_of(each)) for each in addresses]
+    direct = [(each, place[0]) for each, place in found if place is not None]
+    widest = next(
+        (ip for _, ip in direct if scope_of(ip) == "public"), direct[0][1] if direct else ""
+    )
+    named = [each for each, ip in direct if same_ip(ip, widest)][:DIALS_MAX]
+    return named + [each for each in addresses if split_circuit(each) is not None]

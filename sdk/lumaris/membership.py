@@ -65,7 +65,7 @@ async def join(link: CoordinatorLink, key: KeyPair, cache: Path, *, url: str) ->
             log.warning("going on with the cached membership url=%s", url)
             return cached
         raise
-    await trio.to_thread.run_sync(_write, cache, standing)
+    await _keep(cache, standing)
     return standing
 
 
@@ -81,7 +81,7 @@ async def renew(link: CoordinatorLink, key: KeyPair, cache: Path, standing: Stan
             log.warning("certificate not renewed code=%s", error.code)
             continue
         found = msgspec.structs.replace(found, bootstrap=standing.bootstrap)
-        await trio.to_thread.run_sync(_write, cache, found)
+        await _keep(cache, found)
         return found
 
 
@@ -96,7 +96,7 @@ async def refresh_bootstrap(link: CoordinatorLink, cache: Path, standing: Standi
     if tuple(found.addresses) == standing.bootstrap:
         return standing
     standing = msgspec.structs.replace(standing, bootstrap=tuple(found.addresses))
-    await trio.to_thread.run_sync(_write, cache, standing)
+    await _keep(cache, standing)
     return standing
 
 
@@ -161,8 +161,9 @@ def _read(cache: Path, url: str, peer: str) -> Standing | None:
     return standing if (standing.url, standing.peer) == (url, peer) else None
 
 
-def _write(cache: Path, standing: Standing) -> None:
+async def _keep(cache: Path, standing: Standing) -> None:
+    """Remember it for the next start; a full disk only means that it is asked for again."""
     try:
-        write_private_file(cache, msgspec.json.encode(standing))
+        await trio.to_thread.run_sync(write_private_file, cache, msgspec.json.encode(standing))
     except OSError as error:
-        raise LumarisError("not_writable", f"{cache}: {error.strerror}") from None
+        log.warning("membership not cached error=%s", error)

@@ -84,7 +84,7 @@ def load(
         folder,
         url.rstrip("/"),
         overlay_linger_s=overlay_linger_s,
-        overlay_listen=os.environ.get(f"{_PREFIX}OVERLAY_LISTEN", ""),
+        overlay_listen=_address(f"{_PREFIX}OVERLAY_LISTEN"),
         transfer_mib_s=_number(f"{_PREFIX}TRANSFER_MIB_S", 0),
     )
 
@@ -101,6 +101,19 @@ def _number(name: str, default: int) -> int:
     if not (text.isascii() and text.isdigit()):
         raise LumarisError("config_invalid", f"{name} is not a number.")
     return int(text)
+
+
+def _address(name: str) -> str:
+    text = os.environ.get(name, "")
+    ip, _, port = text.rpartition(":")
+    try:
+        if text:
+            ipaddress.ip_address(ip.strip("[]"))
+            if not 0 <= int(port) <= 65_535:
+                raise ValueError(port)
+    except ValueError:
+        raise LumarisError("config_invalid", f"{name} {text!r} is not IP:PORT.") from None
+    return text
 
 
 def _is_loopback(url: str) -> bool:

@@ -18,6 +18,7 @@ from lumaris import artifacts
 from lumaris.jobs import Artifact, JobRequest, JobResult, JobUpdate, LogLine, Observer
 from lumaris.store import Store
 from lumaris_overlay.bulk.fetch import get_file
+from lumaris_overlay.bulk.part import drop_part
 from lumaris_overlay.bulk.put import put_file
 from lumaris_overlay.bulk.rate import Rate
 from lumaris_overlay.framed_stream import FramedStream, read_refusal
@@ -323,16 +324,21 @@ class Session:
         assert order.folder is not None
         for file in delivery.outputs:
             target = await artifacts.make_target(order.folder, file.path)
-            async with self._fetching:
-                await get_file(
-                    self._overlay,
-                    self.seller,
-                    self.session,
-                    target,
-                    sha256=file.sha256,
-                    size_bytes=file.size_bytes,
-                    rate=self._transfer_rate,
-                )
+            try:
+                async with self._fetching:
+                    await get_file(
+                        self._overlay,
+                        self.seller,
+                        self.session,
+                        target,
+                        sha256=file.sha256,
+                        size_bytes=file.size_bytes,
+                        rate=self._transfer_rate,
+                    )
+            except BaseException:  # the order ends, so nobody would come back for the rest
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(drop_part, target, file.sha256)
+                raise
             order.artifacts[file.path] = Artifact(file.path, target, file.size_bytes, file.sha256)
 
     def _check_log(self, order: _Order, delivery: Delivery) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from lumaris_overlay import process_file
+from lumaris_overlay import process_file, supervisor
 from lumaris_overlay.process import MEMORY_STATUS
 from lumaris_overlay.supervisor import (
     OverlayConfig,
@@ -57,6 +57,42 @@ class FillingConfig(OverlayConfig):
     def command(self, *extra: str) -> list[str]:
         python, _, _module, *arguments = super().command(*extra)
         return [python, "-c", FILLING, str(self.signal), *arguments]
+
+
+async def test_a_process_that_hangs_is_killed_and_started_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervisor, "_LOOK_S", 0.3)
+    config = config_for(tmp_path, "one")
+    with trio.fail_after(60):
+        async with run_overlay(config) as overlay, overlay.adverts() as events:
+            await overlay.publish_advert(advert(key_of("one")))
+            await next_of(events, key_of("one").peer_id)
+            before = process_file.holder(config.state_dir)
+            assert before is not None
+            os.kill(before.pid, signal.SIGSTOP)
+            await until(lambda: not alive(before.pid), timeout_s=30)
+            await overlay.publish_advert(advert(key_of("one"), 2))
+            assert (await next_of(events, key_of("one").peer_id)).seq == 2
+
+
+async def test_a_restart_that_the_system_refuses_is_tried_again(tmp_path, monkeypatch):
+    config = config_for(tmp_path, "one")
+    refused = 0
+    start = OverlayProcess._start
+
+    async def start_later(process: OverlayProcess) -> None:
+        nonlocal refused
+        if process.starts == 1 and refused < 2:
+            refused += 1
+            raise BlockingIOError(11, "no process now")
+        await start(process)
+
+    monkeypatch.setattr(OverlayProcess, "_start", start_later)
+    with trio.fail_after(60):
+        async with run_overlay(config):
+            (pid,) = pids_of(config)
+            os.kill(pid, signal.SIGKILL)
+            await until(lambda: pids_of(config) not in ([], [pid]), timeout_s=30)
+    assert refused == 2
 
 
 async def test_a_process_that_fills_its_memory_ends_and_is_started_again(tmp_path):

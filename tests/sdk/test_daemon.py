@@ -12,12 +12,12 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from lumaris import daemon
+from lumaris import daemon, net
 from lumaris_overlay.ports import AdvertEvent, Overlay, PeerInfo, Ping, Reachability
 from lumaris_protocol.errors import LumarisError, RemoteError
 from lumaris_protocol.keys import KeyPair, PeerId
 
-ONE, TWO, THREE = (KeyPair(bytes([number]) * 32).peer_id for number in (1, 2, 3))
+ONE, TWO, THREE, FOUR = (KeyPair(bytes([number]) * 32).peer_id for number in (1, 2, 3, 4))
 OURS = ("/ip4/192.0.2.1/tcp/4001/p2p/x",)
 
 
@@ -29,7 +29,7 @@ class FakeOverlay:
     sellers: dict[PeerId, bytes | None] = field(default_factory=dict)
     connected: tuple[PeerId, ...] = ()
     offsets: dict[str, float] = field(default_factory=dict)
-    peer_id: PeerId = THREE
+    peer_id: PeerId = FOUR
     asked: list[str] = field(default_factory=list)
 
     async def reachability(self) -> Reachability:
@@ -58,7 +58,7 @@ class FakeOverlay:
             yield receive
 
 
-def opener(fake: FakeOverlay) -> daemon.OpenOverlay:
+def opener(fake: FakeOverlay) -> net.OpenOverlay:
     @asynccontextmanager
     async def opened() -> AsyncIterator[Overlay]:
         yield cast(Overlay, fake)
@@ -67,7 +67,7 @@ def opener(fake: FakeOverlay) -> daemon.OpenOverlay:
 
 
 async def check(fake: FakeOverlay) -> dict[str, Any]:
-    return await daemon.netcheck(opener(fake))
+    return await net.netcheck(opener(fake))
 
 
 async def test_a_public_machine_needs_nothing(autojump_clock: MockClock) -> None:
@@ -104,7 +104,7 @@ async def test_netcheck_says_what_to_do_next(
 
 async def ping(fake: FakeOverlay, name: str, count: int = 2) -> dict[str, Any]:
     numbers: list[int] = []
-    found = await daemon.ping(
+    found = await net.ping(
         opener(fake), name, count=count, on_reply=lambda number, _: numbers.append(number)
     )
     assert len(numbers) == found["received"]
@@ -129,7 +129,13 @@ async def test_ping_takes_a_peer_id_or_the_end_of_one(autojump_clock: MockClock)
 
 @pytest.mark.parametrize(
     ("name", "code"),
-    [("nosuchpeer", "not_found"), ("", "not_found"), ("x" * 5000, "not_found"), ("SAME", "usage")],
+    [
+        ("nosuchpeer", "not_found"),
+        ("", "usage"),
+        ("x", "usage"),
+        ("x" * 5000, "not_found"),
+        ("SAME", "usage"),
+    ],
 )
 async def test_a_name_of_nobody_or_of_two(autojump_clock: MockClock, name: str, code: str) -> None:
     twins = {PeerId(f"12D3KooW{letter}SAMEENDING"): b"advert" for letter in "AB"}
@@ -138,6 +144,11 @@ async def test_a_name_of_nobody_or_of_two(autojump_clock: MockClock, name: str, 
         await ping(fake, "SAMEENDING" if name == "SAME" else name)
     assert caught.value.code == code
     assert not fake.asked
+
+
+async def test_nobody_pings_itself(autojump_clock: MockClock) -> None:
+    with pytest.raises(LumarisError, match="usage"):
+        await ping(FakeOverlay([Reachability(OURS, 1)], offsets={FOUR: 0.0}), FOUR[-10:])
 
 
 async def test_a_withdrawn_seller_is_not_known(autojump_clock: MockClock) -> None:

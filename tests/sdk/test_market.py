@@ -395,6 +395,23 @@ async def test_a_seller_answers_each_demand_once_and_each_buyer_seldom(
     assert tenders._consider(demand_event(20, key_of("another"))) is not None
 
 
+async def test_a_seller_dials_no_third_party(autojump_clock: MockClock, world: World) -> None:
+    tenders = await sell(world, "seller")
+    evil = key_of("evil")
+
+    def places(n: int, *ends: str) -> Demand:
+        named = tuple(f"{end}/p2p/{evil.peer_id}" for end in ends)
+        data = demand_event(n, evil, addresses=named).envelope
+        return codec.open_signed(data, Demand, network=NETWORK).message
+
+    victim = "/ip4/203.0.113.9/tcp/22"
+    assert await tenders._places(places(1, "/ip4/127.0.0.1/tcp/6379")) == ()
+    circuit = f"{victim}/p2p/{key_of('relay').peer_id}/p2p-circuit"
+    assert await tenders._places(places(2, circuit)) == ()
+    assert await tenders._places(places(3, victim)) == (f"{victim}/p2p/{evil.peer_id}",)
+    assert await tenders._places(places(4, victim)) == (), "once a minute"
+
+
 async def test_a_seller_looks_at_so_many_demands(autojump_clock: MockClock, world: World) -> None:
     tenders = await sell(world, "seller")
     junk = DemandEvent(BUYER.peer_id, b"junk")

@@ -7,13 +7,15 @@ back after a loss are this one operation.
 
 The side that began the link dials: it first speaks inside the overlay, moves to TLS when the other
 program can be reached, and after a loss tries both until nothing was heard for `resume_s`. The
-other side waits.
+other side waits. What counts is what the peer says on a connection that has begun: to begin one
+and hang up is no sign of life.
 """
 
 from __future__ import annotations
 
 import hmac
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -33,6 +35,7 @@ from lumaris_protocol.limits import (
     LINK_DEAD_S,
     LINK_FRAME_BYTES_MAX,
     LINK_IDLE_S,
+    LINK_LANES_MAX,
     LINK_PING_S,
     LINK_RESUME_S,
 )
@@ -45,8 +48,14 @@ logger = logging.getLogger(__name__)
 _BEGIN_S = 5.0  # a few round trips on a slow line
 # Even a link that was idle for long gets one attempt.
 _RESUME_S_MIN = 0.1
+# A connection that comes at the last moment has this long to show that the peer lives.
+_PROOF_S = 0.5
+# When nobody listens any more where the peer's program was: it is gone, or has moved and still
+# answers inside the overlay.
+_GONE_S = 0.7
 _CLOSE_S = 1.0  # what was sent last, and the other side's hanging up
 _RETRY_S, _RETRY_S_MAX = 0.05, 1.0
+_DOUBLINGS_MAX = 5
 # A listener that could not be reached is tried again after these waits, then no more.
 _MIGRATE_AGAIN_S = (5.0, 30.0, 120.0)
 _DIALS_MAX = 4
@@ -115,7 +124,9 @@ class Link:
         self._carrying: trio.CancelScope | None = None
         self._running = trio.CancelScope()
         self._active = trio.Event()
-        self._heard = trio.current_time()
+        self._heard = self._active_at = self._retry_at = trio.current_time()
+        self._tries = 0  # connections that were tried since the peer was heard
+        self._seeking: trio.CancelScope | None = None
 
     # --- for the overlay ---
 
@@ -162,7 +173,8 @@ class Link:
         if not self.closing:
             self.closing = True
             self.mux.say_close()
-        if self._carrying is not None:
+        # Between two connections as well: what was said on the old one must still arrive.
+        if self.carrier is not None or self._offered is not None:
             with trio.move_on_after(_CLOSE_S):
                 await self.over.wait()
         self._running.cancel()
@@ -171,7 +183,8 @@ class Link:
         """Until the link is over. Never raises for what the peer does."""
         try:
             with self._running:
-                while self.alive:
+                # A link that closes while it moves still says so on the connection it moves to.
+                while self.alive or (self._offered is not None and not self.mux.closed):
                     offered = await self._next()
                     if offered is None:
                         break
@@ -195,16 +208,35 @@ class Link:
 
     async def _next(self) -> Offer | None:
         """The next connection, or None when there was none in time. Raises GoneError."""
-        until = self._heard + self._means.timing.resume_s
-        with trio.CancelScope(deadline=max(until, trio.current_time() + _RESUME_S_MIN)):
-            if self._offered is None and self._means.open_inner is not None:
-                await self._reconnect(self._means.open_inner)
-            while self._offered is None:
-                self._offer_came = trio.Event()
-                await self._offer_came.wait()
+        now, until = trio.current_time(), self._give_up_at
+        if self._means.open_inner is None and not self._lanes:
+            until = now + self._means.timing.resume_s  # no work of ours waits for it
+        elif not self._tries:
+            until = max(until, now + _RESUME_S_MIN)
+        try:
+            with trio.CancelScope(deadline=until) as self._seeking:
+                if self._offered is None and self._means.open_inner is not None:
+                    await self._reconnect(self._means.open_inner)
+                while self._offered is None:
+                    self._offer_came = trio.Event()
+                    await self._offer_came.wait()
+        finally:
+            self._seeking = None
         offered, self._offered = self._offered, None
         await self._drop_passed_over()
         return offered
+
+    @property
+    def _give_up_at(self) -> float:
+        # An idle link asks for no sign of life, so its last one says nothing about the peer.
+        return max(self._heard, self._active_at) + self._means.timing.resume_s
+
+    def _limit(self, seconds: float) -> float:
+        """The deadline of a wait; with lanes open not much later than the link's own."""
+        now = trio.current_time()
+        if not self._lanes:
+            return now + seconds
+        return min(now + seconds, max(self._give_up_at, now + _PROOF_S))
 
     async def _drop_passed_over(self) -> None:
         while self._passed_over:
@@ -215,7 +247,7 @@ class Link:
         old, self.carrier = self.carrier, carrier
         done = False
         try:
-            with trio.move_on_after(_BEGIN_S):
+            with trio.CancelScope(deadline=self._limit(_BEGIN_S)):
                 if attached is not None:
                     self._target = attached.target
                     received = attached.received
@@ -247,7 +279,6 @@ class Link:
         """Carry frames until the connection is lost, a better one is offered, or it is over."""
         carrier = self.carrier
         assert carrier is not None
-        self._heard = trio.current_time()
         self._tell_lanes()
         try:
             async with background() as nursery:
@@ -267,7 +298,9 @@ class Link:
     async def _read(self, carrier: Carrier) -> None:
         try:
             while frames := await carrier.frames():
-                self._heard = trio.current_time()
+                if any(frame.kind is not Kind.PING for frame in frames):  # it hears us, too
+                    self._heard = trio.current_time()
+                    self._tries = 0
                 self._take_frames(frames)
                 if self.mux.closed:
                     return
@@ -278,9 +311,12 @@ class Link:
 
     def _take_frames(self, frames: list[Frame]) -> None:
         mux = self.mux
+        before = mux.received
         for frame in frames:
             mux.receive(frame)
         mux.check_kept()
+        if mux.received != before:
+            self.used_at = self._heard
         if mux.unread > LINK_FRAME_BYTES_MAX:  # less is no matter, even of all links together
             self._means.on_received()
         if mux.serves is not None:
@@ -310,7 +346,9 @@ class Link:
         timing = self._means.timing
         # The side that began the link ends it; the other only when that one is gone.
         idle_s = timing.idle_s if self._means.open_inner is not None else 2 * timing.idle_s
-        since = self._heard
+        since = started = trio.current_time()
+        if self._lanes:
+            self.mux.ping(_PING)
         while True:
             if not self._lanes:
                 self._active = trio.Event()
@@ -321,15 +359,19 @@ class Link:
                 since = trio.current_time()
                 if since - self._heard >= timing.ping_s:
                     self.mux.ping(_PING)
-            silent_s = trio.current_time() - max(self._heard, since)
-            if silent_s >= timing.dead_s:
+            now = trio.current_time()
+            silent_s = now - max(self._heard, since)
+            left_s = math.inf
+            if self._heard < started:  # nothing was heard on this connection yet
+                left_s = max(self._give_up_at, started + _PROOF_S) - now
+            if silent_s >= timing.dead_s or left_s <= 0:
                 logger.info("link peer=%s event=silent", self.peer)
                 scope.cancel()
                 return
             if silent_s >= timing.ping_s:
                 self.mux.ping(_PING)
             steps = silent_s // timing.ping_s + 1
-            await trio.sleep(min(steps * timing.ping_s, timing.dead_s) - silent_s)
+            await trio.sleep(min(min(steps * timing.ping_s, timing.dead_s) - silent_s, left_s))
         self.closing = True
         self.mux.say_close()
         await trio.sleep(_CLOSE_S)
@@ -339,25 +381,34 @@ class Link:
 
     async def _reconnect(self, open_inner: OpenInner) -> None:
         """Dial until a connection can be offered. Raises GoneError when the peer's program is."""
-        pause_s = _RETRY_S
         while True:
-            # Only where it worked: other addresses would use up the time for the overlay.
-            if self._worked is not None and await self._dial_direct((self._worked,)):
-                return
+            await trio.sleep_until(self._retry_at)
+            # Not forgotten when a connection begins: the peer may hang up each time.
+            pause_s = min(_RETRY_S * 2 ** min(self._tries, _DOUBLINGS_MAX), _RETRY_S_MAX)
+            self._retry_at = trio.current_time() + pause_s
+            self._tries += 1
             try:
-                stream = await open_inner()
-            except LumarisError as error:
-                logger.info("link peer=%s event=unreachable error=%s", self.peer, error.message)
-            else:
-                carrier = Carrier(stream, direct=False)
-                try:
-                    self.offer(carrier, await self.ask(carrier, self._secret))
-                except (*LOST, RemoteError, trio.TooSlowError) as error:
-                    logger.info("link peer=%s event=not_resumed error=%r", self.peer, error)
-                else:
+                # Only where it worked: other addresses would use up the time for the overlay.
+                if self._worked is not None and await self._dial_direct((self._worked,)):
                     return
-            await trio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _RETRY_S_MAX)
+            except GoneError:
+                self._target = None
+                with trio.move_on_after(_GONE_S):
+                    if await self._dial_inner(open_inner):
+                        return
+                raise
+            if await self._dial_inner(open_inner):
+                return
+
+    async def _dial_inner(self, open_inner: OpenInner) -> bool:
+        """Offer a connection inside the overlay. Raises GoneError when the peer refuses it."""
+        try:
+            carrier = Carrier(await open_inner(), direct=False)
+            self.offer(carrier, await self.ask(carrier, self._secret))
+        except (*LOST, LumarisError, trio.TooSlowError) as error:
+            logger.info("link peer=%s event=not_resumed error=%r", self.peer, error)
+            return False
+        return True
 
     async def _migrate(self) -> None:
         """Move to TLS between the programs, if the other one can be reached."""
@@ -374,7 +425,7 @@ class Link:
     async def _dial_direct(self, addresses: tuple[tuple[str, int], ...]) -> bool:
         """Offer a TLS connection to the peer's listener; False when it cannot be had now.
 
-        Raises GoneError when nobody listens any more where the listener was.
+        Raises GoneError, once, when nobody listens any more where the listener was.
         """
         target = self._target
         if target is None:
@@ -386,6 +437,7 @@ class Link:
                 carrier = await direct.dial(address, target.pin)
             except ConnectionRefusedError:
                 if address == self._worked:
+                    self._worked = None
                     raise GoneError from None
                 continue
             except (*LOST, trio.TooSlowError) as error:
@@ -423,6 +475,9 @@ class Link:
     def _take_lane(self, state: LaneState) -> bool:
         if self._means.on_lane is None:
             return False
+        # A lane that the peer gave up is here until its handler ends.
+        if len(self._lanes) >= 2 * LINK_LANES_MAX:
+            return False
         lane = self._add(state)
         if self._means.on_lane(lane):
             return True
@@ -431,8 +486,12 @@ class Link:
 
     def _add(self, state: LaneState) -> Lane:
         lane = Lane(self.mux, state, self.peer, flush=self._flush, on_close=self._forget)
-        self._lanes.add(lane)
         self.used_at = trio.current_time()
+        if not self._lanes:
+            self._active_at = self.used_at
+            if self._seeking is not None:
+                self._seeking.deadline = max(self._seeking.deadline, self._give_up_at)
+        self._lanes.add(lane)
         self._tell_lane(lane)
         self._active.set()
         return lane

@@ -34,6 +34,8 @@ _BATCH_BYTES = 256 * 1024
 _UNSENT_BYTES = 128 * 1024
 # Each kept frame costs this much besides its bytes, so that tiny frames are bounded too.
 _FRAME_COST = 128
+# Unread pieces up to this size are joined: each object costs some 60 bytes besides its own.
+_JOINED_BYTES = 4096
 # Arrivals are told at the latest after this much; otherwise with whatever is sent anyway.
 _ACK_BYTES = LINK_UNACKED_BYTES_MAX // 16
 # Control frames of ours may go over the bound for data; beyond twice of it the peer takes our
@@ -51,7 +53,7 @@ class LaneState:
     def __init__(self, number: int, protocol: str) -> None:
         self.number, self.protocol = number, protocol
         # Inward: what was received and not read, and how much more the peer may send.
-        self.buffer: deque[bytes] = deque()
+        self.buffer: deque[bytes | bytearray] = deque()
         self.unread = 0
         self.window = LINK_WINDOW_BYTES
         self.allowed = LINK_WINDOW_BYTES
@@ -65,6 +67,17 @@ class LaneState:
         self.broken = False
         self.on_readable: Callable[[], None] = _nothing
         self.on_writable: Callable[[], None] = _nothing
+
+    def keep(self, data: bytes) -> None:
+        """Hold received bytes until they are read."""
+        buffer = self.buffer
+        if not buffer or len(buffer[-1]) + len(data) > _JOINED_BYTES:
+            buffer.append(data)
+            return
+        last = buffer[-1]
+        if not isinstance(last, bytearray):
+            last = buffer[-1] = bytearray(last)
+        last += data
 
     def lose(self) -> None:
         """Both directions are gone; what was received can still be read."""
@@ -176,7 +189,7 @@ class Mux:
         lane.consumed += len(data)
         if lane.consumed * 2 >= lane.window and not (lane.ended or lane.broken):
             self._give_credit(lane)
-        return data
+        return bytes(data)
 
     def finish(self, lane: LaneState) -> None:
         """Nothing more is sent on the lane."""
@@ -302,7 +315,7 @@ class Mux:
                 lane.allowed -= size
                 lane.unread += size
                 self.unread += size
-                lane.buffer.append(frame.body)
+                lane.keep(frame.body)
                 lane.on_readable()
             case Kind.CREDIT:
                 lane.credit += int.from_bytes(frame.body, "big")

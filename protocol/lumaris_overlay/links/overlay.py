@@ -10,7 +10,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import secrets
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING
@@ -38,6 +38,7 @@ from lumaris_protocol.errors import LumarisError, RemoteError
 from lumaris_protocol.keys import PeerId
 from lumaris_protocol.limits import (
     ADDRESSES_MAX,
+    LINK_LANES_MAX,
     LINKS_MAX,
     LINKS_PER_PEER_MAX,
     LINKS_UNREAD_BYTES_MAX,
@@ -53,6 +54,8 @@ logger = logging.getLogger(__name__)
 _BEGIN_S = 5.0
 # A peer that does not speak links is not asked again for this long.
 _LINKLESS_S = 60.0
+# How every overlay says that a connected peer does not know the protocol.
+_NO_LINKS = f"does not answer {LINK}"
 _LINKLESS_MAX = 1_024
 _ID_BYTES = 16
 
@@ -102,6 +105,7 @@ class LinkedOverlay:
         self._incoming: dict[str, Link] = {}
         self._beginning: dict[str, trio.Lock] = {}
         self._linkless: OrderedDict[str, float] = OrderedDict()
+        self._running: Counter[PeerId] = Counter()  # handlers of lanes, also of links that ended
 
     # --- links ---
 
@@ -159,7 +163,10 @@ class LinkedOverlay:
         of_peer = [link for link in self._incoming.values() if link.peer == peer]
         if len(of_peer) >= LINKS_PER_PEER_MAX and not self._retire(of_peer):
             return None
-        if len(self._incoming) >= LINKS_MAX and not self._retire(list(self._incoming.values())):
+        incoming = list(self._incoming.values())
+        if len(incoming) >= LINKS_MAX and not (
+            self._retire(incoming) or self._even_out(len(of_peer))
+        ):
             return None
         means = Means(
             make_target=None if self.listener is None else self._make_target,
@@ -192,18 +199,44 @@ class LinkedOverlay:
         idle = [link for link in links if link.idle and link.alive]
         if not idle:
             return False
-        oldest = min(idle, key=lambda link: link.used_at)
+        self._end_oldest(idle)
+        return True
+
+    def _even_out(self, links: int) -> bool:
+        """Make room for a peer with so many links: end one of the peer that has most.
+
+        Only where that leaves the other with no fewer than the newcomer will have.
+        """
+        peer, most = Counter(link.peer for link in self._incoming.values()).most_common(1)[0]
+        if most < links + 2:
+            return False
+        logger.info("link peer=%s event=made_room links=%d", peer, most)
+        self._end_oldest([link for link in self._incoming.values() if link.peer == peer])
+        return True
+
+    def _end_oldest(self, links: list[Link]) -> None:
+        oldest = min(links, key=lambda link: link.used_at)
         for table in (self._incoming, self._outgoing):
             for key in [key for key, link in table.items() if link is oldest]:
                 del table[key]  # type: ignore[arg-type]
         self._nursery.start_soon(oldest.close)
-        return True
 
     def _on_lane(self, lane: Lane) -> bool:
         if lane.protocol not in self._handlers:
             return False
-        self._nursery.start_soon(self._handlers.answer, lane)
+        if self._running[lane.peer] >= LINKS_PER_PEER_MAX * LINK_LANES_MAX:
+            return False
+        self._running[lane.peer] += 1
+        self._nursery.start_soon(self._answer_lane, lane)
         return True
+
+    async def _answer_lane(self, lane: Lane) -> None:
+        try:
+            await self._handlers.answer(lane)
+        finally:
+            self._running[lane.peer] -= 1
+            if not self._running[lane.peer]:
+                del self._running[lane.peer]
 
     def _bound_unread(self) -> None:
         links = self.links
@@ -227,7 +260,7 @@ class LinkedOverlay:
         return Target(addresses=addresses, pin=listener.pin, token=secrets.token_hex(_ID_BYTES))
 
     async def _link_to(self, peer: str, addresses: Sequence[str]) -> Link | None:
-        """The link to a peer, begun when there is none; None when the peer speaks no links.
+        """The link to a peer, begun when there is none; None when the peer takes none.
 
         Raises RemoteError `unreachable`.
         """
@@ -247,11 +280,12 @@ class LinkedOverlay:
     async def _begin(self, peer: str, addresses: Sequence[str]) -> Link | None:
         try:
             stream = await self._inner.open_stream(peer, LINK, addresses=addresses)
-        except RemoteError:
-            # A connection without an answer: the peer is there and speaks no links.
+        except RemoteError as error:
             if peer not in [info.peer for info in await self._inner.peers()]:
                 raise
-            self._note_linkless(peer)
+            # The peer is there. Too slow now says nothing about the next time.
+            if _NO_LINKS in error.message:
+                self._note_linkless(peer)
             return None
         if len(self._outgoing) >= LINKS_MAX and not self._retire(list(self._outgoing.values())):
             await stream.reset()
@@ -267,7 +301,8 @@ class LinkedOverlay:
         try:
             attached = await link.ask(carrier, secret, fresh=True)
         except GoneError:
-            raise RemoteError("unreachable", f"The peer {peer} takes no more links.") from None
+            logger.info("link peer=%s event=refused", peer)
+            return None
         except (*LOST, trio.TooSlowError) as error:
             raise RemoteError("unreachable", f"The peer {peer} does not answer.") from error
         link.offer(carrier, attached)

@@ -11,7 +11,7 @@ from lumaris.cli.options import CONTEXT, Settings, buyer_options
 from lumaris.cli.output import emit, fields, note, peer_of
 
 if TYPE_CHECKING:
-    from lumaris.daemon import OpenOverlay
+    from lumaris.net import OpenOverlay
     from lumaris_overlay.ports import Ping
 
 _ALONE_EXIT = 10
@@ -31,9 +31,9 @@ def netcheck(settings: Settings, node: bool) -> int:
     """
     import trio
 
-    from lumaris import daemon
+    from lumaris import net
 
-    found: dict[str, Any] = trio.run(daemon.netcheck, _opener(settings, node=node))
+    found: dict[str, Any] = trio.run(net.netcheck, _opener(settings, node=node))
     if settings.json:
         emit(found)
     else:
@@ -55,7 +55,7 @@ def ping(settings: Settings, peer: str, count: int, node: bool) -> None:
     """
     import trio
 
-    from lumaris import daemon
+    from lumaris import net
 
     def show(number: int, reply: Ping) -> None:
         if not settings.json:
@@ -65,7 +65,7 @@ def ping(settings: Settings, peer: str, count: int, node: bool) -> None:
             )
 
     asked = partial(
-        daemon.ping, _opener(settings, node=node), peer.strip(), count=count, on_reply=show
+        net.ping, _opener(settings, node=node), peer.strip(), count=count, on_reply=show
     )
     found = trio.run(asked)
     if settings.json:
@@ -83,7 +83,8 @@ def _opener(settings: Settings, *, node: bool) -> OpenOverlay:
         return partial(daemon.attached, profile)
     from lumaris.cli.node import folder_of
 
-    return partial(daemon.running, folder_of(settings, None) / "overlay")
+    folder = folder_of(settings, None) / "overlay"
+    return partial(daemon.running, folder, starts="lumaris node up")
 
 
 def _print(found: dict[str, Any]) -> None:
@@ -94,7 +95,7 @@ def _print(found: dict[str, Any]) -> None:
         for info in peers[:_PEERS_SHOWN]
     )
     more = len(peers) - _PEERS_SHOWN
-    clock = f"{-offset:+.3f} s against {found['clock_peers']} peers" if offset is not None else "-"
+    clock = f"{offset:+.3f} s at {found['clock_peers']} peers" if offset is not None else "-"
     fields(
         [
             ("verdict", found["reachability"]),

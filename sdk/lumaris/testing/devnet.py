@@ -23,8 +23,8 @@ from types import TracebackType
 from typing import Any
 
 from lumaris.client import Client
-from lumaris.processes import start_time
 from lumaris_overlay.private_files import make_private_folder
+from lumaris_overlay.process_file import start_ticks
 from lumaris_protocol import codes
 from lumaris_protocol.errors import LumarisError
 
@@ -50,7 +50,7 @@ class Program:
     @property
     def alive(self) -> bool:
         """Whether this very process still runs."""
-        return self.started != 0 and start_time(self.pid) == self.started
+        return self.started != 0 and start_ticks(self.pid) == self.started
 
     def end(self, number: int = signal.SIGTERM, *, wait_s: float = _STOP_S) -> None:
         """Signal it and wait until it is gone; SIGKILL when it does not go."""
@@ -272,7 +272,7 @@ class _Launch:
     def named(self) -> Program:
         """The process with the peer and address it announced."""
         pid = self.process.pid
-        return Program(self.role, self.state, pid, start_time(pid), self.words[1], self.words[2])
+        return Program(self.role, self.state, pid, start_ticks(pid), self.words[1], self.words[2])
 
 
 def _launch(

@@ -14,6 +14,7 @@ from lumaris_overlay.links import Timing, direct, open_links, wire
 from lumaris_overlay.links.carrier import Carrier
 from lumaris_overlay.links.link import Link
 from lumaris_overlay.links.wire import Attach, Attached, Decoder, Kind
+from lumaris_overlay.ports import OverlayStream
 from lumaris_overlay.simulated import SimulatedOverlay, open_network
 from lumaris_protocol.errors import LumarisError, RemoteError
 from lumaris_protocol.limits import LINK_RESUME_S, LINKS_PER_PEER_MAX
@@ -168,6 +169,42 @@ async def test_killed_peer_ends_the_lanes_at_once(autojump_clock):
             assert link.over.is_set() and not near.links
 
 
+async def refused(address, pin):
+    raise ConnectionRefusedError
+
+
+async def test_a_peer_that_moved_is_found_inside_the_overlay(monkeypatch):
+    async with programs() as two, two.seller.serve(ECHO, echo):
+        stream = await two.buyer.open_stream(two.seller.peer_id, ECHO)
+        await two.direct()
+        monkeypatch.setattr(direct, "dial", refused)
+        cut(two.link)
+        with trio.fail_after(5):
+            assert await say(stream, b"inside") == b"inside"
+        monkeypatch.undo()
+        cut_off = two.link.carrier
+        assert cut_off is not None and not cut_off.direct
+        await cut_off.drop()
+        assert await say(stream, b"again") == b"again"
+        await two.direct()
+
+
+async def test_a_peer_that_refuses_and_is_not_found_inside_soon_is_gone(monkeypatch):
+    monkeypatch.setattr("lumaris_overlay.links.link._GONE_S", 0.05)
+    async with programs(timing=Timing(resume_s=60.0)) as two, two.seller.serve(ECHO, echo):
+        stream = await two.buyer.open_stream(two.seller.peer_id, ECHO)
+        await two.direct()
+        monkeypatch.setattr(direct, "dial", refused)
+
+        async def never(*_arguments, **_named):
+            await trio.sleep_forever()
+
+        two.buyer_host.open_stream = never  # type: ignore[method-assign]
+        cut(two.link)
+        with trio.fail_after(5), pytest.raises(trio.BrokenResourceError):
+            await stream.receive_some()
+
+
 async def test_restarted_peer_ends_the_lanes_and_gets_a_new_link():
     async with open_network(NETWORK, KEYS) as network:
         buyer, seller = network.host(key_of("buyer")), network.host(key_of("seller"))
@@ -197,6 +234,7 @@ class Puppet:
         self.frames: list[wire.Frame] = []
         self.serves = (ECHO,)
         self.silent = False
+        self.hollow = ""  # what it does after each beginning: "hangs up" or "is silent"
 
     async def answer(self, stream) -> None:
         carrier = Carrier(stream, direct=False)
@@ -205,6 +243,10 @@ class Puppet:
             self.attaches.append(wire.decode_json(frame, Kind.ATTACH, Attach))
             await carrier.send(wire.encode_json(Kind.ATTACHED, Attached(received=0)))
             await carrier.frame()
+            if self.hollow == "hangs up":
+                return
+            if self.hollow:
+                await trio.sleep_forever()
             await carrier.send(wire.encode_serves(self.serves))
             self.carriers.append(carrier)
             while frames := await carrier.frames():
@@ -239,6 +281,52 @@ async def test_frozen_peer_is_noticed_in_seconds(autojump_clock):
         assert not near.links
 
 
+async def test_a_lane_on_a_link_that_was_idle_has_the_whole_time_and_no_more(autojump_clock):
+    async with puppet_world() as (near, puppet):
+        await (await near.open_stream(puppet.host.peer_id, ECHO)).aclose()
+        puppet.silent = True
+        await trio.sleep(30)
+        began = trio.current_time()
+        stream = await near.open_stream(puppet.host.peer_id, ECHO)
+        with pytest.raises(trio.BrokenResourceError):
+            await stream.receive_some()
+        assert trio.current_time() - began == pytest.approx(LINK_RESUME_S)
+
+
+@pytest.mark.parametrize("lost_s", [0.0, 0.05])
+async def test_a_link_that_was_idle_comes_back_for_a_new_lane(autojump_clock, lost_s):
+    async with programs(listen=None) as two, two.seller.serve(ECHO, echo):
+        await (await two.buyer.open_stream(two.seller.peer_id, ECHO)).aclose()
+        first, inner = two.link, two.buyer_host.open_stream
+
+        async def slow(*arguments, **named):
+            await trio.sleep(2)
+            return await inner(*arguments, **named)
+
+        two.buyer_host.open_stream = slow  # type: ignore[method-assign]
+        await trio.sleep(30)
+        assert first.carrier is not None
+        assert isinstance(first.carrier.stream, OverlayStream)
+        await first.carrier.stream.reset()
+        await trio.sleep(lost_s)
+        stream = await two.buyer.open_stream(two.seller.peer_id, ECHO)
+        assert await say(stream, b"x") == b"x"
+        assert two.link is first
+
+
+@pytest.mark.parametrize("hollow", ["hangs up", "is silent"])
+async def test_to_begin_connections_is_no_sign_of_life(autojump_clock, hollow):
+    async with puppet_world() as (near, puppet):
+        stream = await near.open_stream(puppet.host.peer_id, ECHO)
+        puppet.hollow = hollow
+        began = trio.current_time()
+        await puppet.carriers[0].drop()
+        with pytest.raises(trio.BrokenResourceError):
+            await stream.receive_some()
+        assert trio.current_time() - began <= LINK_RESUME_S + 0.5
+        assert 2 <= len(puppet.attaches) < 20
+
+
 @pytest.mark.slow
 async def test_peer_that_answers_pings_is_kept_for_ever(autojump_clock):
     async with programs(listen=None) as two, two.seller.serve(ECHO, echo):
@@ -247,6 +335,16 @@ async def test_peer_that_answers_pings_is_kept_for_ever(autojump_clock):
         await trio.sleep(600)
         assert two.link.carrier is before
         assert await say(stream, b"x") == b"x"
+
+
+async def test_a_quiet_lane_keeps_its_connection_however_short_the_resuming(autojump_clock):
+    timing = Timing(resume_s=0.1)
+    async with programs(listen=None, timing=timing) as two, two.seller.serve(ECHO, echo):
+        stream = await two.buyer.open_stream(two.seller.peer_id, ECHO)
+        assert await say(stream, b"x") == b"x"
+        before = two.link.carrier
+        await trio.sleep(10)
+        assert two.link.carrier is before
 
 
 async def test_link_without_lanes_is_closed_and_begun_again(autojump_clock):
@@ -306,6 +404,24 @@ async def test_peer_without_links_gets_plain_streams_and_is_not_asked_again():
                 stream = await near.open_stream(seller.peer_id, ECHO)
                 assert await say(stream, b"plain") == b"plain"
             assert asked == [LINK, ECHO, ECHO]
+
+
+async def test_a_peer_that_was_too_slow_once_is_asked_for_a_link_again():
+    async with programs(listen=None) as two, two.seller.serve(ECHO, echo):
+        inner = two.buyer_host.open_stream
+        failed: list[str] = []
+
+        async def once(peer, protocol, *, addresses=()):
+            if protocol == LINK and not failed:
+                failed.append(protocol)
+                raise RemoteError("unreachable", f"The peer {peer} did not answer in time.")
+            return await inner(peer, protocol, addresses=addresses)
+
+        two.buyer_host.open_stream = once  # type: ignore[method-assign]
+        for links in (0, 1):
+            stream = await two.buyer.open_stream(two.seller.peer_id, ECHO)
+            assert await say(stream, b"x") == b"x"
+            assert len(two.buyer.links) == links
 
 
 async def test_plain_streams_are_answered_beside_lanes():
@@ -434,3 +550,29 @@ async def test_timing_is_the_callers():
         puppet.silent = True
         with trio.fail_after(5), pytest.raises(trio.BrokenResourceError):
             await stream.receive_some()
+
+
+@pytest.mark.slow
+async def test_a_program_that_leaves_in_the_middle_of_a_move_takes_its_lanes_along():
+    """At whatever step of the move the links are closed, the peer's handlers end at once."""
+    async with programs() as two:
+        for steps in range(0, 60, 3):
+            ended = trio.Event()
+
+            async def wait(stream: OverlayStream, ended: trio.Event = ended) -> None:
+                try:
+                    while await stream.receive_some():
+                        pass
+                except trio.BrokenResourceError:
+                    pass
+                ended.set()
+
+            async with two.seller.serve(ECHO, wait):
+                async with open_links(two.buyer_host, listen=None, answer=False) as leaving:
+                    stream = await leaving.open_stream(two.seller.peer_id, ECHO)
+                    await stream.send_all(b"here")
+                    for _ in range(steps):
+                        await trio.lowlevel.checkpoint()
+                    await stream.aclose()
+                with trio.fail_after(3):
+                    await ended.wait()

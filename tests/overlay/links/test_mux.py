@@ -214,6 +214,21 @@ def deliver(mux: Mux, *frames: bytes) -> None:
         mux.receive(frame)
 
 
+def test_tiny_frames_cost_no_more_than_their_bytes():
+    far = opened_far()
+    data = b"".join(number.to_bytes(2, "big") for number in range(20_000))
+    for start in range(0, len(data), 2):
+        far.receive(Frame(Kind.DATA, 1, data[start : start + 2]))
+    lane = far.lanes[1]
+    assert lane.unread == far.unread == len(data)
+    assert len(lane.buffer) <= 2 * len(data) // module._JOINED_BYTES
+    got = far.read(lane, 3) + far.read(lane, 10_000)
+    while part := far.read(lane, 1 << 20):
+        assert type(part) is bytes
+        got += part
+    assert got == data and far.unread == 0
+
+
 def opened_far() -> Mux:
     far = Mux(initiator=False, on_lane=lambda _: True)
     deliver(far, wire.encode(Kind.OPEN, 1, b"/x/1"))

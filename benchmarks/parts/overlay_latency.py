@@ -16,7 +16,7 @@ import trio
 import uvicorn
 
 from benchmarks import session
-from benchmarks.overlay_world import (
+from benchmarks.parts.overlay_world import (
     NEEDS,
     NETWORK,
     Processes,
