@@ -18,6 +18,7 @@ from msgspec import structs
 
 from lumaris_node.capability.advert import AdvertPublisher
 from lumaris_overlay.framed_stream import FramedStream
+from lumaris_overlay.libp2p.addresses import DialPace, dialable
 from lumaris_overlay.ports import DemandEvent, Overlay
 from lumaris_overlay.tasks import StrangerLog
 from lumaris_overlay.validate import DemandGate, TokenBuckets
@@ -59,6 +60,7 @@ class Tenders:
         self._rng = rng or random.Random()  # noqa: S311 - only spreads answers in time
         self._all = TokenBuckets(per_s=_PER_S, burst=_BURST, names_max=1)
         self._seen: dict[str, float] = {}
+        self._pace = DialPace()
         self._answering = 0
         self._strangers = StrangerLog(log)
         self.counts: dict[str, int] = {}
@@ -129,10 +131,22 @@ class Tenders:
             await self._adverts.publish()
         return self._adverts.current()
 
+    async def _places(self, demand: Demand) -> tuple[str, ...]:
+        """Where to dial the buyer: every fitting seller does, so nowhere that hurts another."""
+        connected = {peer.peer for peer in await self._overlay.peers()}
+        if demand.buyer in connected:
+            return ()
+        known = await self._overlay.reachability()
+        relays = connected.union(known.relays)
+        named = dialable(demand.addresses, own=known.addresses, relays=relays)
+        return self._pace.admit(named, time.monotonic())
+
     async def _send(self, demand: Demand, advert: Signed[Advert]) -> None:
+        addresses = await self._places(demand)
         stream = FramedStream(
-            await self._overlay.open_stream(demand.buyer, TENDER, addresses=demand.addresses)
+            await self._overlay.open_stream(demand.buyer, TENDER, addresses=addresses)
         )
+        self._pace.answered(addresses)
         try:
             header = TenderHeader(demand=demand.demand)
             await stream.send(Kind.HEADER, msgspec.json.encode(header))

@@ -8,6 +8,7 @@ import msgspec
 import trio
 
 from lumaris_overlay.frame_reader import FrameReader
+from lumaris_overlay.ports import OverlayStream
 from lumaris_protocol import codes, frames
 from lumaris_protocol.errors import EnvelopeError, LumarisError, RefusedError
 from lumaris_protocol.frames import Frame, Kind
@@ -32,6 +33,7 @@ class FramedStream:
         self.stream = stream
         self._reader = FrameReader(stream)
         self._sending = trio.StrictFIFOLock()
+        self._torn = False  # a send ended early: what follows would be read as the rest of it
 
     async def send(self, kind: Kind, body: bytes = b"") -> None:
         """Send one frame. Raises trio.BrokenResourceError when the other side is gone."""
@@ -40,7 +42,12 @@ class FramedStream:
     async def send_encoded(self, data: bytes) -> None:
         """Send frames that are already encoded, several at a time for speed."""
         async with self._sending:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            if self._torn:
+                raise trio.BrokenResourceError("an earlier frame was cut off")
+            self._torn = True
             await self.stream.send_all(data)
+            self._torn = False
 
     async def receive(self) -> Frame | None:
         """The next frame, or None at the end of the stream. Raises EnvelopeError for bad frames."""
@@ -69,13 +76,18 @@ class FramedStream:
             raise EnvelopeError("malformed", f"A bad header: {error}") from None
 
     async def refuse(self, error: LumarisError) -> None:
-        """Say why not, as far as the other side still listens."""
+        """Say why not, as far as the other side still listens.
+
+        After a frame that was cut off nothing can be said: the stream breaks instead.
+        """
         with trio.move_on_after(_REFUSE_S):
             try:
                 await self.send(Kind.REFUSAL, encode_refusal(error))
                 await self.stream.send_eof()
             except (trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError):
-                return
+                pass
+        if self._torn and isinstance(self.stream, OverlayStream):
+            await self.stream.reset()
 
     async def aclose(self) -> None:
         """Close the stream."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lumaris_overlay.libp2p import addresses
 from lumaris_protocol import codec
 from lumaris_protocol.codec import Signed
 from lumaris_protocol.errors import EnvelopeError
@@ -96,6 +97,8 @@ class DemandGate:
         # Sellers dial these: nobody may point them at somebody else.
         if not all(address.endswith(f"/p2p/{demand.buyer}") for address in demand.addresses):
             raise EnvelopeError("malformed", "The demand names an address of another peer.")
+        if not addresses.on_one_ip(demand.addresses):
+            raise EnvelopeError("malformed", "The demand names more places than one.")
         certificate = self._members.check(demand.certificate, demand.buyer, now).message
         if "buyer" not in certificate.roles:
             raise EnvelopeError("not_certified", "The certificate does not let this peer buy.")

@@ -122,12 +122,18 @@ STRANGERS_MAX = 16
 # Inbound connections whose handshake is not done: an honest one takes milliseconds.
 HANDSHAKES_MAX = 64
 # Handshakes that end with a stranger or not at all, by IP (IPv6: by /64), and of all such IPs
-# together: 3 ms of CPU each. An IP from which a member is connected may have so many times more.
+# together: 10 ms of CPU each. An IP from which a member is connected may have so many times more.
 NEWCOMERS_PER_S_PER_IP = 1
 NEWCOMERS_BURST_PER_IP = 10
-NEWCOMERS_MEMBER_FACTOR = 10
+NEWCOMERS_MEMBER_FACTOR = 5
+# By site: an IPv4 /24 or an IPv6 /48, of which one owner has many of the above.
+NEWCOMERS_PER_S_PER_SITE = 5
+NEWCOMERS_BURST_PER_SITE = 50
 NEWCOMERS_PER_S = 30
 NEWCOMERS_BURST = 200
+# Of these, kept for networks not seen in the last minute (by IPv4 /16 or IPv6 /32).
+NEWCOMERS_RESERVED_PER_S = 10
+NEWCOMERS_RESERVED_BURST = 50
 # A member's own count only when it comes again and again.
 RETURNS_PER_S_PER_PEER = 1
 RETURNS_BURST_PER_PEER = 20
@@ -143,7 +149,7 @@ GOSSIP_COST_BURST_PER_PEER = 500
 # A demand costs every seller of a shard a look; a buyer has one open at a time, and few at most.
 DEMAND_BYTES_MAX = 4 * KIB
 DEMAND_LIFETIME_S_MAX = 30
-DEMAND_ADDRESSES_MAX = 4  # each seller that fits may dial all of them
+DEMAND_ADDRESSES_MAX = 4  # circuits, and direct ones on one IP; a seller dials two
 DEMANDS_PER_S_PER_BUYER = 0.2
 DEMANDS_BURST_PER_BUYER = 5
 TENDERS_MAX = 16  # answers to one demand
@@ -180,7 +186,7 @@ REACH_ASKS_PER_S_PER_PEER = 0.1
 REACH_ASKS_BURST_PER_PEER = 4
 # A message of the circuit or hole punching protocols; the latter's specification says 4 KiB.
 RELAY_MESSAGE_BYTES_MAX = 4 * KIB
-# Circuits that others opened to us, over all relays.
+# Circuits that others opened to us, over all relays; one relay may open its share of them.
 CIRCUITS_IN_MAX = 64
 # What a relay gives away: one reservation costs it a table entry, a circuit two streams.
 RELAY_RESERVATIONS_MAX = 500
@@ -188,6 +194,9 @@ RELAY_RESERVATIONS_PER_IP_MAX = 64
 RELAY_RESERVATION_S = 3600
 RELAY_CIRCUITS_MAX = 500
 RELAY_CIRCUITS_PER_PEER_MAX = 32
+# Of these, begun by one member; and to the same target, one and the next while the first ends.
+RELAY_CIRCUITS_PER_SOURCE_MAX = 16
+RELAY_CIRCUITS_PER_PAIR_MAX = 2
 # Control traffic of a day of sessions, or one small transfer; bulk data belongs on a direct path.
 RELAY_CIRCUIT_BYTES_MAX = 64 * MIB
 RELAY_CIRCUIT_S_MAX = 3600

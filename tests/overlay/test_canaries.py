@@ -324,9 +324,8 @@ async def test_b16_dial_back_takes_the_connection_that_is_there(pair):
 def test_b17_a_frozen_peer_is_noticed():
     assert not ConnectionConfig().enable_health_monitoring
     found = build.connection_config()
-    assert found.enable_health_monitoring
-    assert found.abort_connection_on_ping_failure
-    assert 9 <= found.health_check_interval <= 15
+    # Its own check waits for each peer in turn, so ours takes its place: `test_health.py`.
+    assert not found.enable_health_monitoring
     assert found.low_watermark == 0
 
 

@@ -326,6 +326,37 @@ async def test_abuse_is_refused_and_the_host_goes_on(pair):
 
 
 @pytest.mark.slow
+async def test_a_peer_named_with_a_dead_address_is_found_at_its_own(pair):
+    one, two = pair
+    dead = Named(two.peer, ("/ip4/127.0.0.1/tcp/1",))
+    question = Question(dht_wire.FIND_NODE, peer_key(two.peer))
+    where = (await two.overlay.reachability()).addresses
+    one.dht.table.seen(two.peer, where, trio.current_time())
+    await one.overlay.connections.drop(ID.from_base58(two.peer))
+    assert await one.dht._ask(dead, question) is not None
+    assert two.peer in one.dht.table
+
+
+@pytest.mark.slow
+async def test_many_names_of_one_place_are_one_dial(pair, monkeypatch):
+    one, _ = pair
+    question = Question(dht_wire.FIND_NODE, b"x")
+    dialled: list[str] = []
+
+    async def dial(address: str) -> bool:
+        await trio.lowlevel.checkpoint()
+        dialled.append(address)
+        return False
+
+    monkeypatch.setattr(one.overlay.connections, "dial", dial)
+    places = ("/ip4/127.0.0.1/tcp/1", "/ip4/10.0.0.1/tcp/22", "/dns4/example.org/tcp/80")
+    for number in range(5):
+        named = Named(key_of(f"invented {number}").peer_id, places)
+        assert await one.dht._ask(named, question) is None
+    assert [address.partition("/p2p/")[0] for address in dialled] == ["/ip4/127.0.0.1/tcp/1"]
+
+
+@pytest.mark.slow
 async def test_a_flood_of_puts_is_bounded(pair):
     one, two = pair
     keys = [key_of(f"flood {number}") for number in range(40)]

@@ -23,7 +23,7 @@ from lumaris_overlay.libp2p.dht_wire import (
 )
 from lumaris_overlay.records import RecordGate
 from lumaris_protocol.errors import EnvelopeError
-from lumaris_protocol.limits import CLOCK_SKEW_S
+from lumaris_protocol.limits import CLOCK_SKEW_S, SHARDS_MAX
 from tests.overlay.test_records import endpoint
 from tests.overlay.world import KEYS, NETWORK, advert, key_of
 
@@ -153,6 +153,63 @@ def test_index_peers_are_a_bounded_set():
     ):
         with pytest.raises(EnvelopeError):
             store.put(place, dht_wire.pack([wrong]), now)
+
+
+def test_a_member_holds_few_index_keys():
+    now = time.time()
+    store = RecordStore(key_of("me").peer_id, GATE)
+    evil = key_of("evil")
+    for start in range(1000, 1064, 16):
+        shards = tuple(range(start, start + 16))
+        record = dht_wire.pack([endpoint(evil, services=("index",), shards=shards, seq=start)])
+        for shard in shards:
+            store.put(dht_wire.index_key(shard), record, now)
+    assert len(store._index) == 16
+    assert store.get(dht_wire.index_key(1063), now) is not None
+    old = endpoint(evil, now=now - 60, services=("index",), shards=(5,))
+    assert not store.put(dht_wire.index_key(5), dht_wire.pack([old]), now)
+    honest = endpoint(key_of("honest"), services=("index",), shards=(3,))
+    assert store.put(dht_wire.index_key(3), dht_wire.pack([honest]), now)
+
+
+def test_index_keys_near_us_have_room():
+    me, now = key_of("me").peer_id, time.time()
+    store = RecordStore(me, GATE)
+    shards = range(80)
+    for shard in shards:
+        record = endpoint(key_of(f"member {shard // 16}"), services=("index",), shards=ALL[shard])
+        store.put(dht_wire.index_key(shard), dht_wire.pack([record]), now)
+    near = sorted(shards, key=lambda s: place_of_key(dht_wire.index_key(s)) ^ place_of(me))
+    assert set(store._index) == set(near[:SHARDS_MAX])
+
+
+ALL = [tuple(range(shard // 16 * 16, shard // 16 * 16 + 16)) for shard in range(80)]
+
+
+async def test_a_dead_address_does_not_keep_other_walks_from_a_peer():
+    place = place_of_key(b"somewhere")
+    peers = [str(key_of(f"claim {number}").peer_id) for number in range(3)]
+    liar, honest, holder = peers
+    good, dead = Named(holder, ("/ip4/10.0.0.1/tcp/1",)), Named(holder, ("/ip4/10.0.0.2/tcp/1",))
+    asked = []
+    refused = trio.Event()
+
+    async def ask(named: Named) -> Sequence[Named] | None:
+        await trio.lowlevel.checkpoint()
+        asked.append(named)
+        if named == dead:
+            refused.set()
+            return None
+        if named.peer == honest:
+            await refused.wait()
+            return [good]
+        return [dead] if named.peer == liar else []
+
+    starts = [Named(peer, ("/ip4/10.0.0.3/tcp/1",)) for peer in (liar, honest)]
+    with trio.fail_after(5):
+        await Lookup(place, "me", starts, ask, rng=random.Random(1), paths=2).run()
+    assert asked.count(dead) == 1
+    assert asked.count(good) == 1
 
 
 class Walks:

@@ -210,6 +210,16 @@ BAD_DEMANDS: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: demand(addresses=(f"/ip4/8.8.8.8/tcp/1/p2p/{SELLER.peer_id}",)),
         "malformed",
     ),
+    "two places": (
+        lambda: demand(
+            addresses=tuple(f"/ip4/8.8.8.{n}/tcp/1/p2p/{BUYER.peer_id}" for n in (1, 2))
+        ),
+        "malformed",
+    ),
+    "a name": (
+        lambda: demand(addresses=(f"/dns4/example.org/tcp/1/p2p/{BUYER.peer_id}",)),
+        "malformed",
+    ),
     "a bare address": (lambda: demand(addresses=("/ip4/8.8.8.8/tcp/1",)), "malformed"),
     "a seller": (
         lambda: demand(certificate=certificate(BUYER.peer_id, now=NOW, roles=("seller",))),
@@ -225,6 +235,9 @@ BAD_DEMANDS: dict[str, tuple[Callable[[], bytes], str]] = {
 def test_a_demand_passes():
     found = DEMANDS.check(demand(), NOW)
     assert (found.signer, found.message.answers_max) == (BUYER.peer_id, 8)
+    relay = f"/ip4/198.51.100.1/tcp/1/p2p/{SELLER.peer_id}/p2p-circuit"
+    places = ("/ip4/203.0.113.7/tcp/1", "/ip4/203.0.113.7/tcp/2", relay)
+    DEMANDS.check(demand(addresses=tuple(f"{p}/p2p/{BUYER.peer_id}" for p in places)), NOW)
 
 
 @pytest.mark.parametrize("name", BAD_DEMANDS)

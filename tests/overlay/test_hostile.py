@@ -106,6 +106,28 @@ async def test_bad_index_frames(pair, data):
     await works(honest, stranger)
 
 
+@pytest.mark.parametrize("protocol", [index.PROTOCOL, HELLO])
+async def test_junk_is_a_fault_and_an_early_end_is_not(pair, monkeypatch, protocol):
+    honest, stranger = pair
+    faults: list[str] = []
+
+    def fault(peer: str, kind: str, detail: object = "") -> None:
+        faults.append(peer)
+
+    monkeypatch.setattr(honest.conduct, "fault", fault)
+    monkeypatch.setattr(honest.hello, "_fault", fault)
+    for data in (b"", frames.encode(Kind.HEADER, b"{}")[:-1], frames.encode(Kind.DATA, b"x")):
+        assert faults == []
+        stream = await stranger.open_stream(honest.peer_id, protocol)
+        with trio.fail_after(10):
+            await stream.send_all(data)
+            await stream.send_eof()
+            with pytest.raises(trio.BrokenResourceError):
+                await read_all(stream)
+        await stream.aclose()
+    assert faults == [stranger.peer_id]
+
+
 async def test_peer_that_keeps_sending_forgeries_is_disconnected(pair):
     honest, stranger = pair
     bad = advert(STRANGER, cert=certificate(STRANGER.peer_id, signer=STRANGER))

@@ -17,7 +17,22 @@ from tests.overlay.world import until
 
 HOSTILE, OTHER = "127.0.0.7", "127.0.0.8"
 FEW = limits.NEWCOMERS_BURST_PER_IP
+SHARED = limits.NEWCOMERS_BURST - limits.NEWCOMERS_RESERVED_BURST
+SHARED_PER_S = limits.NEWCOMERS_PER_S - limits.NEWCOMERS_RESERVED_PER_S
 MANY = FEW * limits.NEWCOMERS_MEMBER_FACTOR
+
+
+@pytest.mark.parametrize(
+    ("ip", "site"),
+    [
+        ("192.0.2.7", "192.0.2.0/24"),
+        ("::ffff:192.0.2.7", "192.0.2.0/24"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1::/48"),
+        ("", ""),
+    ],
+)
+def test_a_site_has_many_networks(ip, site):
+    assert network_of(ip, newcomers_module._SITE_BITS) == site
 
 
 @pytest.mark.parametrize(
@@ -74,10 +89,34 @@ class TestAllowances:
 
     async def test_of_all_together_is_bounded_but_spares_networks_of_members(self, autojump_clock):
         newcomers = Newcomers(lambda: [OTHER])
-        came = sum(admitted(newcomers, f"10.0.{a}.{b}", 2) for a in range(4) for b in range(100))
-        assert came == limits.NEWCOMERS_BURST
-        assert newcomers.admit("10.1.0.1") is None
+        came = sum(admitted(newcomers, f"10.{a}.0.{b}", 1) for b in range(25) for a in range(10))
+        assert came == SHARED
+        assert newcomers.admit("10.0.0.99") is None
         assert newcomers.admit(OTHER) is not None
+
+    @pytest.mark.parametrize("site", ["10.0.0.{}", "2001:db8:0:{:x}::1"])
+    async def test_of_one_site_leaves_room_for_the_others(self, autojump_clock, site):
+        newcomers = Newcomers()
+        came = sum(admitted(newcomers, site.format(number), 3) for number in range(100))
+        assert came == limits.NEWCOMERS_BURST_PER_SITE
+        # However long it goes on: the site's owner has no end of networks.
+        for number in range(400):
+            newcomers.admit(site.format(number % 250))
+            if number % 20 == 0:
+                assert newcomers.admit(f"198.51.{number // 4}.1") is not None
+            await trio.sleep(1 / 40)
+
+    async def test_of_all_together_is_kept_in_part_for_news(self, autojump_clock):
+        newcomers = Newcomers()
+        flood = [f"10.{a}.{b}.1" for b in range(100) for a in range(16)]
+        assert sum(admitted(newcomers, ip, 1) for ip in flood) == SHARED
+        kept = limits.NEWCOMERS_RESERVED_BURST
+        newer = sum(admitted(newcomers, f"{number}.1.1.1", 1) for number in range(11, 100))
+        assert newer == kept
+        await trio.sleep(1.01)
+        # The flood has come back to what all may use by then, and to no more.
+        assert sum(admitted(newcomers, ip, 1) for ip in flood) == SHARED_PER_S
+        assert newcomers.admit("198.51.100.1") is not None
 
     async def test_networks_are_forgotten(self, autojump_clock, monkeypatch):
         monkeypatch.setattr(newcomers_module, "_NETWORKS_MAX", 8)

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import msgspec
 import pytest
 import trio
+from multiaddr import Multiaddr
 
 from lumaris_overlay.framed_stream import FramedStream
 from lumaris_overlay.libp2p import addresses, build, reach
@@ -169,6 +170,133 @@ def test_an_owner_announces_only_what_can_be_dialled():
         with pytest.raises(LumarisError) as caught:
             addresses.checked_announce([bad])
         assert caught.value.code == "config_invalid"
+
+
+FAR = "12D3KooWfar"
+
+
+@pytest.mark.parametrize(
+    ("named", "own", "dialled"),
+    [
+        pytest.param([PUBLIC], [PUBLIC], [PUBLIC], id="public"),
+        pytest.param([PUBLIC], [], [PUBLIC], id="public, by who announces nothing"),
+        pytest.param([PUBLIC, OTHER], [], [PUBLIC], id="one IP"),
+        pytest.param([f"/ip4/203.0.113.7/tcp/{n}" for n in (1, 2, 3)], [], None, id="two ports"),
+        pytest.param([LAN, LOOP], [], [], id="inside, by who announces nothing"),
+        pytest.param([LAN, LOOP], [PUBLIC, LAN], [], id="inside, by a public host"),
+        pytest.param([LAN, LOOP], [CIRCUIT], [], id="inside, by who is behind a relay"),
+        pytest.param([LOOP, LAN, PUBLIC], [LAN], [LAN], id="in a private network"),
+        pytest.param([LOOP], [LOOP], [LOOP], id="on one machine"),
+        pytest.param(["/dns4/example.org/tcp/1", f"{PUBLIC}/ws", "junk", ""], [], [], id="names"),
+        pytest.param(
+            [f"/ip4/{ip}/tcp/1" for ip in ("0.0.0.0", "0.1.2.3", "224.0.0.1", "255.255.255.255")],
+            [LOOP],
+            [],
+            id="no host",
+        ),
+        pytest.param([f"{CIRCUIT}/p2p/{FAR}"], [], [], id="a relay we do not know"),
+    ],
+)
+def test_what_a_stranger_names_is_dialled_only_where_it_hurts_nobody(named, own, dialled):
+    expected = named[:2] if dialled is None else dialled
+    assert addresses.dialable(named, own=own) == tuple(expected)
+
+
+def test_a_circuit_is_dialled_through_a_relay_at_hand():
+    named = [f"{CIRCUIT}/p2p/{FAR}"]
+    assert addresses.dialable(named, own=[], relays={"12D3KooWrelay"}) == (
+        f"/p2p/12D3KooWrelay/p2p-circuit/p2p/{FAR}",
+    )
+
+
+def test_a_place_is_dialled_once_a_minute_until_its_peer_answers():
+    pace = addresses.DialPace()
+    both = ["/ip4/203.0.113.7/tcp/1/p2p/a", "/ip4/203.0.113.7/tcp/1/p2p/b"]
+    assert pace.admit(both, 0.0) == (both[0],)
+    assert pace.admit(both, 59.0) == ()
+    assert pace.admit(both[:1], 60.0) == (both[0],)
+    pace.answered(both[:1])
+    assert pace.admit(both[:1], 61.0) == (both[0],)
+    assert pace.admit(["/p2p/relay/p2p-circuit/p2p/a"] * 2, 0.0) != ()
+    for port in range(1, 6_000):
+        pace.admit([f"/ip4/203.0.113.8/tcp/{port}"], 0.0)
+    assert len(pace._dialled) <= 4_096
+
+
+def seen(peer: str, ip: str, worked: bool = True, *, tester: str) -> Finding:
+    return Finding(peer, ip, (4001,) if worked else (), False, tester)  # type: ignore[arg-type]
+
+
+def announces(*rounds: list[Finding], listening: str = LAN) -> list[str]:
+    announcer = reach.Announcer()
+    for findings in rounds:
+        announcer.learn(findings)
+    return [str(address) for address in announcer([Multiaddr(listening)])]
+
+
+MINE, LIE = "203.0.113.7", "192.0.2.66"
+A, B, C = "198.51.100.1", "192.0.2.1", "203.0.113.200"
+
+
+@pytest.mark.parametrize(
+    ("rounds", "told"),
+    [
+        pytest.param([[seen("a", MINE, tester=A)]], [PUBLIC], id="one, not contradicted"),
+        pytest.param(
+            [[seen("l", LIE, tester=C), seen("h", "192.168.1.2", tester="")]],
+            [LAN],
+            id="a liar and an honest one",
+        ),
+        pytest.param(
+            [[seen("l", LIE, tester=C), seen("a", MINE, tester=A)]], [], id="two that differ"
+        ),
+        pytest.param(
+            [[seen("l", LIE, tester=C), seen("a", MINE, tester=A), seen("b", MINE, tester=B)]],
+            [PUBLIC],
+            id="two networks agree",
+        ),
+        pytest.param(
+            [[seen("l", LIE, tester=C), seen("k", LIE, tester=C), seen("a", MINE, tester=A)]],
+            [],
+            id="two of one network agree",
+        ),
+        pytest.param(
+            [
+                [seen("a", MINE, tester=A)],
+                [seen("l", LIE, tester=C), seen("a", MINE, tester=A)],
+            ],
+            [PUBLIC],
+            id="what worked stays",
+        ),
+        pytest.param(
+            [[seen("a", MINE, tester=A)], [seen("a", LIE, tester=A)]],
+            [f"/ip4/{LIE}/tcp/4001"],
+            id="the one that said so says otherwise",
+        ),
+        pytest.param(
+            [
+                [seen("a", LIE, tester=A)],
+                [seen("b", MINE, tester=B), seen("c", MINE, tester=C)],
+            ],
+            [PUBLIC],
+            id="two that agree overrule one",
+        ),
+        pytest.param(
+            [[seen("n", "192.168.1.2", tester="192.168.1.9"), seen("a", MINE, tester=A)]],
+            [LAN, PUBLIC],
+            id="a neighbour does not contradict",
+        ),
+        pytest.param([[seen("n", LIE, tester="192.168.1.9")]], [LAN], id="a neighbour cannot know"),
+    ],
+)
+def test_one_tester_does_not_decide_what_is_announced(rounds, told):
+    assert announces(*rounds) == told
+
+
+def test_testers_come_from_outside():
+    ips = {"a": "192.168.1.1", "b": "203.0.113.2", "c": "10.0.0.1", "d": "198.51.100.1"}
+    for _ in range(20):
+        assert {*reach.choose(list(ips), ips.get)} == {"b", "d"}  # type: ignore[arg-type]
 
 
 def found(ip: str, worked: bool, *, translated: bool = False, peer: str = "p") -> Finding:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 import pytest
 import trio
@@ -247,6 +248,73 @@ async def test_circuits_of_one_peer_are_limited():
         await buyer.connections.drop(seller.host.get_id())
         await until(lambda: not middle.presence.service.circuits)
         assert await late.connections.dial(address)
+
+
+async def hold_circuits(one, middle, target, times: int) -> list[Any]:
+    """What the relay answers when a peer asks for circuits and keeps them, saying nothing."""
+    answers: list[Any] = []
+    for _ in range(times):
+        stream = await one.host.new_stream(middle.host.get_id(), [circuit.HOP])
+        with trio.fail_after(10):
+            await circuit.send(stream, connect_message(target))
+            answers.append((await circuit.receive(stream, HopMessage)).status)
+    return answers
+
+
+FULL = Status.RESOURCE_LIMIT_EXCEEDED
+
+
+async def test_no_source_keeps_others_from_a_target():
+    limits = RelayLimits(circuits_per_peer=4)
+    async with world("seller", "buyer", "greedy", limits=limits) as (
+        middle,
+        seller,
+        buyer,
+        greedy,
+    ):
+        (address,) = await hide(seller)
+        assert await hold_circuits(greedy, middle, seller, 4) == [Status.OK] * 2 + [FULL] * 2
+        assert await buyer.connections.dial(address)
+
+
+async def test_circuits_of_one_source_are_limited():
+    limits = RelayLimits(circuits_per_source=3)
+    async with world("a", "b", "greedy", limits=limits) as (middle, a, b, greedy):
+        for each in (a, b):
+            await hide(each)
+        assert await hold_circuits(greedy, middle, a, 2) == [Status.OK] * 2
+        assert await hold_circuits(greedy, middle, b, 2) == [Status.OK, FULL]
+        assert middle.presence.service._pairs.total() == 3
+        await greedy.connections.drop(middle.host.get_id())
+        await until(lambda: not middle.presence.service._pairs)
+
+
+async def test_one_relay_takes_only_its_share_of_a_hosts_circuits(monkeypatch):
+    monkeypatch.setattr(circuit, "CIRCUITS_IN_MAX", 4)
+    async with world("seller", "buyer") as (middle, seller, buyer):
+        await hide(seller)
+        circuits = seller.presence.circuits
+        # A relay that breaks its own rules, and a second one.
+        monkeypatch.setattr(circuits, "_reserved", lambda relay: True)
+        await seller.connect((await buyer.reachability()).addresses)
+        for hostile, expected in (
+            (middle, [Status.OK] * 2 + [FULL] * 2),
+            (buyer, [Status.OK] * 2 + [FULL]),
+        ):
+            answers = []
+            for _ in expected:
+                stream = await hostile.host.new_stream(seller.host.get_id(), [circuit.STOP])
+                message = StopMessage(type=StopMessage.CONNECT)
+                message.peer.id = hostile.host.get_id().to_bytes()
+                with trio.fail_after(10):
+                    await circuit.send(stream, message)
+                    answers.append((await circuit.receive(stream, StopMessage)).status)
+                if answers[-1] == Status.OK:
+                    await until(lambda: circuits._inbound[hostile.host.get_id()] == len(answers))  # noqa: B023
+            assert answers == expected
+        for each in (middle, buyer):
+            await each.connections.drop(seller.host.get_id())
+        await until(lambda: not circuits._inbound, timeout_s=20)
 
 
 @pytest.mark.parametrize(

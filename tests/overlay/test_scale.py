@@ -11,9 +11,11 @@ from functools import partial
 import pytest
 import trio
 
+from lumaris_overlay.libp2p import connections
 from lumaris_overlay.libp2p.host import Libp2pOverlay, open_host
 from lumaris_overlay.libp2p.overrides import WakingEvents
 from lumaris_overlay.simulated import SimulatedOverlay, open_network
+from lumaris_protocol import limits
 from lumaris_protocol.limits import SHARDS_FOLLOWED_MAX
 from tests.overlay.hosts import member
 from tests.overlay.shard_maps import needs, regional, shard_map
@@ -117,8 +119,13 @@ def test_no_reader_waits_for_an_event_that_was_let_go_of() -> None:
 
 
 @pytest.mark.slow
-async def test_connects_and_streams_leave_nothing_behind() -> None:
+async def test_connects_and_streams_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """The short form of `benchmarks/soak.py`."""
+    # A member that comes again and again is refused for a while: here it always may.
+    for name in ("NEWCOMERS_BURST_PER_IP", "NEWCOMERS_BURST_PER_SITE", "RETURNS_BURST_PER_PEER"):
+        monkeypatch.setattr(limits, name, 10_000)
+    # Nobody comes back by itself, so that both looks are at hosts without connections.
+    monkeypatch.setattr(connections, "_PEERS_WANTED", 0)
     async with open_host(member(who="soaked")) as host, open_host(member(who="guest")) as guest:
         address = (await host.reachability()).addresses
         counts: list[tuple[int, int]] = []

@@ -28,6 +28,9 @@ RETRIES = 3  # in a row, without a chunk of progress
 DIRECT_TRIES = 2
 _PAUSES_S = (0.1, 0.3, 1.0)
 _LAST_WORD_S = 1.0
+# A peer that is busy is asked again for so long: it has other files to move, and will have done.
+_BUSY_S = 60.0
+_BUSY_PAUSES_S = (0.2, 1.0, 3.0, 5.0)
 # Refusals after which the same question may get another answer.
 RETRY_CODES = frozenset({"busy"})
 
@@ -121,6 +124,21 @@ def answer_in_time() -> Iterator[None]:
             yield
     except trio.TooSlowError:
         raise RefusedError("unreachable", "The peer does not answer a transfer.") from None
+
+
+class Patience:
+    """With one peer that is busy, or several times so in a row."""
+
+    def __init__(self) -> None:
+        self._tries, self._until = 0, trio.current_time() + _BUSY_S
+
+    async def wait(self) -> bool:
+        """Wait before asking again; False when that was done long enough."""
+        if trio.current_time() >= self._until:
+            return False
+        await trio.sleep(_BUSY_PAUSES_S[min(self._tries, len(_BUSY_PAUSES_S) - 1)])
+        self._tries += 1
+        return True
 
 
 async def pause(tries: int) -> None:

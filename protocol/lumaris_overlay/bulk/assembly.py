@@ -111,14 +111,17 @@ class Assembly:
         self.part.truncate(self.frontier)
 
     def follow(self, chunk_list: bytes | None) -> None:
-        """Hold the sources to come to this list; what it denies is forgotten.
+        """Hold the sources to come to this list; what it denies, or may deny, is forgotten.
 
         Only while no source is at work.
         """
         with self._lock:
             before, self._list = self._list, chunk_list
-            if chunk_list is None:
+            if chunk_list is None or chunk_list == before:
                 return
+            # Held to another's list, a source would be dropped for what it never claimed.
+            for index in range(self.frontier, self.part.count):
+                self._forget(index)
             agreed = self.frontier
             if agreed and _entry(chunk_list, agreed - 1) != self._hasher.digest():
                 agreed = _agreement(before, chunk_list, agreed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,7 +13,7 @@ import trio
 
 from lumaris_overlay.bulk import ask as asking
 from lumaris_overlay.bulk import wire as wires
-from lumaris_overlay.bulk.ask import Exchange, Source, ask
+from lumaris_overlay.bulk.ask import Exchange, Patience, Source, ask
 from lumaris_overlay.bulk.assembly import Assembly, Dropped
 from lumaris_overlay.bulk.lane import lane_wire
 from lumaris_overlay.bulk.part import Part, open_part
@@ -22,13 +23,16 @@ from lumaris_overlay.bulk.threads import in_thread, together
 from lumaris_overlay.bulk.wire import Cut, Stalled, Wire
 from lumaris_overlay.ports import Overlay
 from lumaris_protocol.errors import LumarisError, RefusedError, RemoteError
-from lumaris_protocol.limits import BULK_SOURCES_MAX
+from lumaris_protocol.limits import BULK_SOURCES_MAX, CHUNK_BYTES, KIB
 from lumaris_protocol.protocols import BlobHeader
 
 # Once one source has named its hashes, the others have this long; a seller hashes 1 GiB in 1-2 s.
 _LIST_GRACE_S = 5.0
 _ASKED_AHEAD = 2  # ranges on their way: the next is asked for before this one is here
 _DIGEST_BYTES = 32
+# A group of sources that agree is left for another one when it brought less than this for so long.
+_POOR_BYTES_PER_S = 256 * KIB
+_PATIENCE_S = 8.0
 
 
 async def get_file(
@@ -104,12 +108,7 @@ class _Fetch:
             groups: dict[bytes, list[int]] = {}
             for source, chunk_list in lists.items():
                 groups.setdefault(chunk_list, []).append(source)
-            # At most one list is right. The largest group first: only a guess, and a cheap one.
-            for chunk_list in sorted(groups, key=lambda found: -len(groups[found])):
-                await in_thread(partial(assembly.follow, chunk_list), stop=assembly.give_up)
-                await self._fetch_from(groups[chunk_list])
-                if assembly.complete:
-                    break
+            await self._fetch_in_turn(groups)
         if not assembly.complete:
             raise self._worst()
 
@@ -121,10 +120,7 @@ class _Fetch:
 
         async def ask_one(source: int, scope: trio.CancelScope) -> None:
             try:
-                async with ask(
-                    self._sources[source], self._header(source, listed=True)
-                ) as exchange:
-                    found = await exchange.receive_list(self._part.count)
+                found = await self._list_of(source)
             except (Cut, trio.BrokenResourceError, trio.ClosedResourceError):
                 self._failures.append(_gone())
             except RemoteError as error:
@@ -142,9 +138,41 @@ class _Fetch:
                     nursery.start_soon(ask_one, source, scope)
         return lists
 
-    async def _fetch_from(self, group: list[int]) -> None:
-        """Until the file is complete or no source of the group is left."""
-        left = set(group)
+    async def _list_of(self, source: int) -> bytes:
+        header, patience = self._header(source, listed=True), Patience()
+        while True:
+            try:
+                async with ask(self._sources[source], header) as exchange:
+                    return await exchange.receive_list(self._part.count)
+            except RemoteError as error:
+                if error.code not in asking.RETRY_CODES or not await patience.wait():
+                    raise
+
+    async def _fetch_in_turn(self, groups: dict[bytes, list[int]]) -> None:
+        """From sources that agree, one group after the other: at most one list is right.
+
+        A group that is slow makes room for the others and comes again later, for longer: one that
+        lies must not hold the fetch, and the right one may have a slow line.
+        """
+        # The largest group first: only a guess, and a cheap one.
+        waiting = deque(sorted(groups, key=lambda found: -len(groups[found])))
+        patience_s = dict.fromkeys(groups, _PATIENCE_S)
+        while waiting and not self.assembly.complete:
+            chunk_list = waiting.popleft()
+            await in_thread(partial(self.assembly.follow, chunk_list), stop=self.assembly.give_up)
+            limit_s = patience_s[chunk_list] if waiting else math.inf
+            left = await self._fetch_from(groups[chunk_list], patience_s=limit_s)
+            if left:
+                groups[chunk_list] = left
+                patience_s[chunk_list] *= 2
+                waiting.append(chunk_list)
+
+    async def _fetch_from(self, group: list[int], *, patience_s: float = math.inf) -> list[int]:
+        """Until the file is complete or no source of the group is left.
+
+        Or until little that is right came for so long; then the sources that are left.
+        """
+        left, slow = set(group), False
 
         async def work(source: int) -> None:
             try:
@@ -153,19 +181,34 @@ class _Fetch:
                 left.discard(source)
                 self._poke_here()
 
+        async def watch() -> None:
+            nonlocal slow
+            bytes_min = self._poor_bytes_per_s * patience_s
+            while True:
+                before = self.assembly.frontier
+                await trio.sleep(patience_s)
+                if (self.assembly.frontier - before) * CHUNK_BYTES < bytes_min:
+                    slow = True
+                    self._poke_here()
+                    return
+
         async with together() as nursery:
             for source in group:
                 nursery.start_soon(work, source)
-            while left and not self.assembly.complete and self.assembly.error is None:
+            if patience_s < math.inf:
+                nursery.start_soon(watch)
+            while not (slow or self.assembly.complete or self.assembly.error) and left:
                 await self._changed.wait()
                 self._changed = trio.Event()
+            remaining = [] if self.assembly.complete else sorted(left)
         self._raise_local()
+        return remaining
 
     # --- one source ---
 
     async def _serve_source(self, source: int) -> None:
         """Take chunks from a source until all are here or it fails."""
-        tries = 0
+        tries, patience = 0, None
         while True:
             before = self.assembly.received
             try:
@@ -181,9 +224,13 @@ class _Fetch:
             except Cut:
                 self._failures.append(_gone())
             except LumarisError as error:
+                if error.code in asking.RETRY_CODES:
+                    patience = patience or Patience()
+                    if await patience.wait():
+                        continue
                 self._failures.append(error)
-                if error.code not in asking.RETRY_CODES:
-                    return
+                return
+            patience = None
             tries = 1 if self.assembly.received > before else tries + 1
             if tries > asking.RETRIES:
                 return
@@ -228,6 +275,11 @@ class _Fetch:
         await in_thread(partial(_pull, wire, assembly, source), stop=stop)
 
     # --- details ---
+
+    @property
+    def _poor_bytes_per_s(self) -> float:
+        cap = math.inf if self._rate is None else self._rate.bytes_per_s / 2
+        return min(_POOR_BYTES_PER_S, cap)
 
     def _header(self, source: int, *, listed: bool = False) -> BlobHeader:
         return BlobHeader(

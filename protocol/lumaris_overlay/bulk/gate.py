@@ -9,18 +9,23 @@ from __future__ import annotations
 import hashlib
 import secrets
 import ssl
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import trio
 
 from lumaris_overlay.bulk.rate import Rate
 from lumaris_overlay.bulk.threads import DIAL_S, TOKEN_BYTES, in_thread, take_socket
 from lumaris_overlay.bulk.wire import Cut, Wire
+from lumaris_overlay.libp2p.newcomers import network_of
 from lumaris_protocol.limits import BULK_TRANSFERS_MAX
 
 TOKEN_S = 15.0  # from the answer on the lane to the token on the new connection
-# Connections that have shown no token yet: strangers can open them.
-_UNPROVEN_MAX = 16
+# Connections that have shown no token yet: strangers can open them, and each holds a thread for up
+# to 10 s. One network has a few, so that it does not keep all the others out.
+_UNPROVEN_MAX = 64
+_UNPROVEN_PER_NETWORK_MAX = 8
 
 
 class Ticket:
@@ -52,6 +57,7 @@ class BulkGate:
         self._tickets: dict[bytes, Ticket] = {}
         # Of their own: transfers in progress never keep a newcomer from showing its token.
         self._unproven = trio.CapacityLimiter(_UNPROVEN_MAX)
+        self._unproven_of: Counter[str] = Counter()
 
     def issue(self, work: Callable[[Wire], None], *, rate: Rate | None = None) -> Ticket | None:
         """A ticket whose `work` runs in a thread on the connection that shows its token.
@@ -75,7 +81,15 @@ class BulkGate:
 
     async def accept(self, sock: trio.socket.SocketType, context: ssl.SSLContext) -> None:
         """Serve one connection to its end and close it. Never raises for what the peer does."""
-        if not self._unproven.available_tokens:
+        try:
+            network = network_of(str(sock.getpeername()[0]))
+        except OSError:
+            sock.close()
+            return
+        if (
+            not self._unproven.available_tokens
+            or self._unproven_of[network] >= _UNPROVEN_PER_NETWORK_MAX
+        ):
             sock.close()
             return
         try:
@@ -87,13 +101,24 @@ class BulkGate:
             return
         wire = Wire(tls)
         try:
-            ticket = await self._greet(wire, tls)
+            with self._one_of(network):
+                ticket = await self._greet(wire, tls)
             if ticket is not None:
                 await self._serve(ticket, wire)
         except Cut:
             pass
         finally:
             wire.close()
+
+    @contextmanager
+    def _one_of(self, network: str) -> Iterator[None]:
+        self._unproven_of[network] += 1
+        try:
+            yield
+        finally:
+            self._unproven_of[network] -= 1
+            if not self._unproven_of[network]:
+                del self._unproven_of[network]
 
     async def _greet(self, wire: Wire, tls: ssl.SSLSocket) -> Ticket | None:
         def read_token() -> bytes:

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, suppress
 
 import trio
 
+from lumaris_overlay.bulk import wire as wires
 from lumaris_overlay.bulk.rate import Rate
 from lumaris_overlay.bulk.threads import together
 from lumaris_overlay.bulk.wire import Stalled, Wire
@@ -18,8 +19,6 @@ from lumaris_overlay.framed_stream import FramedStream, read_refusal
 from lumaris_protocol.errors import EnvelopeError
 from lumaris_protocol.frames import Frame, Kind
 from lumaris_protocol.limits import BLOB_CHUNK_BYTES_MAX
-
-_LINGER_S = 30.0
 
 
 class LaneWire:
@@ -54,7 +53,7 @@ async def lane_wire(
                 nursery.start_soon(_outward, sock, stream, flushed)
                 yield lane
                 far.close()
-                with trio.move_on_after(_LINGER_S):
+                with trio.move_on_after(wires.BUFFER_STALLS * wires.STALL_S):
                     await flushed.wait()
                 if not flushed.is_set():
                     raise Stalled("The other side does not take the last bytes.")

@@ -105,10 +105,22 @@ def part_path(target: Path, sha256: str) -> Path:
     return target.with_name(f".{sha256.removeprefix('sha256:')}.part")
 
 
-def _open_earlier(path: Path) -> int | None:
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+def drop_part(target: Path, sha256: str) -> None:
+    """Remove what an attempt has left, unless another one uses it. Blocking; never raises."""
+    path = part_path(target, sha256)
+    with suppress(OSError):
+        file = _open_earlier(path, create=False)
+        if file is not None:
+            try:
+                path.unlink()
+            finally:
+                os.close(file)
+
+
+def _open_earlier(path: Path, *, create: bool = True) -> int | None:
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        file = os.open(path, flags, 0o666)
+        file = os.open(path, flags | (os.O_CREAT if create else 0), 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             return None  # a link, a folder or a device: nothing of ours

@@ -11,7 +11,7 @@ import trio
 
 from lumaris_overlay.bulk import ask as asking
 from lumaris_overlay.bulk import wire as wires
-from lumaris_overlay.bulk.ask import Exchange, Source, ask
+from lumaris_overlay.bulk.ask import Exchange, Patience, Source, ask
 from lumaris_overlay.bulk.rate import Rate
 from lumaris_overlay.bulk.threads import in_thread, together
 from lumaris_overlay.bulk.wire import Cut, Stalled, Wire
@@ -20,9 +20,6 @@ from lumaris_protocol.errors import EnvelopeError, LumarisError, RefusedError, R
 from lumaris_protocol.frames import Kind
 from lumaris_protocol.limits import BLOB_CHUNK_BYTES_MAX, CHUNK_BYTES
 from lumaris_protocol.protocols import BlobHeader
-
-# What was sent may still lie in the kernels' buffers: several MiB, over a slow line.
-_ANSWER_STALLS = 8
 
 
 async def put_file(
@@ -59,7 +56,7 @@ class _Upload:
 
     async def run(self) -> None:
         """Until the seller has stored it, over as many connections as make progress."""
-        tries, furthest = 0, 0
+        tries, furthest, patience = 0, 0, None
         while True:
             try:
                 await self._attempt(direct=tries < asking.DIRECT_TRIES)
@@ -73,11 +70,16 @@ class _Upload:
                 if self._first > furthest:
                     tries, furthest = 0, self._first
             except RemoteError as error:
+                if error.code in asking.RETRY_CODES:
+                    patience = patience or Patience()
+                    if await patience.wait():
+                        continue
+                    raise
                 # What an earlier attempt left may be wrong; the seller has removed it then.
-                again = error.code == "output_mismatch" and self._first > 0
-                if error.code not in asking.RETRY_CODES and not again:
+                if error.code != "output_mismatch" or not self._first:
                     raise
                 failure = error
+            patience = None
             tries += 1
             if tries > asking.RETRIES:
                 raise failure
@@ -138,14 +140,15 @@ class _Upload:
                 raise EOFError
             if self._rate is not None:
                 await trio.sleep(self._rate.reserve(length))
-            await _within_stall(exchange, Kind.DATA, data)
+            await _in_time(exchange, Kind.DATA, data)
             at += length
-        await _within_stall(exchange, Kind.END, b"")
+        await _in_time(exchange, Kind.END, b"")
 
 
-async def _within_stall(exchange: Exchange, kind: Kind, data: bytes) -> None:
+async def _in_time(exchange: Exchange, kind: Kind, data: bytes) -> None:
     try:
-        with trio.fail_after(wires.STALL_S):
+        # The peer gives room as it reads, in steps of half a MiB.
+        with trio.fail_after(wires.CHUNK_STALLS * wires.STALL_S):
             await exchange.stream.send(kind, data)
     except trio.TooSlowError:
         raise Stalled("The seller takes nothing.") from None
@@ -155,4 +158,4 @@ async def _within_stall(exchange: Exchange, kind: Kind, data: bytes) -> None:
 
 async def _limit_after(sent: trio.Event, scope: trio.CancelScope) -> None:
     await sent.wait()
-    scope.deadline = trio.current_time() + _ANSWER_STALLS * wires.STALL_S
+    scope.deadline = trio.current_time() + wires.BUFFER_STALLS * wires.STALL_S

@@ -19,7 +19,7 @@ class Rate:
     def __init__(self, bytes_per_s: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         if bytes_per_s < RATE_BYTES_PER_S_MIN:
             raise ValueError(f"a rate below {RATE_BYTES_PER_S_MIN} bytes/s looks like a stall")
-        self._bytes_per_s, self._clock = bytes_per_s, clock
+        self.bytes_per_s, self._clock = bytes_per_s, clock
         self._lock = threading.Lock()
         self._paid_until = clock()
 
@@ -28,7 +28,7 @@ class Rate:
         with self._lock:
             now = self._clock()
             start = max(self._paid_until, now - _BURST_S)
-            self._paid_until = start + size_bytes / self._bytes_per_s
+            self._paid_until = start + size_bytes / self.bytes_per_s
             return max(0.0, self._paid_until - now)
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import stat
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -21,21 +20,19 @@ from lumaris_overlay.bulk.lane import lane_wire
 from lumaris_overlay.bulk.part import Part, chunk_list, open_part
 from lumaris_overlay.bulk.rate import Rate
 from lumaris_overlay.bulk.threads import DIAL_S, in_thread, together
+from lumaris_overlay.bulk.turns import Turns
 from lumaris_overlay.bulk.wire import Cut, Stalled, Wire
 from lumaris_overlay.framed_stream import FramedStream, read_refusal
 from lumaris_overlay.ports import OverlayStream
 from lumaris_protocol.errors import EnvelopeError, LumarisError, RefusedError
 from lumaris_protocol.frames import Frame, Kind
-from lumaris_protocol.limits import BULK_TRANSFERS_MAX
 from lumaris_protocol.protocols import BlobHeader, BlobReply
 
-# A peer that asks for more at once waits its turn; each holds a thread and a few MiB.
-_PER_PEER_MAX = 16
 _RANGE_BYTES = 8
 # A client may ask for a chunk again after it found what an earlier attempt left to be wrong.
 _ASKS_PER_CHUNK = 2
 
-_running: trio.lowlevel.RunVar[Counter[str]] = trio.lowlevel.RunVar("bulk_running")
+_turns: trio.lowlevel.RunVar[Turns] = trio.lowlevel.RunVar("bulk_turns")
 
 
 async def give_file(
@@ -46,7 +43,7 @@ async def give_file(
     Raises RemoteError for what the peer does, OSError for our own file, and
     trio.BrokenResourceError when the peer is gone.
     """
-    with _turn(stream), _cuts_as_broken():
+    async with _turn(stream):
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             found = os.fstat(file)
@@ -80,7 +77,7 @@ async def take_file(
     Raises RemoteError, LumarisError `disk_short` or `not_writable` (nothing is left then), or
     trio.BrokenResourceError when the peer is gone (whole chunks stay for its next attempt).
     """
-    with _turn(stream), _cuts_as_broken():
+    async with _turn(stream):
         part = await trio.to_thread.run_sync(
             partial(open_part, target, sha256=header.sha256, size_bytes=header.size_bytes)
         )
@@ -133,8 +130,10 @@ def _answer_ranges(file: int, size_bytes: int, wire: Wire) -> None:
     """Send what is asked for until the client hangs up."""
     count = wires.chunks_of(size_bytes)
     left = _ASKS_PER_CHUNK * count
-    while (asked := wire.next_range()) is not None:
+    stalls = 1
+    while (asked := wire.next_range(stalls=stalls)) is not None:
         first, wanted = asked
+        stalls = wires.BUFFER_STALLS
         left -= wanted
         if not wanted or first + wanted > count or left < 0:
             raise EnvelopeError("malformed", "Chunks were asked for that the file does not have.")
@@ -225,21 +224,15 @@ def _cuts_as_broken() -> Iterator[None]:
         raise trio.BrokenResourceError(str(error)) from None
 
 
-@contextmanager
-def _turn(stream: FramedStream) -> Iterator[None]:
+@asynccontextmanager
+async def _turn(stream: FramedStream) -> AsyncGenerator[None]:
     """One of the transfers at a time of a peer and of all. Raises RefusedError `busy`."""
     try:
-        running = _running.get()
+        turns = _turns.get()
     except LookupError:
-        running = Counter()
-        _running.set(running)
+        turns = Turns()
+        _turns.set(turns)
     peer = stream.stream.peer if isinstance(stream.stream, OverlayStream) else ""
-    if running[peer] >= _PER_PEER_MAX or running.total() >= BULK_TRANSFERS_MAX:
-        raise RefusedError("busy", "Too many transfers at once.")
-    running[peer] += 1
-    try:
-        yield
-    finally:
-        running[peer] -= 1
-        if not running[peer]:
-            del running[peer]
+    async with turns.turn(peer):
+        with _cuts_as_broken():
+            yield

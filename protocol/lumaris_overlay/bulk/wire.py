@@ -19,7 +19,10 @@ from lumaris_protocol.limits import CHUNK_BYTES, KIB
 
 STALL_S = 30.0  # a peer that sends or takes nothing for this long is gone
 # One chunk may take this many stalls: a peer that drips bytes does not hold a thread for hours.
-_CHUNK_STALLS = 4
+CHUNK_STALLS = 4
+# What was sent may still lie in buffers on the way, several MiB over a slow line: the other side
+# may be silent for so many stalls although it reads all the time.
+BUFFER_STALLS = 8
 # Many transfers may share the lowest rate, and none of them may look stalled.
 _PACED_BYTES = 16 * KIB
 _RANGE = struct.Struct(">II")
@@ -57,25 +60,40 @@ class Wire:
         self.sock.close()
 
     def send(self, data: memoryview | bytes) -> None:
-        """Send all of it, at the rate that is allowed."""
+        """Send all of it, at the rate that is allowed.
+
+        Buffers on the way empty in steps of up to a MiB, so that a slow reader looks still for a
+        while: only the time for all of it counts.
+        """
         view = memoryview(data)
+        deadline = time.monotonic() + CHUNK_STALLS * self._stall_s
+        at, size = 0, len(view)
+        step = size if self.rate is None else _PACED_BYTES
         try:
-            if self.rate is None:
-                self.sock.sendall(view)
-                self._check()
-                return
-            for at in range(0, len(view), _PACED_BYTES):
-                piece = view[at : at + _PACED_BYTES]
-                self._pace(len(piece))
-                self.sock.sendall(piece)
+            while at < size:
+                piece = view[at : at + step]
+                deadline += self._pace(len(piece))  # our own slowness is not the other side's
+                self._send_piece(piece, deadline)
+                at += len(piece)
+            self._check()
         except TimeoutError:
-            raise Stalled("The other side takes nothing.") from None
+            raise Stalled("The other side takes nothing, or too slowly.") from None
         except OSError as error:
             raise Cut(str(error)) from None
+        finally:
+            self.sock.settimeout(self._stall_s)
+
+    def _send_piece(self, piece: memoryview, deadline: float) -> None:
+        while piece:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise TimeoutError
+            self.sock.settimeout(left_s)
+            piece = piece[self.sock.send(piece) :]
 
     def receive(self, view: memoryview) -> None:
         """Fill the view."""
-        deadline = time.monotonic() + _CHUNK_STALLS * self._stall_s
+        deadline = time.monotonic() + CHUNK_STALLS * self._stall_s
         at, size = 0, len(view)
         step = size if self.rate is None else _PACED_BYTES
         try:
@@ -110,15 +128,21 @@ class Wire:
         self.expected_bytes += range_bytes(first, count, size_bytes)
         self.send(_RANGE.pack(first, count))
 
-    def next_range(self) -> tuple[int, int] | None:
-        """What the other side asks for; None when it is done and hung up."""
+    def next_range(self, *, stalls: int = 1) -> tuple[int, int] | None:
+        """What the other side asks for; None when it is done and hung up.
+
+        Raises Stalled when it says nothing for so many stalls.
+        """
         record = bytearray(_RANGE.size)
         try:
+            self.sock.settimeout(stalls * self._stall_s)
             taken = self.sock.recv_into(record)
         except TimeoutError:
             raise Stalled("The other side asks for nothing.") from None
         except OSError:
             taken = 0
+        finally:
+            self.sock.settimeout(self._stall_s)
         if not taken:
             return None
         self.receive(memoryview(record)[taken:])

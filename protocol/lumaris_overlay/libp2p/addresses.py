@@ -1,9 +1,12 @@
-"""What an address is, and which addresses a host tells others. Pure functions over texts."""
+"""What an address is, which a host tells others, and which it dials at a stranger's word.
+
+Pure: texts, and time as an argument.
+"""
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Literal
 
 from lumaris_overlay.ports import Verdict
@@ -22,8 +25,13 @@ _PRIVATE = tuple(
         "fc00::/7", "fe80::/10",
     )
 )  # fmt: skip
+_THIS_NETWORK = ipaddress.ip_network("0.0.0.0/8")
 # Peers of one provider's network see the same path to us; half an address tells them apart.
 _SUBNET_BITS = {4: 16, 6: 32}
+# What one stranger's word may cost a third party: two connections, and each port one a minute.
+DIALS_MAX = 2
+_DIAL_AGAIN_S = 60.0
+_PACED_MAX = 4_096
 
 
 def scope_of(ip: str) -> Scope:
@@ -80,6 +88,89 @@ def split_circuit(address: str) -> tuple[str, str] | None:
     if not found or not target or "/" in target or "/p2p/" not in relay or CIRCUIT in relay:
         return None
     return relay, target
+
+
+def on_one_ip(addresses: Iterable[str]) -> bool:
+    """Whether all are circuits or direct TCP addresses, and the direct ones have one IP."""
+    ips = set()
+    for address in addresses:
+        found = endpoint_of(address)
+        if found is not None:
+            ips.add(_ip(found[0]))
+        elif split_circuit(address) is None:
+            return False
+    return len(ips) <= 1
+
+
+def dialable(
+    named: Iterable[str], *, own: Iterable[str], relays: Collection[str] = ()
+) -> tuple[str, ...]:
+    """Which of the addresses that a stranger named we dial.
+
+    At most two direct ones, on one IP, and circuits through `relays`, to which we are connected.
+    `own` is what we announce: only who announces no public address dials inside its own network.
+    """
+    scopes = _scopes_dialled(own)
+    direct: dict[str, None] = {}
+    circuits: dict[str, None] = {}
+    ip = None
+    for address in named:
+        found = endpoint_of(address)
+        if found is not None:
+            if _is_host(found[0], scopes) and (ip is None or same_ip(ip, found[0])):
+                ip = found[0]
+                direct[address] = None
+            continue
+        parts = split_circuit(address)
+        relay = parts[0].rpartition("/")[2] if parts is not None else ""
+        if parts is not None and relay in relays:
+            # Without the relay's address: if it leaves meanwhile, nobody is dialled there.
+            circuits[f"/p2p/{relay}{CIRCUIT}/p2p/{parts[1]}"] = None
+    return (*list(direct)[:DIALS_MAX], *circuits)
+
+
+class DialPace:
+    """One dial a minute to an IP and port that strangers named, whoever they say is there."""
+
+    def __init__(self) -> None:
+        self._dialled: dict[tuple[str, int], float] = {}
+
+    def admit(self, named: Iterable[str], now: float) -> tuple[str, ...]:
+        """Those that may be dialled now; `now` is any clock that does not go back."""
+        return tuple(address for address in named if self._admits(address, now))
+
+    def answered(self, named: Sequence[str]) -> None:
+        """The peer answered at one of these: it is no third party where there was but one."""
+        found = {each for each in map(endpoint_of, named) if each is not None}
+        if len(found) == 1:
+            self._dialled.pop(found.pop(), None)
+
+    def _admits(self, address: str, now: float) -> bool:
+        found = endpoint_of(address)
+        if found is None:
+            return True
+        then = self._dialled.get(found)
+        if then is not None and now - then < _DIAL_AGAIN_S:
+            return False
+        self._dialled.pop(found, None)
+        while len(self._dialled) >= _PACED_MAX:
+            del self._dialled[next(iter(self._dialled))]
+        self._dialled[found] = now
+        return True
+
+
+def _scopes_dialled(own: Iterable[str]) -> set[Scope]:
+    # An own circuit ends in "/p2p-circuit"; what counts is where its relay is.
+    found = [endpoint_of(address.partition(CIRCUIT)[0]) for address in own]
+    scopes: set[Scope] = {scope_of(each[0]) for each in found if each is not None}
+    return {"public"} if "public" in scopes else {"public", *scopes}
+
+
+def _is_host(ip: str, scopes: Collection[Scope]) -> bool:
+    scope, found = scope_of(ip), _ip(ip)
+    if scope != "public":
+        return scope in scopes
+    return not (found.is_multicast or found.is_reserved or found in _THIS_NETWORK)
 
 
 def checked_announce(configured: Sequence[str]) -> tuple[str, ...]:

@@ -196,22 +196,25 @@ class StrangerWatch:
         self._admission, self._live, self._nursery = admission, live, nursery
         self._drop, self._expired = drop, expired
         self._since: dict[Any, float] = {}
+        self._leaving: set[Any] = set()  # sent away, and still connected for a moment
 
     def __len__(self) -> int:
         return len(self._since)
 
     def meet(self, peer: Any) -> None:
         """A connection to a stranger is up: sent away at once when there are too many."""
+        self._leaving.discard(peer)
         self._look()
         self._since.setdefault(peer, trio.current_time())
-        if len(self._since) > STRANGERS_MAX:
-            self._send_away(peer, "too many strangers")
+        self._keep_few()
 
     async def run(self) -> None:
         """Send strangers away when their time is up."""
         while True:
             await trio.sleep(_CHECK_S)
+            self._leaving.clear()  # whose closing failed is sent away again
             self._look()
+            self._keep_few()
             deadline = trio.current_time() - STRANGER_S
             for peer, since in list(self._since.items()):
                 if since <= deadline:
@@ -219,13 +222,24 @@ class StrangerWatch:
 
     def _look(self) -> None:
         now, earlier = trio.current_time(), self._since
-        found = [peer for peer in self._live() if not self._admission.admitted(str(peer))]
+        live = self._live()
+        self._leaving.intersection_update(live)
+        found = [
+            peer
+            for peer in live
+            if peer not in self._leaving and not self._admission.admitted(str(peer))
+        ]
         self._since = {peer: earlier.get(peer, now) for peer in found}
         for peer in found:
             if peer not in earlier:
                 self._nursery.start_soon(self._expired, peer)
 
+    def _keep_few(self) -> None:
+        while len(self._since) > STRANGERS_MAX:
+            self._send_away(next(reversed(self._since)), "too many strangers")
+
     def _send_away(self, peer: Any, why: str) -> None:
         strangers.note(str(peer), "sent_away", why)
         self._since.pop(peer, None)
+        self._leaving.add(peer)
         self._nursery.start_soon(self._drop, peer)

@@ -282,7 +282,9 @@ class AdvertExchange:
                     break
                 query = structs.replace(query, after=answer.next)
             self._connections.remember(peer)
-        except (EnvelopeError, trio.TooSlowError) as error:
+        except EnvelopeError as error:
+            self._broken(text, error)
+        except trio.TooSlowError as error:
             strangers.note(text, "index", error)
         except (RemoteError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             logger.debug("index peer=%s error=%r", text, error)
@@ -319,13 +321,23 @@ class AdvertExchange:
         try:
             await index.serve(stream, self.directory, take, self._among)
             await stream.aclose()
-        except (EnvelopeError, trio.TooSlowError) as error:
+        except EnvelopeError as error:
+            self._broken(stream.peer, error)
+            await stream.reset()
+        except trio.TooSlowError as error:
             strangers.note(stream.peer, "index", error)
             await stream.reset()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             await stream.reset()
         for data in news[:1]:
             await self._spread(data)
+
+    def _broken(self, peer: str, error: EnvelopeError) -> None:
+        """The peer broke the format; one whose process ended midway did nothing wrong."""
+        if error.code == "truncated":
+            strangers.note(peer, "index", error)
+        else:
+            self._conduct.fault(peer, "index", error)
 
     def _among(self, shards: tuple[int, ...], facts: AdvertFacts) -> bool:
         return self._desk.belongs(facts, shards, time.time())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import socket
 from collections.abc import Callable
@@ -26,11 +27,6 @@ from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.keys import KeyPair
 from lumaris_protocol.limits import OVERLAY_CONNECTIONS_MAX
 
-_HEALTH_CHECK_S = 10.0
-# A busy machine may be late by seconds, and a connection dropped for that costs it more work. A
-# frozen peer is noticed sooner by the links above.
-_PING_S = 8.0
-
 
 def connection_config() -> ConnectionConfig:
     """The connection settings, each for a measured reason."""
@@ -43,12 +39,8 @@ def connection_config() -> ConnectionConfig:
         # Above 1 every successful dial sleeps a quarter of a second.
         max_connections_per_peer=1,
         dial_timeout=5.0,
-        # Without it a peer whose machine froze or whose cable was cut is never noticed.
-        enable_health_monitoring=True,
-        health_initial_delay=1.0,
-        health_check_interval=_HEALTH_CHECK_S,
-        ping_timeout=_PING_S,
-        abort_connection_on_ping_failure=True,
+        # It pings one connection after the other: the first that hangs blinds it. See `health`.
+        enable_health_monitoring=False,
     )
 
 
@@ -104,7 +96,8 @@ def refuse_used_port(ip: str, port: int) -> None:
         try:
             probe.bind((ip, port))
         except OSError as error:
-            raise LumarisError("port_in_use", f"{ip}:{port}: {error.strerror}.") from None
+            code = "port_in_use" if error.errno == errno.EADDRINUSE else "config_invalid"
+            raise LumarisError(code, f"Cannot listen at {ip}:{port}: {error.strerror}.") from None
 
 
 def listen_address(ip: str, port: int) -> Multiaddr:

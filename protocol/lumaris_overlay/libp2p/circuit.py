@@ -10,6 +10,7 @@ reservation message names.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ from lumaris_overlay.libp2p.addresses import CIRCUIT
 from lumaris_overlay.libp2p.overrides import strangers
 from lumaris_overlay.tasks import shielded
 from lumaris_protocol.errors import RemoteError
-from lumaris_protocol.limits import CIRCUITS_IN_MAX, RELAY_MESSAGE_BYTES_MAX
+from lumaris_protocol.limits import CIRCUITS_IN_MAX, RELAY_MESSAGE_BYTES_MAX, RELAYS_WANTED
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +148,11 @@ class CircuitConnection(IRawConnection):
         if scope.cancelled_caught:
             await reset(self._stream)
 
+    async def abort(self) -> None:
+        """End both directions at once. Never raises."""
+        self._closed = True
+        await reset(self._stream)
+
     def get_remote_address(self) -> tuple[str, int] | None:
         """None: the relay's address says nothing about the peer."""
         return None
@@ -165,7 +171,7 @@ class Circuits:
 
     def __init__(self, host: Any, *, reserved: Callable[[ID], bool]) -> None:
         self._host, self._reserved = host, reserved
-        self._inbound = 0
+        self._inbound: Counter[ID] = Counter()
 
     def start(self) -> None:
         """Answer relays."""
@@ -215,12 +221,13 @@ class Circuits:
         relayed = stream.muxed_conn.get_connection_type() == ConnectionType.RELAYED
         if relayed or not self._reserved(relay):
             return Status.PERMISSION_DENIED
-        if self._inbound >= CIRCUITS_IN_MAX:
+        share = CIRCUITS_IN_MAX // RELAYS_WANTED
+        if self._inbound[relay] >= share or self._inbound.total() >= CIRCUITS_IN_MAX:
             return Status.RESOURCE_LIMIT_EXCEEDED
         return Status.OK
 
     async def _answer(self, stream: Any, relay: ID, source: ID) -> None:
-        self._inbound += 1
+        self._inbound[relay] += 1
         try:
             address = _address(relay, source)
             raw = CircuitConnection(stream, address, initiator=False)
@@ -230,7 +237,8 @@ class Circuits:
             strangers.note(str(relay), "circuit_handshake", error)
             await reset(stream)
         finally:
-            self._inbound -= 1
+            self._inbound[relay] -= 1
+            self._inbound += Counter()  # forgets relays without any
 
 
 def _address(relay: ID, target: ID) -> Multiaddr:

@@ -14,6 +14,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import trio
@@ -21,6 +22,7 @@ from libp2p.custom_types import TProtocol
 from libp2p.peer.id import ID
 
 from lumaris_overlay.libp2p import dht_lookup, dht_wire
+from lumaris_overlay.libp2p.addresses import DialPace, dialable
 from lumaris_overlay.libp2p.connections import Connections
 from lumaris_overlay.libp2p.dht_lookup import Lookup
 from lumaris_overlay.libp2p.dht_store import RecordStore
@@ -114,6 +116,7 @@ class DhtRecords:
         self._lookups = trio.CapacityLimiter(_LOOKUPS_MAX)
         self._putting = trio.Lock()
         self._borrowed: dict[str, float] = {}
+        self._pace = DialPace()
         self._serving: Counter[str] = Counter()
         self._asks = TokenBuckets(
             per_s=_ASKS_PER_S_PER_PEER,
@@ -210,8 +213,9 @@ class DhtRecords:
         return None if best is None else best.data
 
     def check(self, envelope: bytes) -> PeerRecord:
-        """What a record says. Raises EnvelopeError."""
-        return self._gate.check(envelope, time.time())
+        """What a record says, with those of its addresses that we dial. Raises EnvelopeError."""
+        record = self._gate.check(envelope, time.time())
+        return replace(record, addresses=self._dialable(record.addresses))
 
     async def find_index_peers(self, shard: int) -> tuple[bytes, ...]:
         """The endpoints of index peers of a shard: the newest of each, nearest first."""
@@ -362,7 +366,7 @@ class DhtRecords:
 
     async def _exchange(self, named: Named, question: Question) -> Answer:
         if not self._connected(named.peer):
-            await self._connections.reach(named.peer, named.addresses)
+            await self._dial(named)
             self._borrowed[named.peer] = trio.current_time()
             await self._give_back()
         if not self._admitted(named.peer):
@@ -380,6 +384,24 @@ class DhtRecords:
             with shielded(1.0):
                 await (stream.aclose() if done else stream.reset())
         return answer
+
+    async def _dial(self, named: Named) -> None:
+        """Be connected to a peer: where we know it to be, else where others say it is."""
+        known = self.table.addresses_of(named.peer)
+        told = self._dialable([each for each in named.addresses if each not in known])
+        try:
+            await self._connections.reach(named.peer, known)
+            return
+        except RemoteError:
+            told = self._pace.admit(told, trio.current_time())
+            if not told:
+                raise
+        await self._connections.reach(named.peer, told)
+        self._pace.answered(told)
+
+    def _dialable(self, named: Sequence[str]) -> tuple[str, ...]:
+        relays = {str(peer) for peer in self._connections.live()}
+        return dialable(named, own=map(str, self._host.get_addrs()), relays=relays)
 
     async def _give_back(self) -> None:
         """Close borrowed connections that are old or too many, and that nobody uses."""

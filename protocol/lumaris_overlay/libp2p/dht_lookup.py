@@ -55,6 +55,9 @@ class Lookup:
         self._place, self._ask = place, ask
         # Peers that are on a walk: no other walk asks them. We never ask ourselves.
         self._claimed = {me}
+        # Who did not answer where it was said to be: a liar's word closes no way to a peer that
+        # another names elsewhere.
+        self._failed: set[Named] = set()
         dealt = list(starts)
         rng.shuffle(dealt)
         self._walks = [_Walk(self, dealt[number::paths]) for number in range(paths)]
@@ -77,21 +80,25 @@ class Lookup:
         """The nearest peers that answered on each walk."""
         return [named for walk in self._walks for named in walk.nearest(per_walk)]
 
-    def claim(self, peer: str) -> bool:
-        """Whether no walk had this peer before."""
-        if peer in self._claimed:
+    def claim(self, named: Named) -> bool:
+        """Take a peer for one walk; False when it is not open."""
+        if not self.open(named):
             return False
-        self._claimed.add(peer)
+        self._claimed.add(named.peer)
         return True
 
-    def claimed(self, peer: str) -> bool:
-        """Whether some walk has this peer."""
-        return peer in self._claimed
+    def open(self, named: Named) -> bool:
+        """Whether no walk has this peer, and it has not failed at these addresses."""
+        return named.peer not in self._claimed and named not in self._failed
 
     async def ask(self, named: Named) -> Sequence[Named] | None:
-        """Ask one peer."""
+        """Ask one peer. One that does not answer is free for a walk that hears other addresses."""
         self.asked += 1
-        return await self._ask(named)
+        closer = await self._ask(named)
+        if closer is None:
+            self._failed.add(named)
+            self._claimed.discard(named.peer)
+        return closer
 
     def distance(self, peer: str) -> int:
         """How far a peer is from where we go."""
@@ -145,7 +152,7 @@ class _Walk:
         if known is not None:
             if source not in known.sources:
                 known.sources.append(source)
-        elif not self._lookup.claimed(named.peer) and len(self._candidates) < _CANDIDATES_MAX:
+        elif self._lookup.open(named) and len(self._candidates) < _CANDIDATES_MAX:
             distance = self._lookup.distance(named.peer)
             self._candidates[named.peer] = _Candidate(named, distance, [source])
 
@@ -157,7 +164,7 @@ class _Walk:
             if nearer >= ENOUGH:
                 return None
             del self._candidates[best.named.peer]
-            if self._lookup.claim(best.named.peer):
+            if self._lookup.claim(best.named):
                 return best
         return None
 

@@ -101,8 +101,36 @@ class RecordStore:
         self._peers[record.peer] = record
         return True
 
+    def _is_named_now(self, record: PeerRecord) -> bool:
+        """Whether no newer word of the peer is held; what its newest does not name goes.
+
+        So a peer is held under as many shards as one record names, whatever it signs in a row.
+        """
+        found = [held[record.peer] for held in self._index.values() if record.peer in held]
+        if any(each.order > record.order for each in found):
+            return False
+        for shard in [s for s, held in self._index.items() if record.peer in held]:
+            if shard not in record.shards:
+                del self._index[shard][record.peer]
+                if not self._index[shard]:
+                    del self._index[shard]
+        return True
+
+    def _room_for(self, shard: int) -> bool:
+        """Make room for a shard's key at the cost of one that is farther from us."""
+        if shard in self._index or len(self._index) < SHARDS_MAX:
+            return True
+        farthest = max(self._index, key=self._distance)
+        if self._distance(farthest) <= self._distance(shard):
+            return False
+        del self._index[farthest]
+        return True
+
+    def _distance(self, shard: int) -> int:
+        return place_of_key(index_key(shard)) ^ self._me
+
     def _put_index(self, shard: int, record: PeerRecord) -> bool:
-        if shard not in self._index and len(self._index) >= SHARDS_MAX:
+        if not self._is_named_now(record) or not self._room_for(shard):
             return False
         held = self._index.setdefault(shard, {})
         before = held.get(record.peer)

@@ -42,6 +42,11 @@ class RoutingTable:
         bucket[peer] = (now, Named(peer, addresses))
         return True
 
+    def addresses_of(self, peer: str) -> tuple[str, ...]:
+        """Where a peer was when it was last seen."""
+        held = self._buckets.get(self._distance_bits(peer), {}).get(peer)
+        return () if held is None else held[1].addresses
+
     def drop(self, peer: str) -> None:
         """Forget a peer that does not answer."""
         self._buckets.get(self._distance_bits(peer), {}).pop(peer, None)

@@ -17,6 +17,7 @@ from typing import Any
 import trio
 from libp2p.io.exceptions import IncompleteReadError, IOException, MessageTooLarge
 from libp2p.network.connection.exceptions import RawConnError
+from libp2p.network.exceptions import SwarmException
 from libp2p.network.stream.exceptions import StreamError
 from libp2p.peer.id import ID
 from libp2p.pubsub.gossipsub import GossipSub
@@ -35,6 +36,8 @@ from lumaris_protocol.limits import (
 
 logger = logging.getLogger(__name__)
 
+# Opening a stream to a connection that ends meanwhile may never return.
+_GREET_S = 15.0
 _RESET_S = 1.0
 # A peer over its rate is read this much later each time; after some seconds of it, it is a flood.
 _WAIT_S = 0.1
@@ -75,11 +78,22 @@ class GuardedRouter(GossipSub):
         self.recent_message_deliveries.clear()
 
 
+class _Queues(dict[ID, Any]):
+    """The queue of each peer. One that is replaced is closed, or its sender would wait for ever."""
+
+    def __setitem__(self, peer: ID, queue: Any) -> None:
+        earlier = self.get(peer)
+        super().__setitem__(peer, queue)
+        if earlier is not None and earlier is not queue:
+            earlier.close()
+
+
 class GuardedPubsub(Pubsub):
     """Pubsub among members. `judges` decide, by topic, on documents; each is cheap and pure."""
 
     def __init__(self, *args: Any, manners: Manners, **settings: Any) -> None:
         super().__init__(*args, **settings)
+        self.peer_queues = _Queues()
         self.judges: dict[str, Callable[[str, bytes], Judgement]] = {}
         self._manners = manners
         self._reading: dict[ID, Any] = {}
@@ -108,8 +122,12 @@ class GuardedPubsub(Pubsub):
         self._handle_dead_peer(peer)
 
     async def _handle_new_peer(self, peer_id: ID) -> None:
-        if self._manners.admitted(str(peer_id)):
+        if not self._manners.admitted(str(peer_id)):
+            return
+        with trio.move_on_after(_GREET_S) as greeting:
             await super()._handle_new_peer(peer_id)
+        if greeting.cancelled_caught:
+            raise SwarmException("the gossip stream did not open in time")
 
     # --- reading ---
 

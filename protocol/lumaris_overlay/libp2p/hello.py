@@ -58,7 +58,10 @@ _GREETING = msgspec.json.Decoder(Greeting)
 
 
 class Hello:
-    """Asks and answers hellos. `on_admitted` is called when a stranger has become a member."""
+    """Asks and answers hellos. `on_admitted` is called when a stranger has become a member.
+
+    `fault` is called with a peer's id, a kind and the detail when it breaks the format.
+    """
 
     def __init__(
         self,
@@ -70,10 +73,12 @@ class Hello:
         protocols: Callable[[], Sequence[str]],
         on_admitted: Callable[[Any], None],
         clock: Callable[[], float] = time.time,
+        fault: Callable[[str, str, object], None] = strangers.note,
     ) -> None:
         self._host, self._admission, self._nursery = host, admission, nursery
         self._new_stream, self._protocols = new_stream, protocols
         self._on_admitted, self._clock = on_admitted, clock
+        self._fault = fault
         self._observed: dict[str, str] = {}
         self._asks = TokenBuckets(
             per_s=limits.HELLOS_PER_S_PER_PEER,
@@ -102,7 +107,7 @@ class Hello:
         except trio.TooSlowError:
             raise RemoteError("unreachable", f"The peer {peer} did not say hello.") from None
         except EnvelopeError as error:
-            strangers.note(peer, "hello", error)
+            self._broken(peer, error)
             raise RemoteError("unreachable", f"The peer {peer} said no clear hello.") from error
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise RemoteError("unreachable", f"The peer {peer} hung up.") from error
@@ -129,7 +134,10 @@ class Hello:
                 self._take(stream.peer, greeting)
                 await stream.send_all(self._greeting(stream.peer))
             await stream.aclose()
-        except (EnvelopeError, trio.TooSlowError) as error:
+        except EnvelopeError as error:
+            self._broken(stream.peer, error)
+            await stream.reset()
+        except trio.TooSlowError as error:
             strangers.note(stream.peer, "hello", error)
             await stream.reset()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
@@ -138,6 +146,11 @@ class Hello:
     def forget(self, peer: str) -> None:
         """The peer has left: what it said of us no longer counts."""
         self._observed.pop(peer, None)
+
+    def _broken(self, peer: str, error: EnvelopeError) -> None:
+        """One whose process ended midway did nothing wrong."""
+        report = strangers.note if error.code == "truncated" else self._fault
+        report(peer, "hello", error)
 
     def _greeting(self, peer: str) -> bytes:
         greeting = Greeting(

@@ -26,6 +26,7 @@ from lumaris_overlay.libp2p.advert_exchange import AdvertExchange
 from lumaris_overlay.libp2p.conduct import Conduct
 from lumaris_overlay.libp2p.connections import Connections
 from lumaris_overlay.libp2p.dht import DhtRecords
+from lumaris_overlay.libp2p.health import Health
 from lumaris_overlay.libp2p.hello import Hello
 from lumaris_overlay.libp2p.overrides import ClosingTCP
 from lumaris_overlay.libp2p.peerbook import PeerBook
@@ -149,6 +150,7 @@ class Libp2pOverlay:
             on_left=self._part,
             circuits=self.presence.circuits,
         )
+        self.health = Health(host, nursery)
         conduct.send_away = self._send_away
         host.get_network().on_violation = lambda peer: conduct.ban(peer, "window violation")
         self.strangers = StrangerWatch(
@@ -165,6 +167,7 @@ class Libp2pOverlay:
             new_stream=self._new_stream,
             protocols=lambda: self._handlers.protocols,
             on_admitted=self._welcome,
+            fault=conduct.fault,
         )
         desk = ShardDesk(
             config.network,
@@ -221,6 +224,7 @@ class Libp2pOverlay:
         await self._nursery.start(self.dht.run)
         await self._nursery.start(self.shards.run)
         self.presence.start()
+        self.health.start()
         self.connections.start()
 
     async def stop(self) -> None:

@@ -2,8 +2,9 @@
 
 Each beginning takes from the allowance of the network that it comes from, before a byte is read;
 whoever turns out to be a member gives it back. A network with a member of ours in it has a larger
-allowance, so that members behind one NAT with a hostile neighbour still come in; all the others
-together have one more, since networks are cheap for some.
+allowance, so that members behind one NAT with a hostile neighbour still come in. Networks are cheap
+for some: all the others of one site share an allowance, and all sites together another, of which a
+part is kept for the parts of the internet that nobody came from lately.
 """
 
 from __future__ import annotations
@@ -20,20 +21,27 @@ _NETWORKS_MAX = 4_096
 # Looking through our connections costs some milliseconds when there are hundreds.
 _LOOK_S = 1.0
 _EVERYBODY = ""
-_IPV6_NETWORK_BITS = 64
+# An owner has one of these (IPv4, IPv6), each full of networks; and the next larger block.
+_SITE_BITS = (24, 48)
+_BLOCK_BITS = (16, 32)
+_BLOCK_SEEN_S = 60.0
 
 
-def network_of(ip: str) -> str:
-    """The network that one customer has: an IPv4 address, or the /64 of an IPv6 address."""
+def network_of(ip: str, bits: tuple[int, int] = (32, 64)) -> str:
+    """The network of these bits (IPv4, IPv6) around an address, by default one customer's.
+
+    That is an IPv4 address, or the /64 of an IPv6 address.
+    """
     try:
         address = ipaddress.ip_address(ip.partition("%")[0])
     except ValueError:
         return ip
-    if isinstance(address, ipaddress.IPv4Address):
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    length = bits[address.version == 6]
+    if length == address.max_prefixlen:
         return str(address)
-    if address.ipv4_mapped is not None:
-        return str(address.ipv4_mapped)
-    return str(ipaddress.ip_network((int(address), _IPV6_NETWORK_BITS), strict=False))
+    return str(ipaddress.ip_network((int(address), length), strict=False))
 
 
 class Newcomers:
@@ -47,9 +55,19 @@ class Newcomers:
         self._many = TokenBuckets(
             per_s=more * per_s, burst=more * burst, names_max=limits.OVERLAY_CONNECTIONS_MAX
         )
-        self._all = TokenBuckets(
-            per_s=limits.NEWCOMERS_PER_S, burst=limits.NEWCOMERS_BURST, names_max=1
+        self._sites = TokenBuckets(
+            per_s=limits.NEWCOMERS_PER_S_PER_SITE,
+            burst=limits.NEWCOMERS_BURST_PER_SITE,
+            names_max=_NETWORKS_MAX,
         )
+        kept_per_s, kept = limits.NEWCOMERS_RESERVED_PER_S, limits.NEWCOMERS_RESERVED_BURST
+        self._all = TokenBuckets(
+            per_s=limits.NEWCOMERS_PER_S - kept_per_s,
+            burst=limits.NEWCOMERS_BURST - kept,
+            names_max=1,
+        )
+        self._kept = TokenBuckets(per_s=kept_per_s, burst=kept, names_max=1)
+        self._blocks = TokenBuckets(per_s=1 / _BLOCK_SEEN_S, burst=1, names_max=_NETWORKS_MAX)
         self._returns = TokenBuckets(
             per_s=limits.RETURNS_PER_S_PER_PEER,
             burst=limits.RETURNS_BURST_PER_PEER,
@@ -66,13 +84,27 @@ class Newcomers:
         if self._has_member(network, now):
             taken = ((self._many, network),)
         else:
-            taken = ((self._few, network), (self._all, _EVERYBODY))
+            taken = (
+                (self._few, network),
+                (self._sites, network_of(ip, _SITE_BITS)),
+                (self._shared(ip, now), _EVERYBODY),
+            )
         for number, (buckets, name) in enumerate(taken):
             if not buckets.take(name, now):
                 _give_back(taken[:number], now)
                 self.refused += 1
                 return None
         return Beginning(taken, self._returns)
+
+    def _shared(self, ip: str, now: float) -> TokenBuckets:
+        """The allowance of all together: the kept part where that is used up and this is news."""
+        # Refused ones count as seen too, or a flood would be news again and again.
+        if not self._blocks.take(network_of(ip, _BLOCK_BITS), now):
+            return self._all
+        if not self._all.take(_EVERYBODY, now):
+            return self._kept
+        _give_back(((self._all, _EVERYBODY),), now)
+        return self._all
 
     def _has_member(self, network: str, now: float) -> bool:
         if now - self._looked_at >= _LOOK_S:

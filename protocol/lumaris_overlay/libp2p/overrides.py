@@ -20,7 +20,7 @@ from libp2p.abc import IMuxedConn
 from libp2p.connection_types import ConnectionType
 from libp2p.host.basic_host import BasicHost
 from libp2p.io import utils as io_utils
-from libp2p.io.exceptions import IncompleteReadError
+from libp2p.io.exceptions import ConnectionClosedError, IncompleteReadError
 from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.swarm import Swarm
@@ -36,7 +36,7 @@ from multiaddr import Multiaddr
 
 from lumaris_overlay.libp2p.newcomers import Newcomers
 from lumaris_overlay.libp2p.upgrader import DialBackSeen
-from lumaris_overlay.tasks import StrangerLog
+from lumaris_overlay.tasks import StrangerLog, shielded
 from lumaris_protocol.limits import (
     HANDSHAKES_MAX,
     OVERLAY_CONNECTIONS_MAX,
@@ -56,6 +56,10 @@ _NEGOTIATE_S = 5
 _CLOSED_CHECK_S = 0.5
 # An honest peer opens a few streams at a time, and negotiates each within one round trip.
 _NEGOTIATING_MAX = 8
+# A frame is 64 KiB at most: a peer that does not take one in this time reads no more.
+_FRAME_S = 8.0
+# Frames without data whose writers were cancelled: a few for each stream, 12 bytes each.
+_OWED_MAX = 1_024
 # Close at once and forget: a refused peer must not leave us a socket that waits for minutes.
 _LINGER_NOT = struct.pack("ii", 1, 0)
 
@@ -163,7 +167,8 @@ class WakingEvents(dict[int, trio.Event]):
 class WholeFrameYamux(yamux.Yamux):
     """A muxer whose frames are never cut short by the cancellation of one writer.
 
-    And one peer's new streams are taken in one after the other, at a rate: each costs us some
+    A peer that does not read holds its writers for some seconds, and is then given up. And one
+    peer's new streams are taken in one after the other, at a rate: each costs us some
     milliseconds, whatever is said on it.
     """
 
@@ -172,6 +177,7 @@ class WholeFrameYamux(yamux.Yamux):
         self.stream_events = WakingEvents(self.stream_events)
         self.negotiating = trio.Semaphore(_NEGOTIATING_MAX)
         self._turn = -math.inf
+        self._owed: list[bytes] = []
 
     async def wait_turn(self) -> None:
         """Wait until the peer may have another stream; the muxer bounds how many wait."""
@@ -180,12 +186,42 @@ class WholeFrameYamux(yamux.Yamux):
         await trio.sleep(max(0.0, self._turn - now))
 
     async def _write_frame(self, data: bytes) -> None:
-        # A frame cut in half, or a Noise nonce used up for bytes not sent, kills the connection
-        # with all its streams. A stuck socket is ended by the health check, not by a writer.
-        with trio.CancelScope(shield=True):
-            async with self._write_lock:
-                await self.secured_conn.write(data)
+        # A writer may be cancelled until its turn comes, and has then sent nothing. After that a
+        # frame cut in half, or a Noise nonce used up for bytes not sent, would kill the
+        # connection with all its streams; only a peer that does not read at all ends it so.
+        bare = len(data) == yamux.HEADER_SIZE
+        try:
+            if bare and not self._write_lock.locked():
+                self._write_lock.acquire_nowait()  # the end of a cancelled task's stream is told
+            else:
+                await self._write_lock.acquire()
+        except trio.Cancelled:
+            # Without it the peer would keep the stream: whoever writes sends it too.
+            if bare and len(self._owed) < _OWED_MAX:
+                self._owed.append(data)
+            raise
+        try:
+            with shielded(_FRAME_S) as scope:
+                self._owed.append(data)
+                while self._owed:
+                    frames, self._owed = b"".join(self._owed), []
+                    await self.secured_conn.write(frames)
+        finally:
+            self._write_lock.release()
+        if scope.cancelled_caught:
+            strangers.note(str(self.peer_id), "reads_nothing")
+            await self.cut()
+            raise ConnectionClosedError("the peer takes nothing", transport="tcp")
+        # A cancelled writer hears of it here, once its frame has gone out whole.
         await trio.lowlevel.checkpoint()
+
+    async def cut(self) -> None:
+        """End the connection at once, whatever was to be sent; our own reader finds the end."""
+        raw = self.secured_conn.conn.read_writer.read_write_closer  # type: ignore[attr-defined]
+        if isinstance(raw, RawConnection):
+            _refuse(raw.stream.stream.socket)  # type: ignore[attr-defined]  # of TrioTCPStream
+        else:
+            await raw.abort()
 
 
 class NoAutoConnector(AutoConnector):

@@ -49,6 +49,7 @@ _EXCHANGE_S = 8.0
 _ARRIVAL_S = 2.0
 _DIALS_AT_ONCE = 8
 _TESTERS = 2
+_ROUNDS = 2
 # The first test waits this long, so that more than one peer can be asked.
 _SETTLE_S = 0.5
 _AGAIN_S_MIN, _AGAIN_S_MAX = 5.0, 600.0
@@ -76,13 +77,48 @@ class Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Finding:
     """What one peer found: where it sees us, and which ports it reached.
 
-    `translated` when we leave this machine from another IP than the one it sees.
+    `translated` when we leave this machine from another IP than the one it sees; `tester` is the
+    IP where we see that peer.
     """
 
     peer: PeerId
     ip: str
     worked: tuple[int, ...]
     translated: bool = False
+    tester: str = ""
+
+    @property
+    def outside(self) -> bool:
+        """Whether it tells where the world sees us: no neighbour can know that."""
+        return addresses.scope_of(self.ip) == "public" and not self.neighbour
+
+    @property
+    def neighbour(self) -> bool:
+        """Whether the peer is in our own network."""
+        return bool(self.tester) and addresses.scope_of(self.tester) != "public"
+
+
+def agreed(findings: Sequence[Finding]) -> set[str]:
+    """The public IPs that testers of two networks name."""
+    named: dict[str, set[str]] = {}
+    for each in findings:
+        if each.outside and each.tester:
+            named.setdefault(each.ip, set()).add(addresses.subnet_of(each.tester))
+    return {ip for ip, subnets in named.items() if len(subnets) > 1}
+
+
+def believed(findings: Sequence[Finding]) -> set[str]:
+    """The public IPs that we may call our own: one tester's word counts while none differs."""
+    found = agreed(findings)
+    if found:
+        return found
+    named = {each.ip for each in findings if not each.neighbour}
+    return {each.ip for each in findings if each.outside and each.worked and len(named) == 1}
+
+
+def disputed(findings: Sequence[Finding]) -> bool:
+    """Whether testers from outside tell different things."""
+    return len({(each.ip, bool(each.worked)) for each in findings if each.outside}) > 1
 
 
 def judge(findings: Sequence[Finding]) -> Verdict:
@@ -91,7 +127,7 @@ def judge(findings: Sequence[Finding]) -> Verdict:
     Once somebody sees us from outside, only such findings count: a neighbour behind the same NAT
     reaches us and proves nothing. A failure counts alone only where an address translator shows.
     """
-    outside = [each for each in findings if addresses.scope_of(each.ip) == "public"]
+    outside = [each for each in findings if each.outside]
     counted = outside or list(findings)
     worked = sum(bool(each.worked) for each in counted)
     failed = len(counted) - worked
@@ -110,6 +146,19 @@ class Announcer:
         self.verdict: Verdict = "unknown"
         self.circuits: Callable[[], tuple[str, ...]] = tuple
         self.ports: tuple[int, ...] = ()
+        # Addresses that worked, by who said so: another's word does not take them back.
+        self._kept: dict[str, frozenset[PeerId]] = {}
+
+    def learn(self, findings: Sequence[Finding]) -> None:
+        """Take what the newest tests found."""
+        again = {each.peer for each in findings if each not in self.findings}
+        kept = {address: peers - again for address, peers in self._kept.items()}
+        self.findings, self.verdict = tuple(findings), judge(findings)
+        for address, peers in self._worked(believed(findings)).items():
+            kept[address] = kept.get(address, frozenset()) | peers
+        if agreed(findings) or self.verdict == "private":
+            kept = self._worked(agreed(findings))
+        self._kept = {address: peers for address, peers in kept.items() if peers}
 
     def __call__(self, listening: list[Multiaddr]) -> list[Multiaddr]:
         """The addresses to tell, from those that the host listens on."""
@@ -121,7 +170,7 @@ class Announcer:
             listening=texts,
             configured=self.configured,
             own_ips=own_addresses() if wild else (),
-            observed=self.observed(),
+            observed=self._seen_outside(),
             confirmed=self.confirmed(),
             circuits=self.circuits(),
             verdict=self.verdict,
@@ -137,13 +186,27 @@ class Announcer:
 
     def confirmed(self) -> tuple[str, ...]:
         """Where a peer that sees us from outside has reached us."""
-        reached = [
-            addresses.address_of(each.ip, port)
-            for each in self.findings
-            for port in each.worked
-            if addresses.scope_of(each.ip) == "public"
-        ]
-        return tuple(dict.fromkeys(reached)) if self.verdict == "public" else ()
+        if self.verdict != "public":
+            return ()
+        return tuple(self._worked(believed(self.findings)) | self._kept)
+
+    def _worked(self, ips: set[str]) -> dict[str, frozenset[PeerId]]:
+        """The addresses on these IPs that worked, and for whom."""
+        found: dict[str, frozenset[PeerId]] = {}
+        for each in self.findings:
+            for port in each.worked if each.outside and each.ip in ips else ():
+                address = addresses.address_of(each.ip, port)
+                found[address] = found.get(address, frozenset()) | {each.peer}
+        return found
+
+    def _seen_outside(self) -> tuple[str, ...]:
+        """What shows that our own network's addresses lead nowhere.
+
+        Where one of those did work, it takes two testers of different networks.
+        """
+        if not agreed(self.findings) and any(e.worked and not e.outside for e in self.findings):
+            return ()
+        return tuple(addresses.address_of(each.ip, 1) for each in self.findings if each.outside)
 
     def confirmed_by(self) -> tuple[PeerId, ...]:
         """The peers that have reached us."""
@@ -217,21 +280,25 @@ class Reach:
             self._wake.set()
 
     async def test(self) -> None:
-        """Ask up to two peers once and draw the verdict."""
+        """Ask up to two peers once, two more where they differ, and draw the verdict."""
         found: list[Finding] = []
-        chosen = choose(self._testers(), self._remote_ip)
-        async with trio.open_nursery() as nursery:
-            for peer in chosen:
-                nursery.start_soon(self._ask, peer, found)
+        testers = self._testers()
+        for _ in range(_ROUNDS):
+            chosen = choose(testers, self._remote_ip)
+            async with trio.open_nursery() as nursery:
+                for peer in chosen:
+                    nursery.start_soon(self._ask, peer, found)
+            if not disputed(found):
+                break
+            testers = [peer for peer in testers if peer not in chosen]
         if not found:
             return
         asked = {each.peer for each in found}
         # A peer that does not answer now keeps what it said: one that left proves nothing.
         kept = [each for each in self.announcer.findings if each.peer not in asked]
-        findings = (*found, *kept)[:_TESTERS]
+        findings = (*found, *kept)[: max(_TESTERS, len(found))]
         before = (self.announcer.verdict, self.announcer.confirmed(), self.announcer.observed())
-        self.announcer.findings = findings
-        self.announcer.verdict = judge(findings)
+        self.announcer.learn(findings)
         if before != (
             self.announcer.verdict,
             self.announcer.confirmed(),
@@ -280,7 +347,7 @@ class Reach:
         if remote is None:
             raise ValueError("the connection was lost")
         translated = not addresses.same_ip(ip[0], local_ip(remote) or ip[0])
-        return Finding(PeerId(str(peer)), ip[0], answer.worked, translated)
+        return Finding(PeerId(str(peer)), ip[0], answer.worked, translated, remote)
 
     # --- answering ---
 
@@ -349,9 +416,11 @@ class Reach:
 
 
 def choose(peers: Sequence[ID], remote_ip: Callable[[Any], str | None]) -> list[ID]:
-    """Up to two peers to ask, from different networks where there are such."""
+    """Up to two peers to ask: from outside and from different networks where there are such."""
     shuffled = list(peers)
     random.shuffle(shuffled)
+    # A neighbour behind the same address translator cannot tell how the world sees us.
+    shuffled.sort(key=lambda peer: addresses.scope_of(remote_ip(peer) or "::") != "public")
     by_subnet: dict[str, ID] = {}
     rest: list[ID] = []
     for peer in shuffled:

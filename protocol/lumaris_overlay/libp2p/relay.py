@@ -52,6 +52,8 @@ class RelayLimits:
     reservation_s: float = limits.RELAY_RESERVATION_S
     circuits: int = limits.RELAY_CIRCUITS_MAX
     circuits_per_peer: int = limits.RELAY_CIRCUITS_PER_PEER_MAX
+    circuits_per_source: int = limits.RELAY_CIRCUITS_PER_SOURCE_MAX
+    circuits_per_pair: int = limits.RELAY_CIRCUITS_PER_PAIR_MAX
     circuit_bytes: int = limits.RELAY_CIRCUIT_BYTES_MAX
     circuit_s: float = limits.RELAY_CIRCUIT_S_MAX
 
@@ -73,8 +75,8 @@ class RelayService:
         self._host, self._admitted, self._remote_ip = host, admitted, remote_ip
         self.limits = limits
         self.reserved: dict[ID, tuple[float, str]] = {}
-        self.circuits: Counter[ID] = Counter()
-        self._open = 0
+        self.circuits: Counter[ID] = Counter()  # by either end
+        self._pairs: Counter[tuple[ID, ID]] = Counter()  # by source and target
 
     def start(self) -> None:
         """Answer reservations and circuits."""
@@ -152,12 +154,10 @@ class RelayService:
         if expire <= time.time() or self._remote_ip(target) is None:
             await self._say(stream, Status.NO_RESERVATION)
             return
-        per_peer = self.limits.circuits_per_peer
-        busiest = max(self.circuits[source], self.circuits[target])
-        if busiest >= per_peer or self._open >= self.limits.circuits:
+        if not self._has_room(source, target):
             await self._say(stream, Status.RESOURCE_LIMIT_EXCEEDED)
             return
-        self._open += 1
+        self._pairs[source, target] += 1
         self.circuits.update((source, target))
         far = None
         try:
@@ -167,14 +167,22 @@ class RelayService:
             elif await self._say(stream, Status.OK, limit=self._limit_message()):
                 await self._join(stream, far)
         finally:
-            self._open -= 1
-            self.circuits.subtract((source, target))
-            for peer in (source, target):
-                if self.circuits[peer] <= 0:
-                    del self.circuits[peer]
+            self._pairs[source, target] -= 1
+            self._pairs += Counter()  # forgets those without any
+            self.circuits -= Counter((source, target))
             if far is not None:
                 await circuit.reset(far)
                 await circuit.reset(stream)
+
+    def _has_room(self, source: ID, target: ID) -> bool:
+        """Whether there may be another circuit: no source may keep the others from a target."""
+        begun = sum(count for (by, _), count in self._pairs.items() if by == source)
+        return (
+            self._pairs[source, target] < self.limits.circuits_per_pair
+            and begun < self.limits.circuits_per_source
+            and max(self.circuits[source], self.circuits[target]) < self.limits.circuits_per_peer
+            and self._pairs.total() < self.limits.circuits
+        )
 
     async def _reach(self, source: ID, target: ID) -> Any | None:
         """A stream to the target that accepted the circuit."""

@@ -153,3 +153,20 @@ def test_every_call_ends_when_it_is_given_up(assembly: Assembly):
     wire.close()
     with pytest.raises(Cut):
         assembly.wait()
+
+
+def test_nobody_is_held_to_the_list_of_another(assembly: Assembly, tmp_path: Path):
+    listed = right_list(tmp_path)
+    false = listed[: 2 * 32] + bytes(32) + listed[3 * 32 :]
+    assembly.follow(listed)
+    give(assembly, 0, 0)
+    give(assembly, 0, 2)  # waits for the one before it
+    assembly.follow(false)
+    give(assembly, 1, 1)
+    give(assembly, 1, 2)  # its own list denies it
+    with pytest.raises(Dropped):
+        assembly.take(1, wait=False)
+    assembly.follow(listed)
+    for index in range(2, 11):
+        give(assembly, 0, index)
+    assert assembly.complete

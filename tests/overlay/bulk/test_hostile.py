@@ -16,7 +16,7 @@ import msgspec
 import pytest
 import trio
 
-from lumaris_overlay.bulk import ask, gate, serve, wire
+from lumaris_overlay.bulk import ask, gate, serve, turns, wire
 from lumaris_overlay.bulk.fetch import fetch_file
 from lumaris_overlay.bulk.part import part_path
 from lumaris_overlay.bulk.put import put_file
@@ -206,7 +206,7 @@ async def test_the_number_of_sources_is_bounded(world: World):
 # --- a stranger's bulk connections ---
 
 
-async def bulk_connection(seller: Seller, token: bytes) -> socket.socket:
+async def bulk_connection(seller: Seller, token: bytes, ip: str = "127.0.0.1") -> socket.socket:
     """A TLS connection to the seller's gate that has shown a token."""
     assert seller.target is not None
     address = seller.target.addresses[0]
@@ -214,7 +214,7 @@ async def bulk_connection(seller: Seller, token: bytes) -> socket.socket:
     def dial() -> socket.socket:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        raw = socket.create_connection(address, timeout=WAIT_S)
+        raw = socket.create_connection(address, timeout=WAIT_S, source_address=(ip, 0))
         raw.sendall(b"\x02")
         tls = context.wrap_socket(raw)
         tls.sendall(token)
@@ -437,16 +437,26 @@ async def test_an_upload_on_both_connections_at_once(world: World):
 
 
 async def test_one_peer_has_a_few_turns_only(world: World, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(serve, "_PER_PEER_MAX", 2)
+    monkeypatch.setattr(turns, "_PER_PEER_MAX", 2)
+    monkeypatch.setattr(turns, "_WAIT_STALLS", 0.001)
+    monkeypatch.setattr(ask, "_BUSY_S", 0.0)
+    monkeypatch.setattr(ask, "_BUSY_PAUSES_S", (0.01,))
     data, seller = chunks(1), await world.seller()
     seller.hold(data)
     lanes = [await open_lane(seller, op="get", **about(data)) for _ in range(2)]
     assert [await answer_of(lane) for lane in lanes] == ["ready", "ready"]
     assert await refused(fetch(world, seller, data=data)) == "busy"
-    for lane in lanes:
-        await lane.aclose()
-    await eventually(lambda: seller.ended == seller.lanes)
-    await fetch(world, seller, data=data)
+    assert await refused(upload(world, seller, data)) == "busy"
+    monkeypatch.setattr(ask, "_BUSY_S", WAIT_S)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: fetch(world, seller, data=data))
+        nursery.start_soon(lambda: upload(world, seller, data))
+        await eventually(lambda: seller.lanes > 10)  # asked again and again
+        assert world.left() != ["file"]
+        for lane in lanes:
+            await lane.aclose()
+    assert world.left() == ["file"]
+    assert seller.uploaded(digest(data)).read_bytes() == data
 
 
 async def test_a_client_that_never_comes(world: World, monkeypatch: pytest.MonkeyPatch):
