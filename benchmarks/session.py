@@ -116,15 +116,17 @@ async def measure_cold(buyer: Buyer, request: JobRequest) -> tuple[list[float], 
     """Milliseconds from nothing held to a result, and of the negotiation inside."""
     market = buyer.market
     quotes, agree = market.quotes, market.agree
-    marks: list[float] = []
+    began = 0.0
+    negotiation: list[float] = []
 
     async def timed_quotes(*arguments: Any, **named: Any) -> Any:
-        marks.append(time.perf_counter())
+        nonlocal began  # a round that is refused begins again
+        began = time.perf_counter()
         return await quotes(*arguments, **named)
 
     async def timed_agree(*arguments: Any) -> Any:
         result = await agree(*arguments)
-        marks.append(time.perf_counter())
+        negotiation.append(1e3 * (time.perf_counter() - began))
         return result
 
     market.quotes, market.agree = timed_quotes, timed_agree  # type: ignore[method-assign, assignment]
@@ -133,7 +135,7 @@ async def measure_cold(buyer: Buyer, request: JobRequest) -> tuple[list[float], 
         cold.append(1e3 * await timed_async(lambda: buyer.run(request)))
         await buyer.pool.close_all()
     market.quotes, market.agree = quotes, agree  # type: ignore[method-assign]
-    return cold, [1e3 * (end - start) for start, end in zip(marks[::2], marks[1::2], strict=True)]
+    return cold, negotiation
 
 
 def requests_served(url: str) -> float:

@@ -16,7 +16,7 @@ from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, Status, StopMessa
 from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 from multiaddr import Multiaddr
 
-from lumaris_overlay.libp2p import circuit, dht, overrides, punch, reach, relay
+from lumaris_overlay.libp2p import circuit, connections, dht, overrides, punch, reach, relay
 from lumaris_overlay.libp2p.host import HostConfig, open_host
 from lumaris_overlay.libp2p.presence import ReachConfig
 from lumaris_overlay.libp2p.relay import RelayLimits
@@ -34,6 +34,8 @@ def _only_circuits(monkeypatch):
     monkeypatch.setattr(dht.DhtRecords, "seen", lambda self, peer: None)
     # A punch on loopback is a plain dial, and would end the circuits that are looked at here.
     monkeypatch.setattr(punch.Punching, "met", lambda self, connection: None)
+    # Nobody dials a remembered peer again by itself: circuits end when a test ends them.
+    monkeypatch.setattr(connections, "_PEERS_WANTED", 0)
 
 
 @asynccontextmanager
