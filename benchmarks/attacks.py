@@ -44,6 +44,7 @@ from benchmarks.parts.overlay_world import (
     percentile,
     processes,
 )
+from benchmarks.parts.report import Report
 
 ECHO, DEAF = "/lumaris/bench/1", "/lumaris/deaf/1"
 MESSAGE = bytes(64)
@@ -331,22 +332,13 @@ def main() -> None:
     for name in names:
         if name not in ATTACKS:
             parser.error(f"no attack {name!r}; there are {', '.join(ATTACKS)}")
-    rows: list[dict[str, Any]] = []
-
-    def row(name: str, value: float, unit: str, bar: str = "", holds: bool | None = None) -> None:
-        rows.append(
-            {"name": name, "value": round(value, 3), "unit": unit, "bar": bar, "holds": holds}
-        )
-        if not options.json:
-            mark = {True: "holds", False: "MISSED", None: ""}[holds]
-            print(f"{name:66} {value:10.2f} {unit:7} {bar:5} {mark}", flush=True)
+    row = Report(as_json=options.json, widths=(66, 10, 7, 5), digits=2)
 
     async def run() -> None:
         await measure(row, names, quick=options.quick)
 
     trio.run(run)
-    if options.json:
-        print(json.dumps({"rows": rows}))
+    row.finish()
 
 
 if __name__ == "__main__":

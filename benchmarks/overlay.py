@@ -11,7 +11,6 @@ of a latency: the rows of processor time are the ones to compare between machine
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import signal
@@ -52,6 +51,7 @@ from benchmarks.parts.overlay_world import (
     processes,
     until,
 )
+from benchmarks.parts.report import Report
 
 PROCESSES, CROWD = (3, 20, 50), 200
 SNAPSHOTS = (1_000, 5_000)
@@ -69,15 +69,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="parts, separated by commas")
     options = parser.parse_args()
     logging.getLogger("libp2p").setLevel(logging.CRITICAL + 1)
-    rows: list[dict[str, Any]] = []
-
-    def row(name: str, value: float, unit: str, bar: str = "", holds: bool | None = None) -> None:
-        rows.append(
-            {"name": name, "value": round(value, 3), "unit": unit, "bar": bar, "holds": holds}
-        )
-        if not options.json:
-            mark = {True: "holds", False: "MISSED", None: ""}[holds]
-            print(f"{name:58} {value:12.3f} {unit:8} {bar:10} {mark}", flush=True)
+    row = Report(as_json=options.json, widths=(58, 12, 8, 10))
 
     parts = _parts(row, quick=options.quick)
     chosen = options.only.split(",") if options.only else list(parts)
@@ -86,8 +78,7 @@ def main() -> None:
             parser.error(f"no part {name!r}; there are {', '.join(parts)}")
         for work in parts[name]:
             work()
-    if options.json:
-        print(json.dumps({"rows": rows}))
+    row.finish()
 
 
 def _parts(row: Row, *, quick: bool) -> dict[str, list[Callable[[], None]]]:

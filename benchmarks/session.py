@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import re
 import statistics
@@ -32,6 +31,10 @@ from lumaris.client import make_request
 from lumaris.jobs import JobRequest
 from lumaris.testing.devnet import Devnet
 
+# Started as a file, this folder is on the path and the one above is not.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.parts.report import Report
+
 # (module) a guest that does nothing at all, as a binary: magic, version, one empty _start.
 NO_OP = bytes.fromhex(
     "0061736d01000000"  # magic, version
@@ -50,15 +53,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--jobs", type=int, default=1000)
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-
-    def row(name: str, value: float, unit: str, bar: str = "", holds: bool | None = None) -> None:
-        rows.append(
-            {"name": name, "value": round(value, 3), "unit": unit, "bar": bar, "holds": holds}
-        )
-        if not options.json:
-            mark = {True: "holds", False: "MISSED", None: ""}[holds]
-            print(f"{name:44} {value:12.3f} {unit:8} {bar:12} {mark}", flush=True)
+    row = Report(as_json=options.json)
 
     with tempfile.TemporaryDirectory(prefix="lumaris-bench-") as folder:
         module = Path(folder) / "no_op.wasm"
@@ -67,18 +62,17 @@ def main() -> None:
             net.client().close()  # funds the buyer
             trio.run(measure, net, module, options.jobs, row)
     limit = [timed(spawn_child) for _ in range(CHILDREN)]
-    warm = next(item["value"] for item in rows if item["name"] == "warm no-op p50")
+    warm = next(item["value"] for item in row.rows if item["name"] == "warm no-op p50")
     row("child process start to end p50", 1e3 * statistics.median(limit), "ms")
     row("warm no-op / child process", warm / (1e3 * statistics.median(limit)), "x")
     dask = measure_dask()
     if dask is not None:
         latency, rate = dask
-        ours = next(item["value"] for item in rows if item["name"] == "map of no-ops")
+        ours = next(item["value"] for item in row.rows if item["name"] == "map of no-ops")
         row("Dask submit to result p50", latency, "ms")
         row("Dask no-ops", rate, "tasks/s")
         row("map of no-ops / Dask", ours / rate, "x", ">= 1", ours >= rate)
-    if options.json:
-        print(json.dumps({"rows": rows}))
+    row.finish()
 
 
 async def measure(net: Devnet, module: Path, jobs: int, row: Callable[..., None]) -> None:

@@ -13,17 +13,17 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import hashlib
-import json
 import multiprocessing
 import random
 import ssl
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import msgspec
 import trio
@@ -43,6 +43,10 @@ from lumaris_protocol.keys import PeerId
 from lumaris_protocol.limits import KIB, MIB
 from lumaris_protocol.protocols import BLOB, BlobHeader, BlobReply
 
+# Started as a file, this folder is on the path and the one above is not.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.parts.report import Report
+
 SESSION = "ses_" + "a" * 24
 PLAIN_WRITE_BYTES = 256 * KIB
 LANE, PLAIN_UP, PLAIN_DOWN = b"L", b"U", b"D"  # what a connection of the benchmark is for
@@ -56,15 +60,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", default=None, help="where the files lie (default: a new one)")
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-
-    def row(name: str, value: float, unit: str, bar: str = "", holds: bool | None = None) -> None:
-        rows.append(
-            {"name": name, "value": round(value, 3), "unit": unit, "bar": bar, "holds": holds}
-        )
-        if not options.json:
-            mark = {True: "holds", False: "MISSED", None: ""}[holds]
-            print(f"{name:44} {value:12.3f} {unit:8} {bar:12} {mark}", flush=True)
+    row = Report(as_json=options.json)
 
     sizes = [int(size) for size in options.sizes.split(",")]
     with tempfile.TemporaryDirectory(prefix="lumaris-bench-", dir=options.folder) as folder:
@@ -80,8 +76,7 @@ def main() -> None:
         finally:
             near.send(None)
             seller.join()
-    if options.json:
-        print(json.dumps({"rows": rows}))
+    row.finish()
 
 
 def make_files(folder: Path, sizes: Sequence[int]) -> dict[str, Path]:

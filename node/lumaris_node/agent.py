@@ -35,13 +35,14 @@ from lumaris_overlay.bulk.rate import make_rate
 from lumaris_overlay.links import open_links
 from lumaris_overlay.ports import Overlay
 from lumaris_overlay.private_files import load_or_create_key
+from lumaris_overlay.shard_upkeep import keep_shards
 from lumaris_overlay.supervisor import OverlayConfig, run_overlay
 from lumaris_overlay.validate import DemandGate
 from lumaris_protocol import coordinator_api, matching
 from lumaris_protocol.catalog import CATALOG
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.keys import KeyPair, PeerId
-from lumaris_protocol.limits import CACHED_DIGESTS_MAX, MIB, SHARD_MAP_CHECK_S
+from lumaris_protocol.limits import CACHED_DIGESTS_MAX, MIB
 from lumaris_protocol.machines.desk import QuoteDesk
 from lumaris_protocol.messages.advert import Resources, Runtime
 from lumaris_protocol.protocols import BLOB, NEGOTIATE, SESSION
@@ -99,7 +100,7 @@ class Node:
                 nursery.start_soon(self._expire_holds)
                 nursery.start_soon(self._prune)
                 nursery.start_soon(self._keep_certified)
-                nursery.start_soon(self._keep_shards)
+                nursery.start_soon(keep_shards, self._overlay, self._shard_map)
                 nursery.start_soon(self._watch_tiers)
                 nursery.start_soon(self._watch_reach)
                 nursery.start_soon(self._adverts.run)
@@ -366,15 +367,8 @@ class Node:
         except LumarisError as error:
             log.warning("certificate not shown code=%s", error.code)
 
-    async def _keep_shards(self) -> None:
-        """Tell the overlay how the market is divided, now and whenever that may have changed."""
-        while True:
-            try:
-                found = await self._link.call(coordinator_api.shards())
-                await self._overlay.present_shards(found)
-            except LumarisError as error:  # the overlay goes on with the map it has
-                log.info("shard map not taken code=%s", error.code)
-            await trio.sleep(SHARD_MAP_CHECK_S)
+    async def _shard_map(self) -> bytes:
+        return await self._link.call(coordinator_api.shards())
 
     async def _warm_catalog(self) -> None:
         """Compile what buyers will most likely ask for, before the first one waits for it."""

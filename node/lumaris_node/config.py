@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, structs
 
+from lumaris_overlay.networks import ip_and_port
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.limits import MIB, OVERLAY_MEMORY_BYTES
 from lumaris_protocol.messages.advert import PriceTable, Tier
@@ -94,8 +94,8 @@ def direct_address(config: NodeConfig) -> tuple[str, int] | None:
     if config.direct == "off":
         return None
     if config.direct:
-        return _check_address("direct", config.direct)
-    return _check_address("listen", config.listen)[0], 0
+        return ip_and_port("direct", config.direct)
+    return ip_and_port("listen", config.listen)[0], 0
 
 
 def load(state: Path, **flags: object) -> NodeConfig:
@@ -115,21 +115,10 @@ def load(state: Path, **flags: object) -> NodeConfig:
     config.price.table()
     try:
         direct_address(config)
-        _check_address("listen", config.listen)
+        ip_and_port("listen", config.listen)
         for address in config.bootstrap:
             if not address.startswith("/") or "/p2p/" not in address:
                 raise LumarisError("config_invalid", f"bootstrap {address!r} has no /p2p/PEER.")
     except LumarisError as error:
         raise LumarisError(error.code, f"{path}: {error.message}") from None
     return config
-
-
-def _check_address(name: str, text: str) -> tuple[str, int]:
-    ip, _, port = text.rpartition(":")
-    try:
-        ipaddress.ip_address(ip.strip("[]"))
-        if not 0 <= int(port) <= 65_535:
-            raise ValueError(port)
-    except ValueError:
-        raise LumarisError("config_invalid", f"{name} {text!r} is not IP:PORT.") from None
-    return ip.strip("[]"), int(port)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from lumaris_overlay import process_file
+from lumaris_overlay.networks import ip_and_port
 from lumaris_overlay.private_files import make_private_folder, read_key
 from lumaris_overlay.process_file import ProcessFacts
 from lumaris_overlay.socket.server import SocketServer, serve_socket
@@ -90,7 +91,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 async def _run(options: argparse.Namespace) -> None:
     # Loading libp2p takes a second: what can fail cheaply fails first.
     key = read_key(options.key)
-    ip, port = _listen_of(options.listen)
+    ip, port = ip_and_port("--listen", options.listen)
     make_private_folder(options.state)
     facts = ProcessFacts(
         pid=os.getpid(),
@@ -253,13 +254,6 @@ def _reach_of(options: argparse.Namespace) -> ReachConfig:
         relay=RelayLimits() if options.relay_service else None,
         mdns=options.mdns,
     )
-
-
-def _listen_of(text: str) -> tuple[str, int]:
-    ip, _, port = text.rpartition(":")
-    if not ip or not port.isdecimal() or int(port) > 65_535:
-        raise LumarisError("config_invalid", f"--listen {text!r} is not IP:PORT.")
-    return ip.strip("[]"), int(port)
 
 
 def _set_up_logging(level: str) -> None:

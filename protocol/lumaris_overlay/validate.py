@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from lumaris_overlay.libp2p import addresses
-from lumaris_protocol import codec
+from lumaris_protocol import agreements, codec
 from lumaris_protocol.codec import Signed
 from lumaris_protocol.errors import EnvelopeError
 from lumaris_protocol.keys import PeerId
 from lumaris_protocol.limits import (
     ADVERT_LIFETIME_S_MAX,
-    CERTIFICATE_LIFETIME_S_MAX,
     DEMAND_LIFETIME_S_MAX,
     DEMANDS_BURST_PER_BUYER,
     DEMANDS_PER_S_PER_BUYER,
@@ -30,21 +29,9 @@ class MembershipGate:
 
     def check(self, data: bytes, peer: str, now: float) -> Signed[MembershipCertificate]:
         """The certificate of `peer` inside `data`. Raises EnvelopeError."""
-        signed = codec.open_signed(data, MembershipCertificate, network=self.network)
-        certificate = signed.message
-        if signed.signer not in self.coordinator_keys:
-            raise EnvelopeError("not_certified", "The certificate is from an unknown coordinator.")
-        if certificate.peer != peer:
-            raise EnvelopeError("not_certified", f"The certificate is not of {peer}.")
-        if certificate.expires_at - certificate.issued_at > CERTIFICATE_LIFETIME_S_MAX:
-            raise EnvelopeError("not_certified", "The certificate lives longer than it may.")
-        codec.check_times(
-            issued_at=certificate.issued_at,
-            expires_at=certificate.expires_at,
-            now=now,
-            what="certificate",
+        return agreements.open_certificate(
+            data, network=self.network, coordinators=self.coordinator_keys, peer=peer, now=now
         )
-        return signed
 
 
 class AdvertGate:

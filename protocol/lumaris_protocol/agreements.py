@@ -138,18 +138,20 @@ def open_certificate(
     network: str,
     coordinators: frozenset[str],
     peer: str,
-    role: Literal["buyer", "seller"],
+    role: Literal["buyer", "seller"] | None = None,
     now: float,
 ) -> Signed[MembershipCertificate]:
-    """Check a membership certificate of `peer` in `role`.
+    """Check a membership certificate of `peer` in `role`, or in whatever role it has.
 
     Raises EnvelopeError: `not_certified` when it is another peer's, another role's or not signed by
     one of the `coordinators`; otherwise as `open_signed` and `check_times` do.
     """
     found = codec.open_signed(data, MembershipCertificate, network=network)
     message = found.message
-    if found.signer not in coordinators or message.peer != peer or role not in message.roles:
-        raise EnvelopeError("not_certified", f"{peer} shows no certificate for the role {role}.")
+    named = role is None or role in message.roles
+    if found.signer not in coordinators or message.peer != peer or not named:
+        shown = "valid certificate" if role is None else f"certificate for the role {role}"
+        raise EnvelopeError("not_certified", f"{peer} shows no {shown}.")
     if message.expires_at - message.issued_at > CERTIFICATE_LIFETIME_S_MAX:
         raise EnvelopeError("not_certified", "The membership certificate lives too long.")
     codec.check_times(

@@ -15,6 +15,7 @@ SESSION: Final = "/lumaris/session/1"
 BLOB: Final = "/lumaris/blob/1"
 HELLO: Final = "/lumaris/hello/1"
 INDEX: Final = "/lumaris/index/1"
+REACH: Final = "/lumaris/reach/1"
 LINK: Final = "/lumaris/link/1"
 TENDER: Final = "/lumaris/tender/1"
 

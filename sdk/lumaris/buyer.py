@@ -33,13 +33,13 @@ from lumaris_overlay.bulk.rate import make_rate
 from lumaris_overlay.links import open_links
 from lumaris_overlay.ports import Overlay
 from lumaris_overlay.private_files import load_or_create_key
+from lumaris_overlay.shard_upkeep import keep_shards
 from lumaris_overlay.supervisor import OverlayConfig, attach_or_spawn
 from lumaris_protocol import coordinator_api, ids, matching
 from lumaris_protocol.codec import Signed
 from lumaris_protocol.coordinator_api import Account, Audit
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.keys import KeyPair
-from lumaris_protocol.limits import SHARD_MAP_CHECK_S
 from lumaris_protocol.messages.advert import Advert
 from lumaris_protocol.messages.execution import File
 from lumaris_protocol.money import Nanos
@@ -322,15 +322,9 @@ class Buyer:
             except LumarisError as error:
                 log.warning("certificate not shown code=%s", error.code)
 
-    async def keep_shards(self) -> None:
-        """Tell the overlay how the market is divided, now and whenever that may have changed."""
-        while True:
-            try:
-                found = await self._link.call(coordinator_api.shards())
-                await self.overlay.present_shards(found)
-            except LumarisError as error:  # the overlay goes on with the map it has
-                log.info("shard map not taken code=%s", error.code)
-            await trio.sleep(SHARD_MAP_CHECK_S)
+    async def shard_map(self) -> bytes:
+        """How the coordinator divides the market. Raises LumarisError."""
+        return await self._link.call(coordinator_api.shards())
 
     async def flush_rows(self) -> None:
         """Write the job rows that changed."""
@@ -359,9 +353,7 @@ async def open_buyer(
     store = Store(profile.database)
     link = open_link(profile.coordinator)
     try:
-        cache = profile.state / membership.CACHE_NAME
-        standing = await membership.join(link, key, cache, url=profile.coordinator)
-        standing = await membership.refresh_bootstrap(link, cache, standing)
+        standing = await membership.enter(link, key, profile)
         config = membership.overlay_config(profile, standing)
         async with (
             open_overlay(config) as inner,
@@ -375,7 +367,7 @@ async def open_buyer(
             nursery.start_soon(buyer.write_rows)
             nursery.start_soon(_greet, overlay, standing.bootstrap)
             nursery.start_soon(buyer.keep_certified)
-            nursery.start_soon(buyer.keep_shards)
+            nursery.start_soon(keep_shards, overlay, buyer.shard_map)
             nursery.start_soon(buyer.pool.settle)
             await store.end_orphan_jobs(now=time.time())
             try:

@@ -34,10 +34,8 @@ async def attached(profile: Profile) -> AsyncIterator[Overlay]:
     """The buyer's overlay process, started when there is none. Raises LumarisError."""
     key = load_or_create_key(profile.key_file)
     link = CoordinatorLink(profile.coordinator)
-    cache = profile.state / membership.CACHE_NAME
     try:
-        standing = await membership.join(link, key, cache, url=profile.coordinator)
-        standing = await membership.refresh_bootstrap(link, cache, standing)
+        standing = await membership.enter(link, key, profile)
     finally:
         with trio.CancelScope(shield=True):
             await link.aclose()

@@ -49,6 +49,16 @@ class Standing(msgspec.Struct, frozen=True):
         return now + for_s < self.expires_at
 
 
+async def enter(link: CoordinatorLink, key: KeyPair, profile: Profile) -> Standing:
+    """Our standing with the profile's coordinator, and where the network is now.
+
+    Raises LumarisError as `join` does.
+    """
+    cache = profile.state / CACHE_NAME
+    standing = await join(link, key, cache, url=profile.coordinator)
+    return await refresh_bootstrap(link, cache, standing)
+
+
 async def join(link: CoordinatorLink, key: KeyPair, cache: Path, *, url: str) -> Standing:
     """Our standing with the coordinator at `url`: the cached one while it is good, else a new one.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from lumaris_overlay.networks import ip_and_port
 from lumaris_overlay.private_files import make_private_folder
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.limits import MIB
@@ -105,14 +106,8 @@ def _number(name: str, default: int) -> int:
 
 def _address(name: str) -> str:
     text = os.environ.get(name, "")
-    ip, _, port = text.rpartition(":")
-    try:
-        if text:
-            ipaddress.ip_address(ip.strip("[]"))
-            if not 0 <= int(port) <= 65_535:
-                raise ValueError(port)
-    except ValueError:
-        raise LumarisError("config_invalid", f"{name} {text!r} is not IP:PORT.") from None
+    if text:
+        ip_and_port(name, text)
     return text
 
 

@@ -20,6 +20,7 @@ import trio
 from msgspec import structs
 
 from lumaris_overlay.framed_stream import FramedStream
+from lumaris_overlay.networks import network_of
 from lumaris_overlay.ports import Overlay
 from lumaris_overlay.tasks import shielded
 from lumaris_protocol import codec, envelope, ids, pricing
@@ -39,6 +40,7 @@ REPLY_S = 3.0
 _SPARE = 2  # sellers asked beyond those needed, so that one that is gone costs no time
 _HEDGE_S = 0.15  # an honest seller answers in a tenth of this
 _GRACE_S = 0.05
+_SUBNET_BITS = (24, 48)  # IPv4, IPv6: what one owner has at once
 _ASKED_MAX = 64
 _DECLINE_S = 1.0
 
@@ -257,8 +259,7 @@ def subnet_of(advert: Advert) -> str:
         except ValueError:
             continue
         if found.is_global:
-            bits = 24 if found.version == 4 else 48
-            return str(ipaddress.ip_network((found, bits), strict=False))
+            return network_of(host, _SUBNET_BITS)
     return ""
 
 

@@ -26,8 +26,6 @@ from lumaris_protocol.protocols import HELLO
 from tests.overlay.attackers import (
     STRANGER,
     forgeries,
-    friend_of,
-    honest_and_stranger,
     raw_stream,
     works,
 )
@@ -35,19 +33,6 @@ from tests.overlay.hosts import member
 from tests.overlay.world import advert, certificate, key_of, next_of, read_all, until
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-async def pair():
-    async with honest_and_stranger() as found:
-        yield found
-
-
-@pytest.fixture
-async def trio_of(pair):
-    honest, stranger = pair
-    async with friend_of(honest) as friend:
-        yield honest, stranger, friend
 
 
 async def test_random_bytes_on_the_port(pair):

@@ -22,8 +22,6 @@ from lumaris_protocol.protocols import HELLO
 from tests.overlay.attackers import (
     PATIENCE_S,
     attacked,
-    friend_of,
-    honest_and_stranger,
     raw_stream,
     uncertified,
     works,
@@ -32,19 +30,6 @@ from tests.overlay.hosts import member
 from tests.overlay.world import until
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-async def pair():
-    async with honest_and_stranger() as found:
-        yield found
-
-
-@pytest.fixture
-async def trio_of(pair):
-    honest, stranger = pair
-    async with friend_of(honest) as friend:
-        yield honest, stranger, friend
 
 
 async def test_window_violation_ends_the_connection(trio_of):

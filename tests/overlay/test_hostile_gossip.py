@@ -21,9 +21,7 @@ from tests.overlay.attackers import (
     TOPIC,
     attacked,
     forgeries,
-    friend_of,
     gossip_message,
-    honest_and_stranger,
     raw_stream,
     rpc_bytes,
     works,
@@ -31,19 +29,6 @@ from tests.overlay.attackers import (
 from tests.overlay.world import advert, key_of, next_of, until
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-async def pair():
-    async with honest_and_stranger() as found:
-        yield found
-
-
-@pytest.fixture
-async def trio_of(pair):
-    honest, stranger = pair
-    async with friend_of(honest) as friend:
-        yield honest, stranger, friend
 
 
 @pytest.mark.parametrize("number", range(10))

@@ -9,7 +9,8 @@ import trio
 
 from lumaris_overlay.libp2p import newcomers as newcomers_module
 from lumaris_overlay.libp2p.host import Libp2pOverlay, open_host
-from lumaris_overlay.libp2p.newcomers import Newcomers, network_of
+from lumaris_overlay.libp2p.newcomers import Newcomers
+from lumaris_overlay.networks import network_of
 from lumaris_protocol import limits
 from tests.overlay.attackers import dial_from, uncertified, works
 from tests.overlay.hosts import member

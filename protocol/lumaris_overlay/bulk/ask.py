@@ -12,7 +12,7 @@ import trio
 from lumaris_overlay.bulk import wire as wires
 from lumaris_overlay.bulk.rate import Rate
 from lumaris_overlay.bulk.threads import dial
-from lumaris_overlay.bulk.wire import Cut, Wire
+from lumaris_overlay.bulk.wire import DIGEST_BYTES, Cut, Wire
 from lumaris_overlay.framed_stream import FramedStream, read_refusal
 from lumaris_overlay.links.target import DirectTarget
 from lumaris_overlay.ports import Overlay, OverlayStream
@@ -70,7 +70,7 @@ class Exchange:
         """The chunk list that was asked for. Raises RemoteError."""
         with answer_in_time():
             found = await self.stream.expect(Kind.DATA)
-        if len(found) != 32 * count:
+        if len(found) != DIGEST_BYTES * count:
             raise EnvelopeError("malformed", "A chunk list of another length.")
         return found
 

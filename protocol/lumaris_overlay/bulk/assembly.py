@@ -14,7 +14,7 @@ from collections.abc import Callable
 from enum import IntEnum
 
 from lumaris_overlay.bulk.part import Part
-from lumaris_overlay.bulk.wire import Cut, Wire, chunk_bytes
+from lumaris_overlay.bulk.wire import DIGEST_BYTES, Cut, Wire, chunk_bytes
 from lumaris_protocol.errors import RefusedError
 from lumaris_protocol.limits import CHUNK_BYTES
 
@@ -22,7 +22,6 @@ from lumaris_protocol.limits import CHUNK_BYTES
 _BUFFERS = 6
 # Chunks asked for at once when there are several sources: few, so that a slow one holds up little.
 _RANGE_CHUNKS = 8
-_DIGEST_BYTES = 32
 _LOOK_S = 1.0
 _EMPTY = f"sha256:{hashlib.sha256().hexdigest()}"
 
@@ -311,7 +310,7 @@ class Assembly:
 
 
 def _entry(chunk_list: bytes, index: int) -> bytes:
-    return chunk_list[index * _DIGEST_BYTES : (index + 1) * _DIGEST_BYTES]
+    return chunk_list[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
 
 
 def _agreement(before: bytes | None, after: bytes, chunks: int) -> int:

@@ -20,7 +20,7 @@ from lumaris_overlay.bulk.part import Part, open_part
 from lumaris_overlay.bulk.rate import Rate
 from lumaris_overlay.bulk.serve import end_attempt
 from lumaris_overlay.bulk.threads import in_thread, together
-from lumaris_overlay.bulk.wire import Cut, Stalled, Wire
+from lumaris_overlay.bulk.wire import DIGEST_BYTES, Cut, Stalled, Wire
 from lumaris_overlay.ports import Overlay
 from lumaris_protocol.errors import LumarisError, RefusedError, RemoteError
 from lumaris_protocol.limits import BULK_SOURCES_MAX, CHUNK_BYTES, KIB
@@ -29,7 +29,6 @@ from lumaris_protocol.protocols import BlobHeader
 # Once one source has named its hashes, the others have this long; a seller hashes 1 GiB in 1-2 s.
 _LIST_GRACE_S = 5.0
 _ASKED_AHEAD = 2  # ranges on their way: the next is asked for before this one is here
-_DIGEST_BYTES = 32
 # A group of sources that agree is left for another one when it brought less than this for so long.
 _POOR_BYTES_PER_S = 256 * KIB
 _PATIENCE_S = 8.0
@@ -126,7 +125,7 @@ class _Fetch:
             except RemoteError as error:
                 self._failures.append(error)
             else:
-                if f"sha256:{found[-_DIGEST_BYTES:].hex()}" != self._part.sha256:
+                if f"sha256:{found[-DIGEST_BYTES:].hex()}" != self._part.sha256:
                     self._failures.append(_lied())
                     return
                 lists[source] = found

@@ -18,7 +18,7 @@ import trio
 from lumaris_overlay.bulk.rate import Rate
 from lumaris_overlay.bulk.threads import DIAL_S, TOKEN_BYTES, in_thread, take_socket
 from lumaris_overlay.bulk.wire import Cut, Wire
-from lumaris_overlay.libp2p.newcomers import network_of
+from lumaris_overlay.networks import network_of
 from lumaris_protocol.limits import BULK_TRANSFERS_MAX
 
 TOKEN_S = 15.0  # from the answer on the lane to the token on the new connection

@@ -17,6 +17,7 @@ from contextlib import suppress
 from lumaris_overlay.bulk.rate import Rate
 from lumaris_protocol.limits import CHUNK_BYTES, KIB
 
+DIGEST_BYTES = 32  # of SHA-256: an entry of a chunk list
 STALL_S = 30.0  # a peer that sends or takes nothing for this long is gone
 # One chunk may take this many stalls: a peer that drips bytes does not hold a thread for hours.
 CHUNK_STALLS = 4

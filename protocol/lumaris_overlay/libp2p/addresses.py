@@ -9,6 +9,7 @@ import ipaddress
 from collections.abc import Collection, Iterable, Sequence
 from typing import Literal
 
+from lumaris_overlay.networks import network_of
 from lumaris_overlay.ports import Verdict
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.limits import ADDRESS_CHARS_MAX, ADDRESSES_MAX
@@ -27,7 +28,7 @@ _PRIVATE = tuple(
 )  # fmt: skip
 _THIS_NETWORK = ipaddress.ip_network("0.0.0.0/8")
 # Peers of one provider's network see the same path to us; half an address tells them apart.
-_SUBNET_BITS = {4: 16, 6: 32}
+_SUBNET_BITS = (16, 32)
 # What one stranger's word may cost a third party: two connections, and each port one a minute.
 DIALS_MAX = 2
 _DIAL_AGAIN_S = 60.0
@@ -46,9 +47,7 @@ def scope_of(ip: str) -> Scope:
 
 def subnet_of(ip: str) -> str:
     """The network that an IP's neighbours share with it. Raises ValueError when it is no IP."""
-    found = _ip(ip)
-    bits = _SUBNET_BITS[found.version]
-    return str(ipaddress.ip_network(f"{found}/{bits}", strict=False))
+    return network_of(str(_ip(ip)), _SUBNET_BITS)
 
 
 def same_ip(one: str, other: str) -> bool:

@@ -19,7 +19,7 @@ from lumaris_overlay.advert_filter import AdvertFacts, AdvertFilter, passes
 from lumaris_overlay.directory import Directory
 from lumaris_overlay.frame_reader import FrameReader
 from lumaris_overlay.ports import OverlayStream
-from lumaris_protocol import frames
+from lumaris_protocol import frames, protocols
 from lumaris_protocol.errors import EnvelopeError
 from lumaris_protocol.frames import Kind
 from lumaris_protocol.limits import (
@@ -29,7 +29,7 @@ from lumaris_protocol.limits import (
 )
 from lumaris_protocol.messages.shard_map import ShardId
 
-PROTOCOL = "/lumaris/index/1"
+PROTOCOL = protocols.INDEX
 # One side's own documents in a push: a host sells under one key; tests and relays hold a few.
 PUSHED_MAX = 16
 _EXCHANGE_S = 20.0

@@ -9,11 +9,11 @@ part is kept for the parts of the internet that nobody came from lately.
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable, Iterable
 
 import trio
 
+from lumaris_overlay.networks import network_of
 from lumaris_overlay.validate import TokenBuckets
 from lumaris_protocol import limits
 
@@ -25,23 +25,6 @@ _EVERYBODY = ""
 _SITE_BITS = (24, 48)
 _BLOCK_BITS = (16, 32)
 _BLOCK_SEEN_S = 60.0
-
-
-def network_of(ip: str, bits: tuple[int, int] = (32, 64)) -> str:
-    """The network of these bits (IPv4, IPv6) around an address, by default one customer's.
-
-    That is an IPv4 address, or the /64 of an IPv6 address.
-    """
-    try:
-        address = ipaddress.ip_address(ip.partition("%")[0])
-    except ValueError:
-        return ip
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-        address = address.ipv4_mapped
-    length = bits[address.version == 6]
-    if length == address.max_prefixlen:
-        return str(address)
-    return str(ipaddress.ip_network((int(address), length), strict=False))
 
 
 class Newcomers:

@@ -35,14 +35,14 @@ from lumaris_overlay.libp2p.streams import Libp2pStream
 from lumaris_overlay.libp2p.upgrader import NotingUpgrader
 from lumaris_overlay.ports import Verdict
 from lumaris_overlay.validate import TokenBuckets
-from lumaris_protocol import limits
+from lumaris_protocol import limits, protocols
 from lumaris_protocol.errors import LumarisError, RefusedError
 from lumaris_protocol.frames import Kind
 from lumaris_protocol.keys import PeerId
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL = "/lumaris/reach/1"
+PROTOCOL = protocols.REACH
 _DIAL_S = 3.0
 _EXCHANGE_S = 8.0
 # A handshake that the other side has finished reaches us within its flight.

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_BEGIN_S = 5.0  # a few round trips on a slow line
+BEGIN_S = 5.0  # a few round trips on a slow line
 # Even a link that was idle for long gets one attempt.
 _RESUME_S_MIN = 0.1
 # A connection that comes at the last moment has this long to show that the peer lives.
@@ -247,7 +247,7 @@ class Link:
         old, self.carrier = self.carrier, carrier
         done = False
         try:
-            with trio.CancelScope(deadline=self._limit(_BEGIN_S)):
+            with trio.CancelScope(deadline=self._limit(BEGIN_S)):
                 if attached is not None:
                     self._target = attached.target
                     received = attached.received
@@ -459,7 +459,7 @@ class Link:
         Raises GoneError, RemoteError, trio.TooSlowError or one of `LOST`.
         """
         try:
-            with trio.fail_after(_BEGIN_S):
+            with trio.fail_after(BEGIN_S):
                 attach = Attach(link=self.number, proof=proof, fresh=fresh)
                 await carrier.send(wire.encode_json(Kind.ATTACH, attach))
                 frame = await carrier.frame()

@@ -20,7 +20,7 @@ import trio
 from lumaris_overlay.links import direct, wire
 from lumaris_overlay.links.carrier import LOST, Carrier
 from lumaris_overlay.links.lane import Lane
-from lumaris_overlay.links.link import GoneError, Link, Means, Timing
+from lumaris_overlay.links.link import BEGIN_S, GoneError, Link, Means, Timing
 from lumaris_overlay.links.wire import Address, Attach, Kind, Target
 from lumaris_overlay.ports import (
     AdvertEvent,
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_BEGIN_S = 5.0
 # A peer that does not speak links is not asked again for this long.
 _LINKLESS_S = 60.0
 # How every overlay says that a connected peer does not know the protocol.
@@ -130,7 +129,7 @@ class LinkedOverlay:
         """Take a connection of a link inside the overlay, new or resumed, until it is dropped."""
         carrier = Carrier(stream, direct=False)
         attach = None
-        with trio.move_on_after(_BEGIN_S), suppress(*LOST):
+        with trio.move_on_after(BEGIN_S), suppress(*LOST):
             attach = wire.decode_json(await carrier.frame(), Kind.ATTACH, Attach)
         if attach is None:
             await stream.reset()
@@ -308,7 +307,7 @@ class LinkedOverlay:
         link.offer(carrier, attached)
         self._outgoing[link.peer] = link
         self._nursery.start_soon(self._run_outgoing, link)
-        with trio.move_on_after(_BEGIN_S):
+        with trio.move_on_after(BEGIN_S):
             await link.ready.wait()
         return link
 

@@ -1,0 +1,40 @@
+"""IP texts: the network around an address, and IP:PORT settings. Pure functions."""
+
+from __future__ import annotations
+
+import ipaddress
+
+from lumaris_protocol.errors import LumarisError
+
+
+def network_of(ip: str, bits: tuple[int, int] = (32, 64)) -> str:
+    """The network of these bits (IPv4, IPv6) around an address, by default one customer's.
+
+    That is an IPv4 address, or the /64 of an IPv6 address. What is no IP is returned as it is.
+    """
+    try:
+        address = ipaddress.ip_address(ip.partition("%")[0])
+    except ValueError:
+        return ip
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    length = bits[address.version == 6]
+    if length == address.max_prefixlen:
+        return str(address)
+    return str(ipaddress.ip_network((int(address), length), strict=False))
+
+
+def ip_and_port(name: str, text: str) -> tuple[str, int]:
+    """The two halves of the setting `name`, an IPv6 address in brackets or without.
+
+    Raises LumarisError `config_invalid`.
+    """
+    ip, _, port = text.rpartition(":")
+    ip = ip.strip("[]")
+    try:
+        ipaddress.ip_address(ip)
+        if not 0 <= int(port) <= 65_535:
+            raise ValueError(port)
+    except ValueError:
+        raise LumarisError("config_invalid", f"{name} {text!r} is not IP:PORT.") from None
+    return ip, int(port)
