@@ -13,7 +13,14 @@ from msgspec import inspect
 
 from lumaris_protocol.frames import Kind
 from lumaris_protocol.messages.receipt import ReceiptBundle
-from lumaris_protocol.protocols import BlobHeader, BlobReply
+from lumaris_protocol.protocols import (
+    AttachHeader,
+    AttachReply,
+    BlobHeader,
+    BlobReply,
+    ContentHeader,
+    Resize,
+)
 from lumaris_protocol.registry import MESSAGES
 
 LOCK = Path(__file__).parents[1] / "wire.lock"
@@ -34,7 +41,15 @@ def text() -> str:
         blocks.append("\n".join([f"\nmessage {name} size_max={kind.SIZE_MAX}", *lines]))
     blocks += [
         "\n".join([f"\nrecord {record.__name__}", *_fields(record, parts)])
-        for record in (ReceiptBundle, BlobHeader, BlobReply)
+        for record in (
+            ReceiptBundle,
+            BlobHeader,
+            BlobReply,
+            AttachHeader,
+            AttachReply,
+            Resize,
+            ContentHeader,
+        )
     ]
     done: set[str] = set()
     while left := sorted(parts.keys() - done):

@@ -79,6 +79,7 @@ def draft(
         coordinator=coordinator,
         resources=offered.resources,
         tier=asked.requirements.tier,
+        egress=asked.requirements.egress,
         terms=offered.terms,
         fee_bps=fee_bps,
         verification=asked.verification,

@@ -50,10 +50,14 @@ class RunOrder:
 
 @dataclass(frozen=True)
 class StopOrder:
-    """Seller: end an order, queued or running, with a reason code."""
+    """Seller: end an order, queued or running, with a reason code.
+
+    A running guest is asked to end first, and killed after `grace_s`.
+    """
 
     n: int
     reason: str
+    grace_s: int = 0
 
 
 @dataclass(frozen=True)

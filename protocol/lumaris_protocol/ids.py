@@ -20,6 +20,7 @@ PREFIXES: Final = {
     "demand": "dmd",
     "account": "acc",
     "transfer": "trf",
+    "challenge": "chl",
 }
 
 # `\Z` and not `$`, which would also let a line break follow.

@@ -37,6 +37,9 @@ ARGUMENT_CHARS_MAX = 32 * KIB
 ARGUMENTS_MAX = 256
 ENVIRONMENT_MAX = 64
 RUNTIMES_MAX = 8
+FEATURES_MAX = 8
+EGRESS_RULES_MAX = 16
+IMAGE_SOURCE_CHARS_MAX = 384
 GPUS_MAX = 16
 BENCHMARKS_MAX = 8
 CACHED_DIGESTS_MAX = 8
@@ -74,7 +77,13 @@ WALL_S_MAX = 24 * 3600
 PREPARE_S_MAX = 600
 FUEL_MAX = 1 << 62
 ORDERS_QUEUED_MAX = 64  # per session: enough to hide a round trip, small enough to bound memory
-GRACE_S = 2
+# A cancelled guest has this long to end by itself at most; the wall clock goes on meanwhile.
+GRACE_S_MAX = 30
+GRACE_S_DEFAULT = 2
+# Processes and threads of one job. CPython with threads and subprocesses runs well within these.
+PIDS_DEFAULT = 256
+PIDS_MAX = 4096
+OPEN_FILES_MAX = 1024
 # How long a frozen order waits for a voucher before its session ends.
 PAY_WAIT_S = 30
 # A seller with orders in hand says something this often; a buyer gives up after several misses.
@@ -83,12 +92,21 @@ SILENCE_S = 30
 # A session without orders gives its capacity back after this long.
 IDLE_S_MAX = 60
 MODULE_BYTES_MAX = 256 * MIB  # a wasm image; CPython is 26 MB, CPython with numpy about 100 MB
+# An image is fetched or compiled within this; it has nothing to do with the time of the job.
+IMAGE_S_MAX = 1800
+IMAGE_BYTES_MAX = 16 * GIB
 SCRATCH_FILES_MAX = 65_536  # files a job may have in /out at once; each costs the seller an inode
 
 # --- one seller ----------------------------------------------------------------------------------
 QUOTES_HELD_MAX = 64
 QUOTES_HELD_PER_BUYER_MAX = 4
 SESSIONS_MAX = 256
+
+# Work that a peer may ask for to see a seller's claim proven: seconds, not minutes.
+CHALLENGE_PARALLEL_MAX = 256
+CHALLENGE_ROUNDS_MAX = 1 << 32
+CHALLENGE_MEMORY_BYTES_MAX = 4 * GIB
+CHALLENGE_STATES_MAX = 65
 
 # --- money -------------------------------------------------------------------------------------
 # 2**53 - 1 nanos is 9,007,199 credits: exact in every JSON reader, far above any session's cap.

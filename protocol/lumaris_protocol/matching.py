@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from lumaris_protocol import pricing
 from lumaris_protocol.codec import Signed
-from lumaris_protocol.messages.advert import Advert, Gpu, Resources
+from lumaris_protocol.messages.advert import Advert, Feature, Gpu, Resources
 from lumaris_protocol.messages.negotiation import Requirements
 
 
@@ -51,7 +51,12 @@ def explain(needs: Requirements, advert: Advert, *, lease_s: int) -> tuple[str, 
         and not any(runtime.assurance in needs.assurances for runtime in runtimes),
         "image_missing": needs.tier == "container"
         and needs.image is not None
+        and not needs.image_fetched
         and needs.image not in advert.cached,
+        "feature_missing": bool(runtimes)
+        and not needed_features(needs).issubset(
+            feature for runtime in runtimes for feature in runtime.features
+        ),
         "cpu_short": free.cpu_millis < wanted.cpu_millis,
         "memory_short": free.memory_bytes < wanted.memory_bytes,
         "disk_short": free.disk_bytes < wanted.disk_bytes,
@@ -61,6 +66,14 @@ def explain(needs: Requirements, advert: Advert, *, lease_s: int) -> tuple[str, 
         or 0 < needs.rate_nanos_max < pricing.rate_nanos_per_s(prices, wanted),
     }
     return tuple(code for code, failed in failures.items() if failed)
+
+
+def needed_features(needs: Requirements) -> set[Feature]:
+    """What a tier must offer: what is asked by name, and what follows from the rest."""
+    features = set(needs.features)
+    if needs.egress:
+        features.add("egress")
+    return features
 
 
 def match(needs: Requirements, adverts: Iterable[Signed[Advert]], *, lease_s: int) -> MatchReport:

@@ -184,7 +184,13 @@ class OfferIndex:
         if needs.assurances:
             held = self._any(needs.tier, needs.assurances)
             passing["assurance_low"] = live ^ (offering & ~held)
-        if needs.tier == "container" and needs.image is not None:
+        features = matching.needed_features(needs)
+        if features:
+            held = offering
+            for feature in features:
+                held &= labels.get(("feature", needs.tier, feature))
+            passing["feature_missing"] = live ^ (offering & ~held)
+        if needs.tier == "container" and needs.image is not None and not needs.image_fetched:
             passing["image_missing"] = labels.get(("image", needs.image))
         return passing
 
@@ -279,6 +285,11 @@ def _labels(advert: Advert | None) -> set[Hashable]:
     labels: set[Hashable] = {("region", advert.region)}
     labels |= {("tier", runtime.tier) for runtime in advert.runtimes}
     labels |= {(runtime.tier, runtime.assurance) for runtime in advert.runtimes}
+    labels |= {
+        ("feature", runtime.tier, feature)
+        for runtime in advert.runtimes
+        for feature in runtime.features
+    }
     labels |= {("image", image) for image in advert.cached}
     if advert.withdrawn:
         labels.add("withdrawn")

@@ -18,6 +18,9 @@ INDEX: Final = "/lumaris/index/1"
 REACH: Final = "/lumaris/reach/1"
 LINK: Final = "/lumaris/link/1"
 TENDER: Final = "/lumaris/tender/1"
+ATTACH: Final = "/lumaris/attach/1"  # a running order: log, input, commands, ports
+CONTENT: Final = "/lumaris/content/1"  # images and modules by hash, between sellers
+CHALLENGE: Final = "/lumaris/challenge/1"  # proof of cores and memory
 
 
 BulkToken = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
@@ -47,3 +50,49 @@ class TenderHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Opens a tender: which demand the advert in the next frame answers."""
 
     demand: Id
+
+
+class AttachHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Opens a stream to a running order; only the session's buyer may.
+
+    `log` gets the order's log from `offset` on and follows it (DATA frames, each a stream byte and
+    its bytes; END after the last). `stdin` sends its standard input (DATA; END closes it). `exec`
+    runs another command in its sandbox, with a terminal if `tty`. `forward` joins a port inside.
+    """
+
+    session: Id
+    n: Annotated[int, Meta(ge=1, le=limits.SEQ_MAX)]
+    op: Literal["log", "stdin", "exec", "forward"]
+    offset: Annotated[int, Meta(ge=0, le=limits.SEQ_MAX)] = 0
+    command: Annotated[
+        tuple[Annotated[str, Meta(max_length=limits.ARGUMENT_CHARS_MAX)], ...],
+        Meta(max_length=limits.ARGUMENTS_MAX),
+    ] = ()
+    tty: bool = False
+    rows: Annotated[int, Meta(ge=0, le=10_000)] = 0
+    columns: Annotated[int, Meta(ge=0, le=10_000)] = 0
+    port: Annotated[int, Meta(ge=0, le=65_535)] = 0
+
+
+class AttachReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Attached; or, as the last frame of `exec`, its exit status."""
+
+    state: Literal["ready", "exited"]
+    exit_status: Annotated[int, Meta(ge=0, le=255)] = 0
+
+
+class Resize(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The terminal of an `exec` changed its size: a HEADER frame between its DATA frames."""
+
+    rows: Annotated[int, Meta(ge=1, le=10_000)]
+    columns: Annotated[int, Meta(ge=1, le=10_000)]
+
+
+class ContentHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Asks another seller for an image's parts (`parts`), or for one file by its hash (`get`)."""
+
+    op: Literal["parts", "get"]
+    digest: Digest
+    size_bytes: Annotated[int, Meta(ge=0, le=limits.FILE_BYTES_MAX)] = 0
+    direct: bool = False
+    listed: bool = False

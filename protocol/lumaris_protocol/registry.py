@@ -7,6 +7,7 @@ from typing import Final
 from lumaris_protocol.messages import (
     advert,
     budget,
+    challenge,
     demand,
     endpoint,
     execution,
@@ -23,6 +24,8 @@ MESSAGES: Final[dict[str, type[Message]]] = {
         advert.MembershipCertificate,
         advert.Advert,
         demand.Demand,
+        challenge.Challenge,
+        challenge.ChallengeAnswer,
         negotiation.QuoteRequest,
         negotiation.Quote,
         negotiation.Agreement,

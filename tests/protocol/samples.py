@@ -9,6 +9,7 @@ from lumaris_protocol.codec import Signed
 from lumaris_protocol.keys import KeyPair
 from lumaris_protocol.messages.base import Message
 from lumaris_protocol.messages.budget import CreditRequest, GrantRequest, Registration
+from lumaris_protocol.messages.challenge import Challenge, ChallengeAnswer
 from lumaris_protocol.messages.demand import Demand
 from lumaris_protocol.messages.endpoint import Endpoint
 from lumaris_protocol.messages.execution import (
@@ -42,6 +43,8 @@ def samples() -> dict[str, tuple[Message, KeyPair]]:
         (_shard_map(), p.COORDINATOR),
         (_demand(), p.BUYER),
         (_endpoint(), p.SELLER),
+        (_challenge(), p.BUYER),
+        (_challenge_answer(), p.SELLER),
         *_to_coordinator(),
         *((message, p.BUYER_SESSION) for message in _of_buyer()),
         *((message, p.SELLER_SESSION) for message in _of_seller()),
@@ -88,6 +91,33 @@ def _demand() -> Demand:
         addresses=(f"/ip4/127.0.0.1/tcp/4001/p2p/{p.BUYER.peer_id}",),
         issued_at=p.NOW,
         expires_at=p.NOW + 30,
+    )
+
+
+def _challenge() -> Challenge:
+    return Challenge(
+        challenge=p.id_of("challenge", "1"),
+        asker=p.BUYER.peer_id,
+        seller=p.SELLER.peer_id,
+        certificate=p.certificate(p.BUYER, "buyer").data,
+        kind="cores",
+        parallel=2,
+        rounds=1 << 20,
+        nonce="0" * 31 + "3",
+        issued_at=p.NOW,
+        expires_at=p.NOW + 30,
+    )
+
+
+def _challenge_answer() -> ChallengeAnswer:
+    asked = codec.sign(_challenge(), p.BUYER, p.NETWORK)
+    return ChallengeAnswer(
+        challenge_hash=asked.hash,
+        seller=p.SELLER.peer_id,
+        states=(("0123456789abcdef", "fedcba9876543210"), ("00" * 8, "11" * 8)),
+        fuel=123_456,
+        elapsed_ms=950,
+        issued_at=p.NOW,
     )
 
 

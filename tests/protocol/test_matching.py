@@ -39,6 +39,8 @@ def fits(wanted: Resources, free: Resources) -> bool:
         ("region_excluded", {"regions": ("us", "asia")}, {}),
         ("runtime_missing", {"tier": "vm"}, {}),
         ("assurance_low", {"assurances": ("gvisor",)}, {}),
+        ("feature_missing", {"features": ("stdin",)}, {}),
+        ("feature_missing", {"egress": ("example.org:443",)}, {}),
         (
             "image_missing",
             {"tier": "container", "image": p.digest_of("image")},

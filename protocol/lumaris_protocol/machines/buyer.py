@@ -24,7 +24,13 @@ from lumaris_protocol.effects import (
 )
 from lumaris_protocol.errors import LocalError, LumarisError, ViolationError
 from lumaris_protocol.keys import KeyPair
-from lumaris_protocol.limits import CLOCK_SKEW_S, GRACE_S, PAY_WAIT_S, PREPARE_S_MAX, SILENCE_S
+from lumaris_protocol.limits import (
+    CLOCK_SKEW_S,
+    GRACE_S_DEFAULT,
+    PAY_WAIT_S,
+    PREPARE_S_MAX,
+    SILENCE_S,
+)
 from lumaris_protocol.machines.chain import ReceiveChain, SendChain, session_kinds
 from lumaris_protocol.machines.tab import Tab
 from lumaris_protocol.machines.table import Machine, Row, Table, late
@@ -199,11 +205,11 @@ class BuyerSession:
         )
         return [Send(rejection.data)]
 
-    def cancel(self, n: int) -> list[Effect]:
-        """Ask the seller to stop an order."""
+    def cancel(self, n: int, *, grace_s: int = 0) -> list[Effect]:
+        """Ask the seller to stop an order; its guest may end by itself within the grace."""
         if n not in self._live or self.machine.state != "open":
             return []
-        return [Send(self._chain.sign(Cancel, n=n).data)]
+        return [Send(self._chain.sign(Cancel, n=n, grace_s=grace_s).data)]
 
     def close(self, reason: str = "closed") -> list[Effect]:
         """End the session: voucher what was accepted and propose the co-signed end."""
@@ -344,7 +350,7 @@ class BuyerSession:
         order = self._live[n]
         if not order.running:
             raise ViolationError("out_of_sequence", f"Order {n} costs before it runs.")
-        ran_s = min(now - order.sent_at, order.limits.wall_s + GRACE_S)
+        ran_s = min(now - order.sent_at, order.limits.wall_s + GRACE_S_DEFAULT)
         order_max = start + rate * ran_s
         session_max = start * self._orders_sent + rate * (now - self._opened_at)
         order.claimed_nanos = max(order.claimed_nanos, amount_nanos)

@@ -49,7 +49,13 @@ JOB: Final = Table(
 )
 
 # Which fact an end reason (a code) is for the machine.
-_PLATFORM: Final = ("platform_error", "tier_unavailable", "prepare_timeout")
+_PLATFORM: Final = (
+    "platform_error",
+    "tier_unavailable",
+    "prepare_timeout",
+    "image_timeout",
+    "volume_failed",
+)
 _STOPPED: Final = (
     "cancelled",
     "killed_owner",
@@ -60,7 +66,14 @@ _STOPPED: Final = (
     "budget_exceeded",
     "idle",
 )
-_GUEST: Final = ("exit_nonzero", "bad_image", "bad_command", "bad_input", "killed_trap")
+_GUEST: Final = (
+    "exit_nonzero",
+    "bad_image",
+    "image_refused",
+    "bad_command",
+    "bad_input",
+    "killed_trap",
+)
 
 
 def fact_of(reason: str) -> str:

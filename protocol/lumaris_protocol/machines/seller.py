@@ -139,7 +139,8 @@ class SellerSession:
         if isinstance(message, Voucher):
             return self._on_voucher(message, signed, now)
         if isinstance(message, Cancel):
-            return [StopOrder(message.n, "cancelled")] if message.n in self._live else []
+            stop = StopOrder(message.n, "cancelled", message.grace_s)
+            return [stop] if message.n in self._live else []
         assert isinstance(message, Close)
         return self._on_close(message, data)
 
@@ -228,6 +229,10 @@ class SellerSession:
     def preparing(self, n: int, missing: tuple[str, ...], *, now: float) -> list[Effect]:
         """The order needs these input hashes from the buyer."""
         return self._event(n, "preparing", now=now, missing=missing)
+
+    def progress(self, n: int, what: str, *, done: int, total: int, now: float) -> list[Effect]:
+        """Preparing goes on: `done` of `total` of what is fetched or compiled."""
+        return self._event(n, "preparing", now=now, detail=what, done=done, total=total)
 
     def running(self, n: int, *, now: float) -> list[Effect]:
         """The sandbox runs: the bill begins with the start fee."""
@@ -397,6 +402,8 @@ class SellerSession:
         exit_status: int | None = None,
         missing: tuple[str, ...] = (),
         usage: Usage | None = None,
+        done: int = 0,
+        total: int = 0,
     ) -> list[Effect]:
         self._states[n], self._said_at = state, now
         event = self._chain.sign(
@@ -408,6 +415,8 @@ class SellerSession:
             exit_status=exit_status,
             missing=missing,
             usage=usage or Usage(),
+            done=done,
+            total=total,
             at=int(now),
         )
         return [Send(event.data)]

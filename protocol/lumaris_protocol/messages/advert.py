@@ -24,6 +24,9 @@ from lumaris_protocol.messages.base import (
 )
 
 Tier = Literal["wasm", "process", "container", "vm"]
+# What a runtime offers beside running a command: a feature is advertised only where it works.
+Feature = Literal["egress", "exec", "forward", "gpu", "stdin", "warm"]
+Features = Annotated[tuple[Feature, ...], Meta(max_length=limits.FEATURES_MAX)]
 Verification = Literal["det", "repl", "evid"]
 
 
@@ -45,11 +48,18 @@ class Resources(Part, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Runtime(Part, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """An executor tier that answered its probe, and the isolation it was seen to hold."""
+    """An executor tier that answered its probe, and the isolation it was seen to hold.
+
+    `suite` is the version of the attack suite that held in this tier, and `tested_at` when that
+    was; both are 0 where it was not run.
+    """
 
     tier: Tier
     version: Name
     assurance: Name
+    features: Features = ()
+    suite: Count = 0
+    tested_at: Time = 0
 
 
 class PriceTable(Part, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -21,6 +21,14 @@ from lumaris_protocol.messages.base import (
 
 FilePath = Annotated[str, Meta(min_length=1, max_length=limits.PATH_CHARS_MAX)]
 Argument = Annotated[str, Meta(max_length=limits.ARGUMENT_CHARS_MAX)]
+# registry host and port, repository, manifest digest
+ImageSource = Annotated[
+    str,
+    Meta(
+        max_length=limits.IMAGE_SOURCE_CHARS_MAX,
+        pattern=r"^([a-z0-9.-]+(:[0-9]{1,5})?(/[a-z0-9]+([._-]+[a-z0-9]+)*)+@sha256:[0-9a-f]{64})?\Z",
+    ),
+]
 LogBytes = Annotated[bytes, Meta(max_length=limits.LOG_CHUNK_BYTES_MAX)]
 OrderNumber = Annotated[int, Meta(ge=1, le=limits.SEQ_MAX)]
 ExitStatus = Annotated[int, Meta(ge=0, le=255)]
@@ -40,7 +48,8 @@ class File(Part, frozen=True, forbid_unknown_fields=True, kw_only=True):
 class Limits(Part, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What one order may use at most. Time counts from `running`; fuel only on wasm.
 
-    `cost_nanos` is the most this one order may cost; 0 leaves it to the session's cap.
+    `cost_nanos` is the most this one order may cost; 0 leaves it to the session's cap. `pids`
+    counts processes and threads together.
     """
 
     cost_nanos: Amount = 0
@@ -51,6 +60,7 @@ class Limits(Part, frozen=True, forbid_unknown_fields=True, kw_only=True):
     fuel: Annotated[int, Meta(ge=0, le=limits.FUEL_MAX)]
     log_bytes: Annotated[int, Meta(ge=0, le=limits.LOG_BYTES_MAX)]
     output_files: Annotated[int, Meta(ge=0, le=limits.OUTPUT_FILES_MAX)]
+    pids: Annotated[int, Meta(ge=1, le=limits.PIDS_MAX)] = limits.PIDS_DEFAULT
 
 
 class Usage(Part, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -60,6 +70,8 @@ class Usage(Part, frozen=True, forbid_unknown_fields=True, kw_only=True):
     cpu_ms: Count = 0
     memory_peak_bytes: Count = 0
     fuel: Count = 0
+    gpu_ms: Count = 0  # time in which a kernel of any process ran, summed over the GPUs
+    vram_peak_bytes: Count = 0
 
 
 class SessionOpen(SessionMessage, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -78,13 +90,20 @@ class SessionReady(SessionMessage, frozen=True, forbid_unknown_fields=True, kw_o
 
 
 class WorkOrder(SessionMessage, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Run this. `n` counts from 1; an order with a known idempotency key is not run twice."""
+    """Run this. `n` counts from 1; an order with a known idempotency key is not run twice.
+
+    `image_source` says where the image may be pulled from, as `registry/repository@sha256:…`; what
+    is pulled counts only when its content is the image's. With `stdin` the guest's standard input
+    stays open until the buyer ends it over `/lumaris/attach/1`; without it, it is empty.
+    """
 
     TYPE: ClassVar[str] = "work_order"
     SIZE_MAX: ClassVar[int] = 4 * limits.ENVELOPE_BYTES_MAX - limits.KIB
     n: OrderNumber
     job: Id
     image: Digest
+    image_source: ImageSource = ""
+    stdin: bool = False
     command: Annotated[tuple[Argument, ...], Meta(min_length=1, max_length=limits.ARGUMENTS_MAX)]
     environment: Annotated[dict[Argument, Argument], Meta(max_length=limits.ENVIRONMENT_MAX)] = (
         field(default_factory=dict)
@@ -96,7 +115,11 @@ class WorkOrder(SessionMessage, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class JobEvent(SessionMessage, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """An order changed its state. `missing` names input hashes the buyer must send."""
+    """An order changed its state. `missing` names input hashes the buyer must send.
+
+    While an image is fetched or compiled, `done` of `total` says how far that is (bytes; 0 of 0
+    when not known) and `detail` what it is.
+    """
 
     TYPE: ClassVar[str] = "job_event"
     SIZE_MAX: ClassVar[int] = 4 * limits.ENVELOPE_BYTES_MAX - limits.KIB
@@ -108,6 +131,8 @@ class JobEvent(SessionMessage, frozen=True, forbid_unknown_fields=True, kw_only=
     # The inputs, and the module itself when it is a file of the buyer's.
     missing: Annotated[tuple[Digest, ...], Meta(max_length=limits.INPUT_FILES_MAX + 1)] = ()
     usage: Usage = Usage()
+    done: Count = 0
+    total: Count = 0
     at: Time
 
 
@@ -157,7 +182,11 @@ class Acceptance(SessionMessage, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 class Cancel(SessionMessage, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The buyer stops an order; it ends as `cancelled` and costs what was vouchered."""
+    """The buyer stops an order; it ends as `cancelled` and costs what was vouchered.
+
+    The guest is asked to end (SIGTERM) and killed `grace_s` later; 0 kills at once.
+    """
 
     TYPE: ClassVar[str] = "cancel"
     n: OrderNumber
+    grace_s: Annotated[int, Meta(ge=0, le=limits.GRACE_S_MAX)] = 0

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 from msgspec import Meta
 
 from lumaris_protocol import limits
-from lumaris_protocol.messages.advert import Resources, Tier, Verification
+from lumaris_protocol.messages.advert import Features, Resources, Tier, Verification
 from lumaris_protocol.messages.base import (
     Amount,
     Currency,
@@ -24,6 +24,15 @@ from lumaris_protocol.messages.base import (
 )
 
 Hold = Annotated[int, Meta(ge=0, le=limits.QUOTE_HOLD_S_MAX)]
+# A host and port that a job may connect to: a name, or `*.` and a domain, then the port.
+EgressRule = Annotated[
+    str,
+    Meta(
+        max_length=limits.ADDRESS_CHARS_MAX,
+        pattern=r"^(\*\.)?([a-z0-9]([a-z0-9-]*[a-z0-9])?\.)*[a-z0-9]([a-z0-9-]*[a-z0-9])?:[0-9]{1,5}\Z",
+    ),
+]
+EgressRules = Annotated[tuple[EgressRule, ...], Meta(max_length=limits.EGRESS_RULES_MAX)]
 VoucherInterval = Annotated[
     int, Meta(ge=limits.VOUCHER_INTERVAL_S_MIN, le=limits.VOUCHER_INTERVAL_S_MAX)
 ]
@@ -31,15 +40,23 @@ FeeBps = Annotated[int, Meta(ge=0, le=limits.FEE_BPS_MAX)]
 
 
 class Requirements(Part, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a buyer needs. Empty lists mean "any"; zero prices mean "no limit"."""
+    """What a buyer needs. Empty lists mean "any"; zero prices mean "no limit".
+
+    `egress` names every host and port that the jobs must reach; without it they reach nothing.
+    `features` are what the runtime must offer beside running (see `Runtime`). With `image_fetched`
+    the image may come from elsewhere than the seller's cache; who holds it is only preferred.
+    """
 
     resources: Resources
     tier: Tier
     image: Digest | None = None
+    image_fetched: bool = False
     assurances: Annotated[tuple[Name, ...], Meta(max_length=limits.RUNTIMES_MAX)] = ()
     regions: Annotated[tuple[Name, ...], Meta(max_length=limits.REGIONS_MAX)] = ()
     currency: Currency
     rate_nanos_max: Amount = 0
+    egress: EgressRules = ()
+    features: Features = ()
     excluded: Annotated[tuple[Peer, ...], Meta(max_length=limits.EXCLUDED_PEERS_MAX)] = ()
 
 
@@ -111,6 +128,7 @@ class Agreement(Message, frozen=True, forbid_unknown_fields=True, kw_only=True):
     coordinator: Peer
     resources: Resources
     tier: Tier
+    egress: EgressRules = ()
     terms: PriceTerms
     fee_bps: FeeBps
     verification: Verification
