@@ -53,6 +53,9 @@ NODE_MEANINGS: Final = {
     "share.transfer_mib_s": "MiB a second that the files of all jobs together may take, both"
     " ways; 0 is no limit.",
     "share.cpu_threads": "Hardware threads for sale; 0 means by `cpu_percent`.",
+    "share.pids_max": "Processes and threads that one job may have at most, whatever it asks for.",
+    "share.encryption": "How the files of jobs are kept unreadable on disk: `auto` takes the first"
+    " of the others that works here; `off` keeps them as they are.",
     "price.currency": "Must be the coordinator's.",
     "price.start": "Credits for each order that starts.",
     "price.cpu_core_hour": "Credits for one hardware thread for an hour.",
@@ -66,6 +69,14 @@ NODE_MEANINGS: Final = {
     " For nodes with a public address.",
     "network.mdns": "Find peers on the local network by multicast DNS, and be found by them.",
     "accept.lease_s_max": "The longest session, in seconds.",
+    "accept.egress": "What jobs may connect to when an agreement says so, as `HOST:PORT`,"
+    " `*.DOMAIN:PORT` or `*:PORT`; this machine's own networks never. Empty means nothing.",
+    "accept.buyer_images": "Take container images that buyers send or name.",
+    "accept.registries": "Registries that images are pulled from; none when empty.",
+    "accept.gpu": "Sell the GPUs that were found.",
+    "schedule.days": "Days on which new work is taken.",
+    "schedule.hours": "Local times at which new work is taken, as `HH:MM-HH:MM`; one past midnight"
+    " belongs to the day it begins on. Empty means all day. Running leases go on to their end.",
     "log_level": "`debug` with the flag `--debug`.",
 }
 COORDINATOR_MEANINGS: Final = {

@@ -1,21 +1,39 @@
 #!/bin/sh
-# A private Docker engine for the tests: `engine.sh up DIR` prints its DOCKER_HOST, `down DIR` ends it.
-# Needs root, dockerd and a static busybox. Idempotent; touches no other engine on the machine.
+# A private Docker engine for the tests: `engine.sh up DIR [OPTIONS OF DOCKERD]` prints its DOCKER_HOST,
+# `down DIR` ends it. Needs root, dockerd and a static busybox. Idempotent; touches no other engine on the
+# machine. It lives in the caller's mount namespace, because it must see what a node mounts later.
 set -eu
 action=${1:?up or down}
 mkdir -p "${2:?a directory}"
 dir=$(cd "$2" && pwd)
+shift 2
 sock="unix://$dir/d.sock"
 
 alive() { docker -H "$sock" info >/dev/null 2>&1; }
 
+# What an engine that was killed leaves: its containerd, that one's shims, its containers' control
+# groups with what runs in them, and mounts, the deepest first.
+leftovers() {
+    pgrep -f -- "$dir/exec/" | xargs -r kill -9 2>/dev/null || true
+    for path in "$dir"/data/containers/* "$dir"/data/*/containers/*; do
+        [ -d "$path" ] || continue
+        find /sys/fs/cgroup -depth -type d -path "*/docker/${path##*/}*" | while read -r group; do
+            xargs -r kill -9 <"$group/cgroup.procs" 2>/dev/null || true
+            for _ in 1 2 3 4 5; do
+                rmdir "$group" 2>/dev/null && break
+                sleep 0.1
+            done
+        done
+    done
+    awk -v below="$dir/" 'index($2, below) == 1 { print $2 }' /proc/mounts | sort -r | xargs -r umount -l
+}
+
 up() {
     if ! alive; then
-        rm -f "$dir/d.pid" "$dir/d.sock"
-        # A private mount namespace without the unused v2 mount: hybrid hierarchies confuse runtimes.
-        setsid unshare -m sh -c "mount --make-rprivate /; umount /sys/fs/cgroup/unified 2>/dev/null
-            exec dockerd --data-root '$dir/data' --exec-root '$dir/exec' -H '$sock' \
-            --pidfile '$dir/d.pid' --bridge=none --iptables=false --ip-masq=false" \
+        leftovers
+        rm -rf "$dir/exec" "$dir/d.pid" "$dir/d.sock"
+        setsid dockerd --data-root "$dir/data" --exec-root "$dir/exec" -H "$sock" \
+            --pidfile "$dir/d.pid" --bridge=none --iptables=false --ip-masq=false "$@" \
             >"$dir/log" 2>&1 </dev/null &
         tries=0
         until alive; do
@@ -51,11 +69,12 @@ down() {
             sleep 0.1
         done
     fi
+    leftovers
     rm -rf "$dir/data" "$dir/exec" "$dir/d.sock" "$dir/d.pid"
 }
 
 case $action in
-up) up ;;
+up) up "$@" ;;
 down) down ;;
 *) echo "usage: engine.sh up|down DIR" >&2; exit 2 ;;
 esac

@@ -28,6 +28,8 @@ from lumaris_coordinator import Coordinator, Settings, create_app
 from lumaris_node.agent import Node
 from lumaris_node.config import Accept, NodeConfig, Price
 from lumaris_node.coordinator_link import CoordinatorLink as NodeLink
+from lumaris_node.executors.port import Executor
+from lumaris_node.selftest.keep import Assurance
 from lumaris_overlay.links import Timing
 from lumaris_overlay.ports import Overlay
 from lumaris_overlay.private_files import load_or_create_key
@@ -35,7 +37,7 @@ from lumaris_overlay.simulated import SimulatedNetwork, SimulatedOverlay, open_n
 from lumaris_overlay.supervisor import OverlayConfig
 from lumaris_protocol.keys import KeyPair, PeerId
 from lumaris_protocol.limits import MIB
-from lumaris_protocol.messages.advert import Resources
+from lumaris_protocol.messages.advert import Gpu, Resources, Runtime
 
 NETWORK = "devnet"
 URL = "http://coordinator"
@@ -141,13 +143,26 @@ class Line(httpx.AsyncBaseTransport):
         return answer
 
 
+class Trusting(Assurance):
+    """Believes every tier: the attacks take seconds, and have tests of their own."""
+
+    def standing(self, runtime: Runtime) -> Runtime:
+        return runtime
+
+    async def check(self, executor: Executor, runtime: Runtime) -> Runtime:
+        return runtime
+
+
 class SmallNode(Node):
     """A node with a capacity of the test's choice, that prepares for no other work."""
 
     total = Resources(cpu_millis=2000, memory_bytes=256 * MIB, disk_bytes=256 * MIB)
 
-    def _capacity(self) -> Resources:
+    def _capacity(self, gpus: tuple[Gpu, ...]) -> Resources:
         return self.total
+
+    def _assurance(self) -> Assurance:
+        return Trusting(self.state, clock=self.clock)
 
     async def _warm_catalog(self) -> None:
         return

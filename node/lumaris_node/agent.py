@@ -3,54 +3,64 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import trio
-from msgspec import structs
 
-from lumaris_node import api
-from lumaris_node.capability import probe
+from lumaris_node import api, guardian
 from lumaris_node.capability.advert import AdvertPublisher, Offer
-from lumaris_node.capability.gpu import probe_gpus
+from lumaris_node.capability.benchmark import benchmarks
+from lumaris_node.capability.capacity import for_sale
+from lumaris_node.capability.gpu import count_gpus, find_devices
+from lumaris_node.capability.meter import Gpus
+from lumaris_node.challenges import Belonging, Challenges
 from lumaris_node.config import NodeConfig, direct_address
 from lumaris_node.coordinator_link import CoordinatorLink
 from lumaris_node.desk import Desk, Terms
-from lumaris_node.executors.container import ContainerExecutor
 from lumaris_node.executors.port import Executor
 from lumaris_node.executors.wasm import WasmExecutor
+from lumaris_node.images.manage import open_store
+from lumaris_node.images.service import ImageService
 from lumaris_node.membership import Enrolment, Standing
+from lumaris_node.owner import Owner
+from lumaris_node.selftest.keep import Assurance
 from lumaris_node.sessions import Sessions
 from lumaris_node.settle import Settler
 from lumaris_node.store import Store
 from lumaris_node.tender import Tenders
+from lumaris_node.tiers import Tiers, make_executor
+from lumaris_node.workspace import Volumes
 from lumaris_overlay.bulk.gate import BulkGate
 from lumaris_overlay.bulk.rate import make_rate
 from lumaris_overlay.links import open_links
 from lumaris_overlay.ports import Overlay
 from lumaris_overlay.private_files import load_or_create_key
+from lumaris_overlay.registry import policy_of
 from lumaris_overlay.shard_upkeep import keep_shards
 from lumaris_overlay.supervisor import OverlayConfig, run_overlay
 from lumaris_overlay.validate import DemandGate
 from lumaris_protocol import coordinator_api, matching
-from lumaris_protocol.catalog import CATALOG
+from lumaris_protocol.catalog import CATALOG, CatalogEntry
 from lumaris_protocol.errors import LumarisError
-from lumaris_protocol.keys import KeyPair, PeerId
-from lumaris_protocol.limits import CACHED_DIGESTS_MAX, MIB
+from lumaris_protocol.keys import PeerId
+from lumaris_protocol.limits import MIB
 from lumaris_protocol.machines.desk import QuoteDesk
-from lumaris_protocol.messages.advert import Resources, Runtime
-from lumaris_protocol.protocols import BLOB, NEGOTIATE, SESSION
+from lumaris_protocol.messages.advert import Gpu, Resources, Tier
+from lumaris_protocol.protocols import ATTACH, BLOB, CHALLENGE, CONTENT, NEGOTIATE, SESSION
 
 log = logging.getLogger(__name__)
 
 _EXPIRE_S = 1.0
-_PROBE_S = 30.0
+_IMAGES_S = 30.0
+# No session for this long, and nobody waits for the processors.
+_QUIET_S = 300.0
 _REACH_S = 2.0
 # The last words of sessions and the removal of their sandboxes, then claims: together less than
 # `down` waits.
@@ -81,7 +91,6 @@ class Node:
         self._overlay_opener, self._link_opener = open_overlay, open_link
         self._stopping = trio.Event()
         self._started_at = clock()
-        self.executors: dict[str, Executor] = {}
         self._transfer_rate = make_rate(config.share.transfer_mib_s * MIB or None)
 
     def stop(self) -> None:
@@ -102,7 +111,9 @@ class Node:
                 nursery.start_soon(self._keep_certified)
                 nursery.start_soon(keep_shards, self._overlay, self._shard_map)
                 nursery.start_soon(self._watch_tiers)
+                nursery.start_soon(self._watch_images)
                 nursery.start_soon(self._watch_reach)
+                nursery.start_soon(self._owner.run)
                 nursery.start_soon(self._adverts.run)
                 nursery.start_soon(self._tenders.run)
                 nursery.start_soon(self._warm_catalog)
@@ -123,6 +134,8 @@ class Node:
         sessions = len(self._sessions.hosts)
         summary = await self._store.summary()
         sentence = f"Selling: {sessions} sessions, {reach.peers} peers connected."
+        if not self._owner.selling:
+            sentence = str(self._owner.status()["status"])
         if self._settler.last_error:
             sentence += f" Settlements wait: {self._settler.last_error}."
         return {
@@ -169,8 +182,15 @@ class Node:
         overlay = self._overlay = await self._open_overlay(stack, enrolment.standing)
         await overlay.present(enrolment.standing.certificate)
         await enrolment.announce(await self._addresses())
-        self._runtimes = await self._open_executors(stack, key)
-        total = await trio.to_thread.run_sync(self._capacity)
+        devices = await trio.to_thread.run_sync(find_devices) if config.accept.gpu else ()
+        await self._guard(stack)
+        tiers = self._tiers = Tiers(
+            config, make=self._make_executor, assurance=self._assurance(), gpus=bool(devices)
+        )
+        await tiers.open(stack)
+        self._volumes = await self._open_volumes()
+        self._images = await self._open_images(overlay)
+        total = await trio.to_thread.run_sync(self._capacity, count_gpus(devices))
         quotes = self._quotes = QuoteDesk(total)
         self._adverts = AdvertPublisher(
             overlay,
@@ -189,6 +209,7 @@ class Node:
             advert=self._adverts.current,
             clock=self.clock,
             changed=self._adverts.changed,
+            egress=config.accept.egress,
         )
         gate = DemandGate(info.network, frozenset({PeerId(info.coordinator)}))
         self._tenders = Tenders(
@@ -199,13 +220,25 @@ class Node:
         )
         self._sessions = Sessions(
             self._desk,
-            self.executors,
+            tiers.executors,
             network=info.network,
-            folder=state / "sessions",
+            volumes=self._volumes,
             store=store,
             clock=self.clock,
             ended=self._settler.wake,
             transfer_rate=self._transfer_rate,
+            pids_max=config.share.pids_max,
+            images=self._images,
+            gpus=Gpus(devices),
+        )
+        self._owner = Owner(self._sessions, self._adverts, config.schedule, clock=self.clock)
+        self._challenges = Challenges(
+            key,
+            Belonging(info.network, info.coordinator),
+            wasm=tiers.executors.get("wasm"),
+            folder=state / "challenges",
+            free=lambda: quotes.free,
+            clock=self.clock,
         )
         await self._recover()
 
@@ -229,80 +262,75 @@ class Node:
             open_links(inner, listen=listen, gate=BulkGate(rate=self._transfer_rate))
         )
 
-    async def _open_executors(self, stack: AsyncExitStack, key: KeyPair) -> tuple[Runtime, ...]:
-        offered = self.config.accept.runtimes
-        found: list[Executor] = []
-        if "wasm" in offered:
-            found.append(WasmExecutor.open(Path(self.config.modules or self.state / "wasm")))
-        if "container" in offered:
-            found.append(ContainerExecutor(key.peer_id))
-        for executor in found:
-            stack.push_async_callback(executor.aclose)
-            self.executors[executor.tier] = executor
-            reaped = await executor.reap_orphans()
-            if reaped:
-                log.warning("reaped orphans tier=%s count=%d", executor.tier, reaped)
-        runtimes = await self._probe_tiers()
-        working = [runtime.tier for runtime in runtimes]
-        for tier in offered:
-            if tier not in working:
-                log.warning("tier not offered: its probe failed tier=%s", tier)
-        if not runtimes:
-            raise LumarisError(
-                "tier_unavailable", f"None of the tiers {', '.join(offered)} works on this machine."
-            )
-        return runtimes
+    def _make_executor(self, tier: Tier) -> Executor:
+        return make_executor(tier, self.state, self.config, self._key.peer_id)
 
-    async def _probe_tiers(self) -> tuple[Runtime, ...]:
-        runtimes: list[Runtime] = []
-        for executor in self.executors.values():
-            with trio.move_on_after(_PROBE_S):
-                runtime = await executor.probe()
-                if runtime is not None:
-                    runtimes.append(runtime)
-        return tuple(runtimes)
+    def _assurance(self) -> Assurance:
+        return Assurance(self.state, clock=self.clock)
 
-    def _capacity(self) -> Resources:
-        """What is for sale: the owner's share of what this machine really has."""
-        share = self.config.share
-        whole = probe.total_resources(self.state, gpus=probe_gpus())
-        cpu_millis = whole.cpu_millis * share.cpu_percent // 100
-        return structs.replace(
-            whole,
-            cpu_millis=min(share.cpu_threads * 1000 or cpu_millis, whole.cpu_millis),
-            memory_bytes=whole.memory_bytes * share.memory_percent // 100,
-            disk_bytes=whole.disk_bytes * share.disk_percent // 100,
+    async def _guard(self, stack: AsyncExitStack) -> None:
+        """From here on nothing that is made outlives this process, however it ends."""
+        marks = [guardian.REAP_VOLUMES]
+        if "container" in self.config.accept.runtimes:
+            marks.insert(0, guardian.REAP_CONTAINERS)
+        held = await guardian.start(self.state, tuple(marks), node=self._key.peer_id)
+        stack.push_async_callback(held.aclose)
+
+    async def _open_volumes(self) -> Volumes:
+        """After the tiers have ended what a predecessor ran: it may still use its volumes."""
+        encryption = self.config.share.encryption
+        return await trio.to_thread.run_sync(
+            partial(Volumes.open, self.state / "volumes", encryption=encryption)
+        )
+
+    async def _open_images(self, overlay: Overlay) -> ImageService:
+        accept = self.config.accept
+        content = await trio.to_thread.run_sync(open_store, self.state)
+        return ImageService(
+            content,
+            overlay=overlay,
+            policy=policy_of(accept.registries),
+            module=self._find_module,
+            rate=self._transfer_rate,
+            buyer_images=accept.buyer_images,
+        )
+
+    def _find_module(self, digest: str) -> Path | None:
+        executor = self._tiers.executors.get("wasm")
+        if not isinstance(executor, WasmExecutor) or not executor.modules.holds(digest):
+            return None
+        return executor.modules.path(digest)
+
+    def _capacity(self, gpus: tuple[Gpu, ...]) -> Resources:
+        return for_sale(
+            self.state,
+            self.config.share,
+            gpus=gpus,
+            memory_backed=self._volumes.memory_backed,
         )
 
     async def _offer(self, total: Resources, standing: Standing) -> Offer:
         config = self.config
-        benchmarks = await trio.to_thread.run_sync(probe.benchmarks, self.state)
+        speeds = await trio.to_thread.run_sync(benchmarks, self.state, total.cpu_millis)
         return Offer(
             region=config.region,
             total=total,
             prices=config.price.table(),
             lease_s_max=config.accept.lease_s_max,
-            benchmarks=benchmarks,
-            runtimes=self._runtimes,
-            cached=await self._cached(),
+            benchmarks=speeds,
+            runtimes=self._tiers.runtimes,
+            cached=await self._images.cached(self._tiers.executors.values()),
             addresses=await self._addresses(),
             certificate=standing.certificate,
         )
-
-    async def _cached(self) -> tuple[str, ...]:
-        digests: list[str] = []
-        for executor in self.executors.values():
-            digests += await executor.images()
-        return tuple(digests[:CACHED_DIGESTS_MAX])
 
     async def _addresses(self) -> tuple[str, ...]:
         return (await self._overlay.reachability()).addresses
 
     async def _recover(self) -> None:
-        """Answer for what a killed predecessor left: files go, money is settled."""
+        """Answer for what a killed predecessor left: its files are gone, its money is settled."""
         cut_off = await self._store.recover(now=self.clock())
         await self._store.prune(now=self.clock())
-        await trio.to_thread.run_sync(shutil.rmtree, self.state / "sessions", True)
         if cut_off:
             log.warning("sessions cut off by the last stop count=%d", cut_off)
 
@@ -313,6 +341,9 @@ class Node:
         await stack.enter_async_context(overlay.serve(NEGOTIATE, self._desk.serve))
         await stack.enter_async_context(overlay.serve(SESSION, self._sessions.serve))
         await stack.enter_async_context(overlay.serve(BLOB, self._sessions.serve_blob))
+        await stack.enter_async_context(overlay.serve(ATTACH, self._sessions.live.serve))
+        await stack.enter_async_context(overlay.serve(CONTENT, self._images.desk.serve))
+        await stack.enter_async_context(overlay.serve(CHALLENGE, self._challenges.serve))
 
     async def _serve_api(
         self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -321,6 +352,7 @@ class Node:
             self.state / api.SOCKET_NAME,
             status=self.status,
             stop=self.stop,
+            calls={"pause": self._owner.pause, "resume": self._owner.resume},
             task_status=task_status,
         )
 
@@ -371,26 +403,44 @@ class Node:
         return await self._link.call(coordinator_api.shards())
 
     async def _warm_catalog(self) -> None:
-        """Compile what buyers will most likely ask for, before the first one waits for it."""
-        executor = self.executors.get("wasm")
-        if not isinstance(executor, WasmExecutor):
-            return
+        """Compile what buyers will most likely ask for, before the first one waits for it.
+
+        A module with a library beside it takes a minute and gigabytes, so it waits for quiet.
+        """
         for entry in CATALOG.values():
-            if entry.tier == "wasm" and await executor.has_image(entry.digest):
-                try:
-                    await executor.compile(entry.digest)
-                except (LumarisError, OSError) as error:
-                    log.warning("not compiled image=%s error=%r", entry.name, error)
+            if not entry.files:
+                await self._compile(entry)
+        for entry in CATALOG.values():
+            if entry.files:
+                await trio.sleep(_QUIET_S)
+                while self._sessions.hosts:  # noqa: ASYNC110 - as long as there is work
+                    await trio.sleep(_QUIET_S)
+                await self._compile(entry)
+
+    async def _compile(self, entry: CatalogEntry) -> None:
+        executor = self._tiers.executors.get(entry.tier)
+        if not isinstance(executor, WasmExecutor) or not await executor.has_image(entry.digest):
+            return
+        try:
+            await executor.compile(entry.digest)
+        except (LumarisError, OSError) as error:
+            log.warning("not compiled image=%s error=%r", entry.name, error)
 
     async def _watch_tiers(self) -> None:
         """A tier whose engine went away leaves the advert, and comes back with it."""
+        await self._tiers.watch(self._tiers_changed)
+
+    def _tiers_changed(self) -> None:
+        self._adverts.offer.runtimes = self._tiers.runtimes
+        self._adverts.changed(always=True)
+
+    async def _watch_images(self) -> None:
+        """Buyers prefer a seller that holds their image, so they are told what is here."""
         while True:
-            await trio.sleep(_PROBE_S)
-            runtimes = await self._probe_tiers()
-            cached = await self._cached()
-            offer = self._adverts.offer
-            if (runtimes, cached) != (offer.runtimes, offer.cached):
-                offer.runtimes, offer.cached = runtimes, cached
+            await trio.sleep(_IMAGES_S)
+            cached = await self._images.cached(self._tiers.executors.values())
+            if cached != self._adverts.offer.cached:
+                self._adverts.offer.cached = cached
                 self._adverts.changed(always=True)
 
     async def _shut_down(self) -> None:

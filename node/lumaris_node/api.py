@@ -1,4 +1,4 @@
-"""The node's local socket: `lumaris node status` and `lumaris node down` speak to it.
+"""The node's local socket: `lumaris node status`, `down`, `pause` and `resume` speak to it.
 
 It belongs to the user who runs the node (mode 0600 in a 0700 folder), so it needs no password.
 """
@@ -6,8 +6,9 @@ It belongs to the user who runs the node (mode 0600 in a 0700 folder), so it nee
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import msgspec
@@ -22,6 +23,7 @@ _CALL_S = 5
 _SOCKET_PATH_MAX = 100  # the kernel allows 107 bytes
 
 Status = Callable[[], Awaitable[dict[str, Any]]]
+Call = Callable[[], Awaitable[dict[str, Any]]]
 
 
 class _Call(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -33,21 +35,28 @@ async def serve(
     *,
     status: Status,
     stop: Callable[[], None],
+    calls: Mapping[str, Call] = MappingProxyType({}),
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Answer local calls until cancelled. Raises LumarisError `already_running`, `not_writable`."""
+    """Answer local calls until cancelled: `status`, `down`, and what `calls` names.
+
+    Raises LumarisError `already_running`, `not_writable`.
+    """
     await check_free(path)
 
-    async def answer(stream: trio.SocketStream) -> None:
+    async def serve_call(stream: trio.SocketStream) -> None:
         framed = FramedStream(stream)
         try:
             with trio.move_on_after(_CALL_S):
-                call = (await framed.expect_header(_Call)).call
-                if call == "down":
+                name = (await framed.expect_header(_Call)).call
+                if name == "down":
                     await framed.send(Kind.HEADER, b"{}")
                     stop()
-                else:
-                    await framed.send(Kind.HEADER, msgspec.json.encode(await status()))
+                    return
+                answer = status if name == "status" else calls.get(name)
+                if answer is None:
+                    raise LumarisError("usage", f"This node knows no call {name[:80]!r}.")
+                await framed.send(Kind.HEADER, msgspec.json.encode(await answer()))
         except LumarisError as error:
             await framed.refuse(error)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
@@ -62,7 +71,7 @@ async def serve(
         sock.listen()
         try:
             task_status.started()
-            await trio.serve_listeners(answer, [trio.SocketListener(sock)])
+            await trio.serve_listeners(serve_call, [trio.SocketListener(sock)])
         finally:
             path.unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""The node's command line: `node up`, `node status`, `node down` of the `lumaris` command."""
+"""The node's command line: what `lumaris node` does with a node of this machine."""
 
 from __future__ import annotations
 
@@ -53,9 +53,29 @@ def status(state: Path) -> dict[str, Any]:
     return trio.run(api.call, state / api.SOCKET_NAME, "status")
 
 
+def selftest(state: Path, tier: str | None = None) -> list[dict[str, Any]]:
+    """Attack this machine's tiers and say what held; the node need not run."""
+    from lumaris_node.selftest import command
+
+    return command.run(state, tier=tier)
+
+
 def down(state: Path) -> None:
     """Ask the running node to stop, and wait until it has. Raises LumarisError `not_running`."""
     trio.run(_down, state / api.SOCKET_NAME)
+
+
+def pause(state: Path) -> dict[str, Any]:
+    """Freeze every running job and sell nothing; what the owner is told.
+
+    Raises LumarisError `not_running`.
+    """
+    return trio.run(api.call, state / api.SOCKET_NAME, "pause")
+
+
+def resume(state: Path) -> dict[str, Any]:
+    """Let jobs go on and sell again; what the owner is told. Raises LumarisError `not_running`."""
+    return trio.run(api.call, state / api.SOCKET_NAME, "resume")
 
 
 async def _down(path: Path) -> None:

@@ -8,15 +8,25 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, structs
 
+from lumaris_node.egress import policy
 from lumaris_overlay.networks import ip_and_port
+from lumaris_overlay.registry import REGISTRIES_DEFAULT
 from lumaris_protocol.errors import LumarisError
-from lumaris_protocol.limits import MIB, OVERLAY_MEMORY_BYTES
+from lumaris_protocol.limits import EGRESS_RULES_MAX, MIB, OVERLAY_MEMORY_BYTES, PIDS_MAX
 from lumaris_protocol.messages.advert import PriceTable, Tier
 from lumaris_protocol.money import TEST_CURRENCY, parse_credits
 
 _S_PER_HOUR = 3600
 
 Percent = Annotated[int, Meta(ge=1, le=100)]
+Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
+DAYS: tuple[Day, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+# From and until, local time; until midnight is 24:00.
+Hours = Annotated[
+    str, Meta(pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]-(([01][0-9]|2[0-3]):[0-5][0-9]|24:00)\Z")
+]
+# A registry's host, and its port where that is not the usual one.
+Registry = Annotated[str, Meta(max_length=255, pattern=r"^[a-z0-9.-]+(:[0-9]{1,5})?\Z")]
 
 
 class Share(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -27,6 +37,8 @@ class Share(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     disk_percent: Percent = 10
     cpu_threads: Annotated[int, Meta(ge=0, le=4096)] = 0
     transfer_mib_s: Annotated[int, Meta(ge=0, le=100_000)] = 0
+    pids_max: Annotated[int, Meta(ge=1, le=PIDS_MAX)] = 1024
+    encryption: Literal["auto", "fscrypt", "gocryptfs", "tmpfs", "memory", "off"] = "auto"
 
 
 class Price(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -57,8 +69,25 @@ class Price(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 class Accept(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Which work is taken."""
 
-    runtimes: tuple[Tier, ...] = ("wasm", "container")
+    runtimes: tuple[Tier, ...] = ("wasm", "process", "container")
     lease_s_max: Annotated[int, Meta(ge=60, le=24 * _S_PER_HOUR)] = 4 * _S_PER_HOUR
+    egress: Annotated[tuple[str, ...], Meta(max_length=4 * EGRESS_RULES_MAX)] = ()
+    buyer_images: bool = True
+    registries: Annotated[tuple[Registry, ...], Meta(max_length=64)] = REGISTRIES_DEFAULT
+    gpu: bool = True
+
+
+class Vm(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the `vm` tier boots; it is offered only where KVM works."""
+
+    kernel: str = ""
+
+
+class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """When new work is taken, in this machine's local time. No hours mean all day."""
+
+    days: tuple[Day, ...] = DAYS
+    hours: Annotated[tuple[Hours, ...], Meta(max_length=16)] = ()
 
 
 class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -82,6 +111,8 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     share: Share = Share()
     price: Price = Price()
     accept: Accept = Accept()
+    vm: Vm = Vm()
+    schedule: Schedule = Schedule()
     network: Network = Network()
     log_level: Literal["debug", "info", "warning"] = "info"
 
@@ -116,6 +147,7 @@ def load(state: Path, **flags: object) -> NodeConfig:
     try:
         direct_address(config)
         ip_and_port("listen", config.listen)
+        policy.check_patterns(config.accept.egress)
         for address in config.bootstrap:
             if not address.startswith("/") or "/p2p/" not in address:
                 raise LumarisError("config_invalid", f"bootstrap {address!r} has no /p2p/PEER.")

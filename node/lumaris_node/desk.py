@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import trio
 
+from lumaris_node.egress import policy
 from lumaris_node.store import Store
 from lumaris_overlay.framed_stream import FramedStream
 from lumaris_overlay.ports import OverlayStream
@@ -37,7 +38,10 @@ class Terms:
 
 
 class Desk:
-    """Negotiates with buyers. `changed` is called whenever free capacity changes."""
+    """Negotiates with buyers. `changed` is called whenever free capacity changes.
+
+    `egress` are the owner's patterns of what jobs may connect to.
+    """
 
     def __init__(
         self,
@@ -49,10 +53,12 @@ class Desk:
         advert: Callable[[], Signed[Advert]],
         clock: Callable[[], float],
         changed: Callable[[], None],
+        egress: Sequence[str] = (),
     ) -> None:
         self.quotes = quotes
         self._key, self._terms, self._store = key, terms, store
         self._advert, self._clock, self._changed = advert, clock, changed
+        self._egress = egress
         self._session_keys: dict[str, KeyPair] = {}  # by quote hash, for live holds
         self._strangers = StrangerLog(log)
         self.counts: dict[str, int] = {}  # how requests ended, for "why do no jobs come"
@@ -141,6 +147,7 @@ class Desk:
             role="buyer",
             now=now,
         )
+        self._check_egress(message.requirements.egress)
         session_key = KeyPair(os.urandom(32))
         offer = self.quotes.offer(
             request, self._advert(), seller_session_key=session_key.peer_id, now=now
@@ -151,6 +158,11 @@ class Desk:
         self._changed()
         await framed.send(Kind.ENVELOPE, quote.data)
         return hold
+
+    def _check_egress(self, rules: Sequence[str]) -> None:
+        for rule in rules:
+            if not policy.covers(self._egress, rule):
+                raise RefusedError("egress_refused", f"Jobs here may not connect to {rule}.")
 
     async def _agree(self, framed: FramedStream, hold: Hold) -> bool:
         """Whether the buyer took the quote. Raises LumarisError for what is no agreement."""

@@ -19,9 +19,12 @@ from lumaris_overlay.bulk.serve import take_file
 from lumaris_overlay.framed_stream import FramedStream
 from lumaris_protocol.errors import LumarisError, RefusedError
 from lumaris_protocol.frames import Kind
-from lumaris_protocol.limits import INPUT_ALLOWANCE_BYTES
+from lumaris_protocol.limits import INPUT_ALLOWANCE_BYTES, INPUT_FILES_MAX
 from lumaris_protocol.messages.execution import File
 from lumaris_protocol.protocols import BlobHeader, BlobReply
+
+# Kept for later orders beside those of the one that runs; each costs an inode.
+_FILES_MAX = 4 * INPUT_FILES_MAX
 
 
 class Inputs:
@@ -48,18 +51,17 @@ class Inputs:
         return self._folder / sha256.removeprefix("sha256:")
 
     def room(self, inputs: tuple[File, ...], *, disk_bytes: int, other_bytes: int) -> int:
-        """Bytes left for kept files while an order runs with a copy of its inputs; may be < 0.
+        """Bytes left for other files beside an order and its inputs; may be < 0."""
+        return self._budget - other_bytes - self.size_of(inputs) - disk_bytes
 
-        While it is staged its own disk is empty, which leaves room for one file twice.
-        """
-        largest = max((file.size_bytes for file in inputs), default=0)
-        staged = sum(file.size_bytes for file in inputs)
-        return self._budget - other_bytes - staged - max(disk_bytes, largest)
+    def size_of(self, inputs: tuple[File, ...]) -> int:
+        """Bytes that the inputs take here: a file that comes twice lies here once."""
+        return sum({file.sha256: file.size_bytes for file in inputs}.values())
 
     async def trim(self, bytes_max: int, *, keep: Container[str] = ()) -> None:
         """Remove the files used longest ago, but for `keep`, until the rest is small enough."""
         for sha256 in list(self._sizes):
-            if self.kept_bytes <= bytes_max:
+            if self.kept_bytes <= bytes_max and len(self._sizes) <= _FILES_MAX:
                 return
             if sha256 not in keep:
                 await self.drop(sha256)

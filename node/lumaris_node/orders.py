@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -17,12 +19,22 @@ import trio
 
 from lumaris_node.executors.port import Executor, Handle, JobLimits, JobSpec, Outcome, Stream
 from lumaris_node.executors.port import Usage as RunUsage
+from lumaris_node.executors.supervise import disk_reason
+from lumaris_node.images.service import ImageService
 from lumaris_node.inputs import Inputs
-from lumaris_node.workspace import Workspace, wipe
+from lumaris_node.order_log import OrderLog
+from lumaris_node.surroundings import Surroundings
+from lumaris_node.workspace import LeaseWorkspace
+from lumaris_overlay.image_archive import CONFIG_BYTES_MAX, parse_config
 from lumaris_protocol import ids
 from lumaris_protocol.effects import Effect
-from lumaris_protocol.errors import LumarisError
-from lumaris_protocol.limits import LOG_CHUNK_BYTES_MAX, MODULE_BYTES_MAX, PREPARE_S_MAX
+from lumaris_protocol.errors import LumarisError, RefusedError
+from lumaris_protocol.limits import (
+    FILE_BYTES_MAX,
+    LOG_CHUNK_BYTES_MAX,
+    MODULE_BYTES_MAX,
+    PREPARE_S_MAX,
+)
 from lumaris_protocol.machines import job as job_machine
 from lumaris_protocol.machines.seller import SellerSession
 from lumaris_protocol.machines.table import Machine
@@ -32,6 +44,9 @@ from lumaris_protocol.messages.execution import File, Usage, WorkOrder, WorkStat
 log = logging.getLogger(__name__)
 
 _METER_S = 0.25  # how often a running order is metered: a fraction of any voucher interval
+# How often the tier is asked what the run consumed; the bill does not wait for its answer.
+_SAMPLE_S = 1.0
+_PROGRESS_S = 1.0  # between two words on how far a preparation is
 _MS = 1000
 
 
@@ -40,14 +55,20 @@ class SessionPort(Protocol):
 
     machine: SellerSession
     resources: Resources
+    images: ImageService | None
     inputs: Inputs
+    workspace: LeaseWorkspace
+    surroundings: Surroundings
+    session: str
+    pids_max: int
 
     def now(self) -> float: ...
     def apply(self, effects: list[Effect]) -> None: ...
     def keep(self, run: OrderRun) -> None: ...
     async def room(self) -> None: ...
     async def gate(self) -> None: ...
-    async def make_room(self, order: WorkOrder) -> int: ...
+    def regate(self) -> None: ...
+    async def make_room(self, order: WorkOrder) -> None: ...
 
 
 @dataclass
@@ -62,12 +83,14 @@ class OrderRun:
     """One order, from `accepted` to its end."""
 
     def __init__(
-        self, order: WorkOrder, session: SessionPort, executor: Executor, workspaces: Path
+        self, order: WorkOrder, session: SessionPort, executor: Executor, logs: Path
     ) -> None:
         self.order, self.machine = order, Machine(job_machine.JOB)
-        self._workspaces = workspaces
-        self._workspace: Workspace | None = None
-        self._session, self._executor = session, executor
+        self._workspace: LeaseWorkspace | None = None
+        self._session, self.executor = session, executor
+        self.log = OrderLog(logs / f"{order.job}.log", bytes_max=order.limits.log_bytes)
+        self.ended = trio.Event()
+        self._used = RunUsage()
         self._logs: Mapping[str, _Log] = {"stdout": _Log(), "stderr": _Log()}
         self._handle: Handle | None = None
         self._stop_reason = ""
@@ -75,16 +98,21 @@ class OrderRun:
         self._wiping = trio.Lock()
         self._running_since: float | None = None
         self._ran_s = 0.0
+        self._progress_at = -math.inf
+        self._image_held = False
+        self._received: list[str] = []  # parts of an image that the buyer sent
         self._delivered: dict[str, str] = {}
-        self.kept_bytes = 0  # outputs that wait for the buyer's word
+        self.kept_bytes = self.kept_files = 0  # outputs that wait for the buyer's word
 
     # --- from the session ---
 
-    async def stop(self, reason: str) -> None:
-        """End the order with a reason, in whatever state it is."""
+    async def stop(self, reason: str, *, grace_s: float = 0) -> None:
+        """End the order with a reason, in whatever state it is; a guest is asked to end first."""
         self._stop_reason = self._stop_reason or reason
         if self.machine.state in ("running", "paused") and self._handle is not None:
-            await self._executor.cancel(self._handle, reason)
+            if self.machine.state == "paused":
+                grace_s = 0  # it cannot end by itself, and its owner wants the machine
+            await self.executor.cancel(self._handle, reason, grace_s=grace_s)
         else:
             self._stopped.cancel()
 
@@ -102,22 +130,31 @@ class OrderRun:
             return
         self.machine.take(fact)
         if is_open:
-            await self._executor.resume(self._handle)
+            await self.executor.resume(self._handle)
             self._running_since = trio.current_time()
         else:
-            await self._executor.pause(self._handle)
+            await self.executor.pause(self._handle)
             self._ran_s, self._running_since = self._elapsed_s(), None
         self._tell("running" if is_open else "paused")
+
+    def live_handle(self) -> Handle:
+        """The handle of the run. Raises RefusedError `not_attached` when it does not run."""
+        if self.machine.state != "running" or self._handle is None:
+            text = "The order is frozen." if self.machine.state == "paused" else ""
+            raise RefusedError("not_attached", text)
+        return self._handle
 
     def delivered_path(self, sha256: str) -> Path | None:
         """The output file of that hash, if this order delivered one."""
         path = self._delivered.get(sha256)
-        return None if path is None or self._workspace is None else self._workspace.outputs / path
+        if path is None or self._workspace is None:
+            return None
+        return self._workspace.kept(self.order.job) / path
 
     async def wipe(self) -> None:
-        """Remove the order's files; what resists goes with the session's folder."""
+        """Remove the order's outputs; what resists goes with the lease's volume."""
         if self._workspace is not None:
-            await self._remove(self._workspace.root)
+            await self._remove(partial(self._workspace.forget, self.order.job))
 
     # --- the run ---
 
@@ -130,6 +167,8 @@ class OrderRun:
             log.exception("order broke job=%s", self.order.job)
             self._fail("platform_error", None, "This machine failed the order.")
         finally:
+            self.ended.set()
+            self.log.end()
             with trio.CancelScope(shield=True):
                 await self._free(keep_outputs=self.machine.state == "succeeded")
 
@@ -152,13 +191,75 @@ class OrderRun:
     async def _prepare(self) -> None:
         order, session = self.order, self._session
         self.machine.take("prepare")
+        self._image_held = await self._have_image()
         with _within(PREPARE_S_MAX, "prepare_timeout"):
-            workspace = self._workspace = Workspace(self._workspaces, order.job)
-            room = await session.make_room(order)
+            await session.make_room(order)
+            if not self._image_held and self.executor.tier != "wasm":
+                await self._image_from_buyer()
             await self._fetch(await self._missing())
-            await self._stage(workspace, room)
-            self._handle = await self._executor.prepare(self._spec(workspace))
+            workspace = self._workspace = session.workspace
+            await trio.to_thread.run_sync(self._stage, workspace)
+            self._handle = await self.executor.prepare(self._spec(workspace), self._progress)
         self.machine.take("prepared")
+
+    async def _have_image(self) -> bool:
+        """Fetch the image from where others have it; False when only the buyer has it."""
+        order, images = self.order, self._session.images
+        if images is not None:
+            return await images.ensure(
+                order.image, self.executor, source=order.image_source, progress=self._progress
+            )
+        held = await self.executor.has_image(order.image)
+        if order.image_source and not held:
+            raise LumarisError("image_refused", "This seller fetches no images.")
+        return held
+
+    async def _image_from_buyer(self) -> None:
+        """Have the buyer send a container image, part by part: each has its hash in the one before.
+
+        The parts of an image are its configuration, named by the order, and its uncompressed
+        layers, named by that.
+        """
+        image, inputs = self.order.image, self._session.inputs
+        images = self._session.images
+        if images is None or not images.buyer_images:
+            raise LumarisError("bad_image", f"This seller does not hold {image}.")
+        try:
+            await self._receive({image: CONFIG_BYTES_MAX})
+            config = await trio.Path(inputs.path(image)).read_bytes()
+            layers = parse_config(config).diff_ids
+            await self._receive(dict.fromkeys(layers, FILE_BYTES_MAX))
+            paths = [inputs.path(layer) for layer in layers]
+            await images.install(self.executor, config, paths)
+        finally:
+            with trio.CancelScope(shield=True):
+                for digest in self._received:
+                    await inputs.drop(digest)
+
+    async def _receive(self, sizes_max: dict[str, int]) -> None:
+        """Have the buyer send the parts that are not here."""
+        session = self._session
+        missing = {name: size for name, size in sizes_max.items() if not session.inputs.has(name)}
+        if not missing:
+            return
+        self._received += missing
+        with session.inputs.wanting(missing):
+            session.apply(
+                session.machine.preparing(self.order.n, tuple(missing), now=session.now())
+            )
+            for digest in missing:
+                await session.inputs.arrived(digest)
+
+    def _progress(self, what: str, done: int, total: int) -> None:
+        """Tell the buyer how far a long preparation is, as often as it is worth reading."""
+        session, now = self._session, trio.current_time()
+        if now - self._progress_at >= _PROGRESS_S and self.machine.state == "preparing":
+            self._progress_at = now
+            session.apply(
+                session.machine.progress(
+                    self.order.n, what, done=done, total=total, now=session.now()
+                )
+            )
 
     async def _fetch(self, missing: dict[str, int]) -> None:
         """Have the buyer send what is not here. A module goes to the store of the modules."""
@@ -170,39 +271,50 @@ class OrderRun:
             for sha256 in missing:
                 await session.inputs.arrived(sha256)
                 if sha256 == order.image:
-                    await self._executor.add_image(sha256, session.inputs.path(sha256))
+                    await self.executor.add_image(sha256, session.inputs.path(sha256))
                     if all(file.sha256 != sha256 for file in order.inputs):
                         await session.inputs.drop(sha256)
 
-    async def _stage(self, workspace: Workspace, room: int) -> None:
-        """Copy the inputs to where the guest sees them; it must not reach what others use."""
-        inputs = self._session.inputs
-        for at, file in enumerate(self.order.inputs, 1):
-            source = inputs.use(file)
-            await trio.to_thread.run_sync(workspace.stage_file, file.path, source, file.sha256)
-            await inputs.trim(room, keep={later.sha256 for later in self.order.inputs[at:]})
+    def _stage(self, workspace: LeaseWorkspace) -> None:
+        """Show the inputs to the guest, and begin to count what it writes."""
+        workspace.begin()
+        for file in self.order.inputs:
+            workspace.stage(file.path, self._session.inputs.use(file), file.size_bytes)
+        workspace.mark()
 
     async def _execute(self) -> Outcome:
         session, handle = self._session, self._handle
         assert handle is not None
         await session.gate()
-        await self._executor.start(handle, self._on_output)
-        self.machine.take("start")
-        self._running_since = trio.current_time()
-        session.apply(session.machine.running(self.order.n, now=session.now()))
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._meter)
-            outcome = await self._executor.wait(handle)
-            nursery.cancel_scope.cancel()
+        async with session.surroundings.around(self.executor, handle):
+            outcome = await self._run_guest(handle)
         if self.machine.state == "paused":
             self.machine.take("resume")  # it ended while frozen: a limit or a stop
         if self._stop_reason:
             return Outcome(self._stop_reason, None, outcome.usage, outcome.detail)
+        if outcome.reason in ("exit_nonzero", "killed_trap"):
+            full = await trio.to_thread.run_sync(disk_reason, handle.spec)
+            if full:  # it met the limit and gave up before anyone looked
+                return replace(outcome, reason=full, exit_status=None)
         if outcome.reason == "succeeded":
             self.machine.take("exited_zero")
-            if session.machine.over_limit(self.order.n, _usage(outcome.usage)):
+            if session.machine.over_limit(self.order.n, self._usage(outcome.usage)):
                 # It ended before its next metering; its outputs need not be hashed.
                 return replace(outcome, reason="budget_exceeded")
+        return outcome
+
+    async def _run_guest(self, handle: Handle) -> Outcome:
+        session = self._session
+        await self.executor.start(handle, self._on_output)
+        self.machine.take("start")
+        self._running_since = trio.current_time()
+        session.apply(session.machine.running(self.order.n, now=session.now()))
+        session.regate()  # the gate may have shut while it started
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._meter)
+            nursery.start_soon(self._sample, handle)
+            outcome = await self.executor.wait(handle)
+            nursery.cancel_scope.cancel()
         return outcome
 
     async def _meter(self) -> None:
@@ -210,24 +322,35 @@ class OrderRun:
         while True:
             await trio.sleep(_METER_S)
             if self.machine.state == "running":
-                usage = Usage(wall_ms=int(self._elapsed_s() * _MS))
+                usage = self._usage(replace(self._used, wall_ms=int(self._elapsed_s() * _MS)))
                 session.apply(session.machine.accrue(self.order.n, usage, now=session.now()))
+
+    async def _sample(self, handle: Handle) -> None:
+        """What the run consumed so far, for the meter; a tier that cannot say costs nothing."""
+        while True:
+            try:
+                with trio.move_on_after(_SAMPLE_S):
+                    self._used = await self.executor.usage(handle)
+            except Exception as error:
+                log.debug("usage not known job=%s error=%r", self.order.job, error)
+            await trio.sleep(_SAMPLE_S)
 
     async def _deliver(self, outcome: Outcome) -> None:
         order, session = self.order, self._session
         outputs = await trio.to_thread.run_sync(self._collect)
+        self.kept_files = len(outputs)
         self._delivered = {file.sha256: file.path for file in outputs}
         self.kept_bytes = sum(file.size_bytes for file in outputs)
         session.keep(self)  # the buyer may ask for files as soon as it reads the delivery
         self.machine.take("collected")
-        runtime = f"{self._executor.tier}|{order.image}"
+        runtime = f"{self.executor.tier}|{order.image}"
         session.apply(
             session.machine.delivered(
                 order.n,
                 outputs=outputs,
                 stdout=self._log_file("stdout"),
                 stderr=self._log_file("stderr"),
-                usage=_usage(outcome.usage),
+                usage=self._usage(outcome.usage),
                 environment=ids.digest(runtime.encode()),
                 now=session.now(),
             )
@@ -237,6 +360,7 @@ class OrderRun:
         bounds, workspace = self.order.limits, self._workspace
         assert workspace is not None, "collecting follows preparing"
         found = workspace.collect(files_max=bounds.output_files, bytes_max=bounds.disk_bytes)
+        workspace.keep(self.order.job)
         return tuple(
             File(path=item.path, size_bytes=item.size, sha256=item.digest) for item in found
         )
@@ -253,7 +377,7 @@ class OrderRun:
                 states.get(self.machine.state, "error"),
                 reason,
                 now=session.now(),
-                usage=_usage(outcome.usage) if outcome is not None else None,
+                usage=self._usage(outcome.usage) if outcome is not None else None,
                 exit_status=None if exit_status is None else exit_status & 0xFF,
                 detail=(detail or (outcome.detail if outcome is not None else ""))[:500],
             )
@@ -270,18 +394,18 @@ class OrderRun:
     async def _free(self, *, keep_outputs: bool) -> None:
         if self._handle is not None:
             try:
-                await self._executor.destroy(self._handle)
+                await self.executor.destroy(self._handle)
             except Exception:
                 log.exception("sandbox not destroyed job=%s", self.order.job)
         if not keep_outputs:
             await self.wipe()
-        elif self._workspace is not None and self.order.inputs:
-            await self._remove(self._workspace.inputs)
+        if self._workspace is not None:
+            await self._remove(self._workspace.clear)
 
-    async def _remove(self, folder: Path) -> None:
+    async def _remove(self, step: Callable[[], None]) -> None:
         async with self._wiping:  # two at once would trip over each other
             try:
-                await trio.to_thread.run_sync(wipe, folder)
+                await trio.to_thread.run_sync(step)
             except OSError as error:
                 log.warning("not wiped job=%s error=%r", self.order.job, error)
 
@@ -289,6 +413,7 @@ class OrderRun:
 
     async def _on_output(self, stream: Stream, data: bytes) -> None:
         session, state = self._session, self._logs[stream]
+        await self.log.append(stream, data)
         for start in range(0, len(data), LOG_CHUNK_BYTES_MAX):
             part = data[start : start + LOG_CHUNK_BYTES_MAX]
             await session.room()
@@ -299,22 +424,21 @@ class OrderRun:
     async def _missing(self) -> dict[str, int]:
         """Digests the buyer must send, with the most bytes each may have."""
         missing: dict[str, int] = {}
-        if not await self._executor.has_image(self.order.image):
-            if self._executor.tier != "wasm":
-                raise LumarisError("bad_image", f"This seller does not hold {self.order.image}.")
+        if not self._image_held and self.executor.tier == "wasm":
             missing[self.order.image] = MODULE_BYTES_MAX
         for file in self.order.inputs:
             if not self._session.inputs.has(file.sha256):
                 missing[file.sha256] = file.size_bytes
         return missing
 
-    def _spec(self, workspace: Workspace) -> JobSpec:
+    def _spec(self, workspace: LeaseWorkspace) -> JobSpec:
         order, resources = self.order, self._session.resources
+        surroundings = self._session.surroundings
         return JobSpec(
             job=order.job,
             image=order.image,
             command=order.command,
-            environment=dict(order.environment),
+            environment=surroundings.environment | order.environment,
             inputs=workspace.inputs,
             outputs=workspace.outputs,
             limits=JobLimits(
@@ -326,13 +450,29 @@ class OrderRun:
                 log_bytes=order.limits.log_bytes,
                 output_bytes=order.limits.disk_bytes,
                 output_files=order.limits.output_files,
+                pids=min(order.limits.pids, self._session.pids_max),
             ),
+            lease=self._session.session,
+            disk_use=workspace.disk_use,
+            stdin=order.stdin,
+            gpus=surroundings.gpus,
         )
 
     def _log_file(self, stream: Stream) -> File:
         state = self._logs[stream]
         sha256 = f"sha256:{state.hasher.hexdigest()}"
         return File(path=stream, size_bytes=state.offset, sha256=sha256)
+
+    def _usage(self, usage: RunUsage) -> Usage:
+        gpu = self._session.surroundings.gpu_use
+        return Usage(
+            wall_ms=usage.wall_ms,
+            cpu_ms=usage.cpu_ms,
+            memory_peak_bytes=usage.memory_peak_bytes,
+            fuel=usage.fuel,
+            gpu_ms=gpu.gpu_ms,
+            vram_peak_bytes=gpu.vram_peak_bytes,
+        )
 
     def _elapsed_s(self) -> float:
         if self._running_since is None:
@@ -351,15 +491,6 @@ def _within(seconds: float, code: str) -> Iterator[None]:
             yield
     except trio.TooSlowError:
         raise LumarisError(code) from None
-
-
-def _usage(usage: RunUsage) -> Usage:
-    return Usage(
-        wall_ms=usage.wall_ms,
-        cpu_ms=usage.cpu_ms,
-        memory_peak_bytes=usage.memory_peak_bytes,
-        fuel=usage.fuel,
-    )
 
 
 def _reason(outcome: Outcome | None) -> str:

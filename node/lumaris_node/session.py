@@ -8,16 +8,21 @@ nothing here touches money.
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import trio
 
+from lumaris_node.capability.meter import Gpus
 from lumaris_node.executors.port import Executor
+from lumaris_node.images.service import ImageService
 from lumaris_node.inputs import Inputs
+from lumaris_node.live import LOG_LINGER_S
+from lumaris_node.order_log import OrderLog
 from lumaris_node.orders import OrderRun
 from lumaris_node.store import Store
+from lumaris_node.surroundings import Surroundings
+from lumaris_node.workspace import LeaseWorkspace, Volumes, volume_bounds
+from lumaris_node.workspace.workspace import KEPT_FILES_MAX
 from lumaris_overlay.bulk.rate import Rate
 from lumaris_overlay.bulk.serve import give_file
 from lumaris_overlay.framed_stream import FramedStream
@@ -34,7 +39,12 @@ from lumaris_protocol.effects import (
 )
 from lumaris_protocol.errors import EnvelopeError, LumarisError, RefusedError
 from lumaris_protocol.frames import Kind
-from lumaris_protocol.limits import INPUT_ALLOWANCE_BYTES, ORDERS_QUEUED_MAX
+from lumaris_protocol.limits import (
+    INPUT_ALLOWANCE_BYTES,
+    ORDERS_QUEUED_MAX,
+    OUTPUT_FILES_MAX,
+    PIDS_MAX,
+)
 from lumaris_protocol.machines.seller import SellerSession
 from lumaris_protocol.messages.execution import WorkOrder
 from lumaris_protocol.protocols import BlobHeader
@@ -54,31 +64,50 @@ class SessionHost:
         stream: FramedStream,
         *,
         executor: Executor,
-        folder: Path,
+        volumes: Volumes,
         store: Store,
         clock: Callable[[], float],
         transfer_rate: Rate | None = None,
+        pids_max: int = PIDS_MAX,
+        images: ImageService | None = None,
+        gpus: Gpus | None = None,
     ) -> None:
         agreement = machine.contract.agreement
         self.machine, self.resources = machine, agreement.resources
         self.session, self.buyer = agreement.session, agreement.buyer
-        self._blobs, self._workspaces = folder / "blobs", folder / "jobs"
+        bytes_max, files_max = volume_bounds(agreement.resources.disk_bytes)
+        self.workspace = LeaseWorkspace(
+            volumes.volume(self.session, bytes_max=bytes_max, files_max=files_max)
+        )
         self._transfer_rate = transfer_rate
         self.inputs = Inputs(
-            self._blobs, disk_bytes=agreement.resources.disk_bytes, transfer_rate=transfer_rate
+            self.workspace.blobs,
+            disk_bytes=agreement.resources.disk_bytes,
+            transfer_rate=transfer_rate,
         )
         self.orders_done = 0
-        self._folder = folder
+        self.pids_max = pids_max
+        self.images = images
+        self._gpus = gpus or Gpus(())
+        wanted = agreement.resources.gpus
+        self.surroundings = Surroundings(
+            egress=agreement.egress,
+            gpus=self._gpus.take(self.session, wanted) if wanted else (),
+        )
         self._stream, self._store, self._executor = stream, store, executor
         self._clock = clock
         self._outbox = Outbox(stream, self._keep)
         self._queue_in, self._queue_out = trio.open_memory_channel[WorkOrder](ORDERS_QUEUED_MAX)
-        self._stops: dict[int, str] = {}
+        self._stops: dict[int, StopOrder] = {}
         self._run: OrderRun | None = None
         self._done: dict[int, OrderRun] = {}  # delivered, kept until the buyer's word
         self._kept: dict[int, int] = {}  # bytes of delivered outputs, until they are wiped
+        self._kept_files: dict[int, int] = {}
         self._wiped = trio.Event()
-        self._gate_open = True
+        self._logs: set[OrderLog] = set()  # of orders that ended, while they are read
+        # Orders run only while neither the unpaid amount nor the owner holds them up.
+        self._paid_for = True
+        self._owner_paused = False
         self._gate_opened = trio.Event()
         self._gate_changed = trio.Event()
         self._wiping: trio.Nursery | None = None
@@ -105,8 +134,7 @@ class SessionHost:
         return self._reason
 
     async def _run_tasks(self) -> None:
-        for folder in (self._blobs, self._workspaces):
-            await trio.Path(folder).mkdir(parents=True, exist_ok=True, mode=0o700)
+        await trio.to_thread.run_sync(self.workspace.open)
         async with trio.open_nursery() as nursery:
             self._wiping = nursery
             for task in (self._send, self._read, self._work, self._tick, self._gatekeeper):
@@ -131,13 +159,13 @@ class SessionHost:
             match effect:
                 case RunOrder(order):
                     self._queue_in.send_nowait(order)
-                case StopOrder(n, reason):
-                    self._stops[n] = reason
+                case StopOrder(n):
+                    self._stops[n] = effect
                     if self._run is not None and self._run.order.n == n:
-                        self._wake_gatekeeper()
+                        self.regate()
                 case SetGate(is_open):
-                    self._gate_open = is_open
-                    self._wake_gatekeeper()
+                    self._paid_for = is_open
+                    self.regate()
                 case SessionOver(reason):
                     self._finish(reason)
                 case _:
@@ -151,31 +179,53 @@ class SessionHost:
         """An order is delivered: its outputs stay until the buyer's word on it."""
         self._done[run.order.n] = run
         self._kept[run.order.n] = run.kept_bytes
+        self._kept_files[run.order.n] = run.kept_files
         self.orders_done += 1
 
+    @property
+    def gate_open(self) -> bool:
+        """Whether work may go on: the unpaid amount allows it, and so does the owner."""
+        return self._paid_for and not self._owner_paused
+
     async def gate(self) -> None:
-        """Wait until the exposure allows work to start."""
-        while not self._gate_open:
+        """Wait until work may start."""
+        while not self.gate_open:
             await self._gate_opened.wait()
+
+    def regate(self) -> None:
+        """Look again at what the running order may do: go on, wait or end."""
+        self._gate_changed.set()
+
+    def pause_by_owner(self, *, paused: bool) -> None:
+        """The owner needs the machine, or has done with it."""
+        self._owner_paused = paused
+        self.regate()
+
+    def find_live(self, n: int) -> OrderRun:
+        """The order that is worked on, if that is its number. Raises RefusedError."""
+        if self._run is None or self._run.order.n != n:
+            raise RefusedError("not_attached")
+        return self._run
 
     # --- files ---
 
-    async def make_room(self, order: WorkOrder) -> int:
-        """The bytes that kept inputs may take while an order runs; the rest of them is removed.
+    async def make_room(self, order: WorkOrder) -> None:
+        """Remove kept inputs until the order and its own fit beside the rest.
 
         Waits for the buyer's word on outputs that are in the way. Raises LumarisError `disk_short`.
         """
+        inputs = self.inputs
         while True:
-            outputs = sum(self._kept.values())
-            disk_bytes = order.limits.disk_bytes
-            room = self.inputs.room(order.inputs, disk_bytes=disk_bytes, other_bytes=outputs)
-            if room >= 0:
+            outputs, disk_bytes = sum(self._kept.values()), order.limits.disk_bytes
+            room = inputs.room(order.inputs, disk_bytes=disk_bytes, other_bytes=outputs)
+            files = sum(self._kept_files.values())
+            if room >= 0 and files <= KEPT_FILES_MAX - OUTPUT_FILES_MAX:
                 break
-            if not outputs:
+            if not self._kept:
                 raise LumarisError("disk_short", "The inputs do not fit beside the order's disk.")
             await self._wiped.wait()
-        await self.inputs.trim(room, keep={file.sha256 for file in order.inputs})
-        return room
+        keep = {file.sha256 for file in order.inputs}
+        await inputs.trim(room + inputs.size_of(order.inputs), keep=keep)
 
     async def serve_blob(self, header: BlobHeader, stream: FramedStream) -> None:
         """Take or give one file of this session. Raises LumarisError."""
@@ -221,15 +271,16 @@ class SessionHost:
 
     async def _work(self) -> None:
         async for order in self._queue_out:
-            stopped = self._stops.pop(order.n, "")
-            if stopped:
-                effects = self.machine.failed(order.n, "killed", stopped, now=self.now())
+            stop = self._stops.pop(order.n, None)
+            if stop is not None:
+                effects = self.machine.failed(order.n, "killed", stop.reason, now=self.now())
                 self.apply(effects)
                 continue
-            self._run = OrderRun(order, self, self._executor, self._workspaces)
+            self._run = OrderRun(order, self, self._executor, self.workspace.logs)
             try:
                 await self._run.run()
             finally:
+                self._keep_log(self._run.log)
                 self._run = None
             self._forget_answered()
             await self.inputs.trim(INPUT_ALLOWANCE_BYTES)
@@ -239,7 +290,7 @@ class SessionHost:
         while True:
             self._gate_changed = trio.Event()
             run = self._run
-            if self._gate_open:
+            if self.gate_open:
                 self._gate_opened.set()
                 self._gate_opened = trio.Event()
             if run is not None:
@@ -253,11 +304,11 @@ class SessionHost:
                 await self._gate_changed.wait()
 
     async def _pass_on(self, run: OrderRun) -> None:
-        reason = self._stops.pop(run.order.n, "")
-        if reason:
-            await run.stop(reason)
+        stop = self._stops.pop(run.order.n, None)
+        if stop is not None:
+            await run.stop(stop.reason, grace_s=stop.grace_s)
         else:
-            await run.set_gate(is_open=self._gate_open)
+            await run.set_gate(is_open=self.gate_open)
 
     async def _tick(self) -> None:
         while True:
@@ -265,9 +316,6 @@ class SessionHost:
             self.apply(self.machine.tick(now=self.now()))
 
     # --- the end ---
-
-    def _wake_gatekeeper(self) -> None:
-        self._gate_changed.set()
 
     def _finish(self, reason: str) -> None:
         if not self._over.is_set():
@@ -281,9 +329,27 @@ class SessionHost:
             if self._wiping is not None:
                 self._wiping.start_soon(self._wipe, run)
 
+    def _keep_log(self, kept: OrderLog) -> None:
+        """Readers get the rest of it, within bounds."""
+        self._logs.add(kept)
+        if self._wiping is not None:
+            self._wiping.start_soon(self._drop_log, kept, LOG_LINGER_S)
+
+    async def _drop_log(self, kept: OrderLog, within_s: float) -> None:
+        await kept.aclose(within_s=within_s)
+        self._logs.discard(kept)
+
+    async def _drop_logs(self) -> None:
+        for kept in tuple(self._logs):
+            await self._drop_log(kept, 0)
+
+    async def _release(self) -> None:
+        await self._executor.release(self.session)
+
     async def _wipe(self, run: OrderRun) -> None:
         await run.wipe()
         self._kept.pop(run.order.n, None)
+        self._kept_files.pop(run.order.n, None)
         self._wiped.set()
         self._wiped = trio.Event()
 
@@ -297,14 +363,25 @@ class SessionHost:
 
     async def _close_down(self) -> None:
         """Every step, whatever became of the one before."""
-        for step in (self._outbox.keep_rest, self._stream.aclose, self._remove, self._end_row):
+        for step in (
+            self._outbox.keep_rest,
+            self._stream.aclose,
+            self._drop_logs,
+            self._release,
+            self._remove,
+            self._give_back,
+            self._end_row,
+        ):
             try:
                 await step()
             except Exception as error:
                 log.warning("session not closed cleanly session=%s error=%r", self.session, error)
 
     async def _remove(self) -> None:
-        await trio.to_thread.run_sync(shutil.rmtree, self._folder, True)
+        await trio.to_thread.run_sync(self.workspace.close)
+
+    async def _give_back(self) -> None:
+        self._gpus.give_back(self.session)
 
     async def _end_row(self) -> None:
         await self._store.end_session(

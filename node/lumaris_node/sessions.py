@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import trio
 
+from lumaris_node.capability.meter import Gpus
 from lumaris_node.desk import Desk
 from lumaris_node.executors.port import Executor
+from lumaris_node.images.service import ImageService
+from lumaris_node.live import Connect, LiveDesk
 from lumaris_node.session import SessionHost
 from lumaris_node.store import Store
+from lumaris_node.workspace import Volumes
 from lumaris_overlay.bulk.rate import Rate
 from lumaris_overlay.framed_stream import FramedStream
 from lumaris_overlay.ports import OverlayStream
@@ -19,8 +22,10 @@ from lumaris_overlay.tasks import StrangerLog
 from lumaris_protocol import agreements, codec, envelope
 from lumaris_protocol.errors import LumarisError, RefusedError
 from lumaris_protocol.frames import Kind
+from lumaris_protocol.limits import PIDS_MAX
 from lumaris_protocol.machines.desk import Hold
 from lumaris_protocol.machines.seller import SellerSession
+from lumaris_protocol.messages.advert import Tier
 from lumaris_protocol.messages.execution import SessionOpen
 from lumaris_protocol.protocols import BlobHeader
 
@@ -31,25 +36,37 @@ _HEADER_S = 10
 
 
 class Sessions:
-    """Answers `/lumaris/session/1` and `/lumaris/blob/1`. `ended` is called after each session."""
+    """Answers `/lumaris/session/1` and `/lumaris/blob/1`; `live.serve` answers `/lumaris/attach/1`.
+
+    `ended` is called after each session.
+    """
 
     def __init__(
         self,
         desk: Desk,
-        executors: Mapping[str, Executor],
+        executors: Mapping[Tier, Executor],
         *,
         network: str,
-        folder: Path,
+        volumes: Volumes,
         store: Store,
         clock: Callable[[], float],
         ended: Callable[[], None],
         transfer_rate: Rate | None = None,
+        pids_max: int = PIDS_MAX,
+        connect: Connect | None = None,
+        images: ImageService | None = None,
+        gpus: Gpus | None = None,
     ) -> None:
+        self._gpus = gpus
+        self._images = images
+        self._paused = False
+        self._pids_max = pids_max
         self._transfer_rate = transfer_rate
         self._desk, self._executors = desk, executors
-        self._network, self._folder, self._store = network, folder, store
+        self._network, self._volumes, self._store = network, volumes, store
         self._clock, self._ended = clock, ended
         self._hosts: dict[str, SessionHost] = {}
+        self.live = LiveDesk(self._hosts.get, connect=connect or _connect)
         self._closing = False
         self._strangers = StrangerLog(log)
 
@@ -57,6 +74,12 @@ class Sessions:
     def hosts(self) -> tuple[SessionHost, ...]:
         """The sessions that are open now."""
         return tuple(self._hosts.values())
+
+    def pause_by_owner(self, *, paused: bool) -> None:
+        """Freeze what runs, and what will open meanwhile; or let it go on."""
+        self._paused = paused
+        for host in self.hosts:
+            host.pause_by_owner(paused=paused)
 
     def close(self, reason: str) -> None:
         """End every session, and open no other."""
@@ -113,11 +136,15 @@ class Sessions:
             SellerSession(contract, self._desk.session_key(hold), network=self._network),
             framed,
             executor=executor,
-            folder=self._folder / session,
+            volumes=self._volumes,
             store=self._store,
             clock=self._clock,
             transfer_rate=self._transfer_rate,
+            pids_max=self._pids_max,
+            images=self._images,
+            gpus=self._gpus,
         )
+        host.pause_by_owner(paused=self._paused)
         host.check(opening)
         self._desk.quotes.granted(contract.hash, now=self._clock())
         return hold, host
@@ -178,3 +205,9 @@ class Sessions:
             await framed.refuse(LumarisError("platform_error"))
         finally:
             await framed.aclose()
+
+
+async def _connect(pid: int, port: int) -> trio.SocketStream:
+    from lumaris_node.sandbox import netns  # needs Linux, and only for forwarding
+
+    return await netns.connect(pid, port)

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from lumaris_protocol import envelope
+from lumaris_protocol.envelope import Envelope
 from lumaris_protocol.errors import EnvelopeError
 from lumaris_protocol.ids import digest
 from lumaris_protocol.keys import KeyPair, PeerId
@@ -69,6 +70,15 @@ def open_signed(
     (`check_times`), since only it knows the time. Raises EnvelopeError.
     """
     found = envelope.decode(data, size_max=kind.SIZE_MAX)
+    return open_decoded(found, kind, network=network, signer=signer)
+
+
+def open_decoded(
+    found: Envelope, kind: type[M], *, network: str, signer: str | None = None
+) -> Signed[M]:
+    """`open_signed` of an envelope that was taken apart to learn its type."""
+    if len(found.data) > kind.SIZE_MAX:
+        raise EnvelopeError("oversize", f"A {kind.TYPE} of {len(found.data)} bytes is too large.")
     if found.payload_type != kind.TYPE:
         raise EnvelopeError(
             "wrong_type", f"A {kind.TYPE} was expected, not a {found.payload_type}."

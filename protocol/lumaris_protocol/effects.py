@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lumaris_protocol.messages.execution import Delivery, JobEvent, WorkOrder
+from lumaris_protocol.messages.execution import Delivery, JobEvent, Usage, WorkOrder
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,14 @@ class OrderChanged:
 
 
 @dataclass(frozen=True)
+class Metered:
+    """Buyer: what an order has consumed so far, by the seller's word."""
+
+    n: int
+    usage: Usage
+
+
+@dataclass(frozen=True)
 class LogArrived:
     """Buyer: output of an order, in order and without gaps."""
 
@@ -112,6 +120,7 @@ Effect = (
     | SetGate
     | SessionReadied
     | OrderChanged
+    | Metered
     | LogArrived
     | Delivered
     | SessionOver

@@ -95,6 +95,7 @@ MODULE_BYTES_MAX = 256 * MIB  # a wasm image; CPython is 26 MB, CPython with num
 # An image is fetched or compiled within this; it has nothing to do with the time of the job.
 IMAGE_S_MAX = 1800
 IMAGE_BYTES_MAX = 16 * GIB
+LAYERS_MAX = 128  # of a container image; engines stop at 127
 SCRATCH_FILES_MAX = 65_536  # files a job may have in /out at once; each costs the seller an inode
 
 # --- one seller ----------------------------------------------------------------------------------
@@ -106,6 +107,7 @@ SESSIONS_MAX = 256
 CHALLENGE_PARALLEL_MAX = 256
 CHALLENGE_ROUNDS_MAX = 1 << 32
 CHALLENGE_MEMORY_BYTES_MAX = 4 * GIB
+CHALLENGE_FILLS_MAX = 16  # each is a process that keeps a core busy for a second a GiB
 CHALLENGE_STATES_MAX = 65
 
 # --- money -------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def explain(needs: Requirements, advert: Advert, *, lease_s: int) -> tuple[str, 
         "runtime_missing": not runtimes,
         "assurance_low": bool(needs.assurances and runtimes)
         and not any(runtime.assurance in needs.assurances for runtime in runtimes),
-        "image_missing": needs.tier == "container"
+        "image_missing": needs.tier != "wasm"
         and needs.image is not None
         and not needs.image_fetched
         and needs.image not in advert.cached,

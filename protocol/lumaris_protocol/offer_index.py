@@ -190,7 +190,7 @@ class OfferIndex:
             for feature in features:
                 held &= labels.get(("feature", needs.tier, feature))
             passing["feature_missing"] = live ^ (offering & ~held)
-        if needs.tier == "container" and needs.image is not None and not needs.image_fetched:
+        if needs.tier != "wasm" and needs.image is not None and not needs.image_fetched:
             passing["image_missing"] = labels.get(("image", needs.image))
         return passing
 

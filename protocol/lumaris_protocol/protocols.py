@@ -23,6 +23,10 @@ CONTENT: Final = "/lumaris/content/1"  # images and modules by hash, between sel
 CHALLENGE: Final = "/lumaris/challenge/1"  # proof of cores and memory
 
 
+# Which stream the bytes of a DATA frame are: its first byte.
+LOG_STREAMS: Final[dict[int, Literal["stdout", "stderr"]]] = {1: "stdout", 2: "stderr"}
+
+
 BulkToken = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
@@ -57,7 +61,8 @@ class AttachHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     `log` gets the order's log from `offset` on and follows it (DATA frames, each a stream byte and
     its bytes; END after the last). `stdin` sends its standard input (DATA; END closes it). `exec`
-    runs another command in its sandbox, with a terminal if `tty`. `forward` joins a port inside.
+    runs another command in its sandbox, with a terminal if `tty`; its output is framed like a log.
+    `forward` joins a port inside: DATA both ways, END from each side that has no more.
     """
 
     session: Id
@@ -96,3 +101,16 @@ class ContentHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     size_bytes: Annotated[int, Meta(ge=0, le=limits.FILE_BYTES_MAX)] = 0
     direct: bool = False
     listed: bool = False
+
+
+class ContentPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A file of an image: its hash, and its size as it is kept."""
+
+    digest: Digest
+    size_bytes: Annotated[int, Meta(ge=0, le=limits.IMAGE_BYTES_MAX)]
+
+
+class ContentParts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Answers `parts`: the module, or the configuration and then the layers, the lowest first."""
+
+    parts: Annotated[tuple[ContentPart, ...], Meta(min_length=1, max_length=limits.LAYERS_MAX + 1)]

@@ -18,10 +18,10 @@ import msgspec
 import trio
 from msgspec import structs
 
-from lumaris import artifacts, images, membership, processes
+from lumaris import artifacts, images, live, membership, processes
 from lumaris.coordinator import CoordinatorLink
 from lumaris.images import Image
-from lumaris.jobs import JobRequest, JobResult, JobUpdate, Observer, ignore
+from lumaris.jobs import JobRequest, JobResult, JobUpdate, Observer, Source, ignore
 from lumaris.market import BuyerTerms, Market, SellerError
 from lumaris.membership import Standing
 from lumaris.pool import LEASE_S, Approve, Pool, plan_of_session
@@ -41,7 +41,7 @@ from lumaris_protocol.coordinator_api import Account, Audit
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.keys import KeyPair
 from lumaris_protocol.messages.advert import Advert
-from lumaris_protocol.messages.execution import File
+from lumaris_protocol.messages.execution import File, Usage
 from lumaris_protocol.money import Nanos
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ RETRYABLE = frozenset(
         "shutting_down",
         "killed_owner",
         "not_accepting",
+        "paused_by_owner",
         "no_capacity",
         "quote_unknown",
         "quote_expired",
@@ -74,8 +75,14 @@ RETRYABLE = frozenset(
     )
 )
 _JOB_WRITE_S = 0.2
+# How soon a job is cancelled that another program wants cancelled.
+_CANCEL_LOOK_S = 0.25
 # How long to wait for the market to change before asking again.
 RETRY_S = 0.5
+
+
+# What the records say of a job without an end.
+_LIVE_STATES = {"accepted": "ordered", "preparing": "preparing", "paused": "paused"}
 
 
 class Buyer:
@@ -113,6 +120,9 @@ class Buyer:
             transfer_rate=make_rate(profile.transfer_bytes_per_s),
         )
         self.pool.attach(nursery)
+        self._nursery = nursery
+        self._running: dict[str, tuple[Session, int]] = {}  # with the order's number
+        self._cancelled: set[str] = set()
         self._rows: dict[str, dict[str, Any]] = {}
 
     # --- work ---
@@ -123,12 +133,16 @@ class Buyer:
         *,
         observe: Observer = ignore,
         approve: Approve | None = None,
+        stdin: Source | None = None,
     ) -> JobResult:
         """Run one job to its end, on another seller when one fails it.
 
+        `stdin` feeds the job's standard input; such a job is tried once, for what was read is gone.
         Raises LumarisError when no seller could be bought; a job that ran and failed is a result.
         """
-        image = await images.resolve(request.image, request.command)
+        if stdin is not None:
+            request = replace(request, stdin=True, attempts=1)
+        image = await images.resolve(request.image, request.command, tier=request.tier)
         inputs = await artifacts.describe_inputs(request.inputs)
         job, failed, spent_nanos = new_job(), list[str](), 0
         last: JobResult | LumarisError = LumarisError("budget_exceeded")
@@ -140,7 +154,7 @@ class Buyer:
                 session = await self._one_session(left, image, failed, approve)
                 approve = None
                 result = await self.order(
-                    session, left, image, inputs, observe, job=job, attempt=attempt
+                    session, left, image, inputs, observe, job=job, attempt=attempt, stdin=stdin
                 )
             except LumarisError as error:
                 if isinstance(last, JobResult):
@@ -178,13 +192,13 @@ class Buyer:
             return []
         from lumaris.fanout import FanOut
 
-        image = await images.resolve(requests[0].image, requests[0].command)
+        image = await images.resolve(requests[0].image, requests[0].command, tier=requests[0].tier)
         run = FanOut(self, image, requests, sellers, budget_nanos, observe, on_result)
         return await run.run()
 
     async def plan(self, request: JobRequest) -> matching.MatchReport:
         """Who could run this, without asking anyone."""
-        image = await images.resolve(request.image, request.command)
+        image = await images.resolve(request.image, request.command, tier=request.tier)
         needs = self.pool.needs(request, image)
         return await self.market.search(needs, lease_s=LEASE_S)
 
@@ -240,6 +254,7 @@ class Buyer:
         *,
         job: str,
         attempt: int,
+        stdin: Source | None = None,
     ) -> JobResult:
         """One attempt of a job in an open session; `inputs` describes the request's files."""
         files = dict(image.files)
@@ -250,24 +265,76 @@ class Buyer:
             await trio.to_thread.run_sync(shutil.rmtree, folder, True)
         self._note(job, session, request, attempt)
         observe(JobUpdate(job, "ordered", session.seller))
+        feeding = trio.CancelScope()
+        starts = trio.Event()
+        if stdin is not None:
+            self._nursery.start_soon(self._feed, job, stdin, starts, feeding)
+
+        def note(n: int, state: str, usage: Usage) -> None:
+            self._running[job] = session, n
+            self._note_progress(job, n, state, usage)
+            if state == "running":
+                starts.set()
+
         try:
+            if job in self._cancelled:
+                raise LumarisError("cancelled")
             result = await session.order(
                 job if attempt == 1 else new_job(),
                 request,
                 image=image.digest,
+                image_source=image.source,
                 inputs=inputs,
                 files=files,
                 folder=folder,
                 observe=observe,
+                note=note,
             )
         except (trio.Cancelled, LumarisError) as error:
             reason = error.code if isinstance(error, LumarisError) else "cancelled"
             ended_at = int(time.time())
             self._rows[job] |= {"state": "failed", "reason": reason, "ended_at": ended_at}
             raise
+        finally:
+            feeding.cancel()
+            self._running.pop(job, None)
         result = replace(result, job=job, attempts=attempt)
         await self._note_result(result)
         return result
+
+    def cancel(self, job: str, *, grace_s: int = 0) -> None:
+        """End a job of this program: its guest is asked to, and killed after the grace."""
+        self._cancelled.add(job)
+        if job in self._running:
+            session, n = self._running[job]
+            session.cancel(n, grace_s=grace_s)
+
+    async def watch_cancels(self) -> None:
+        """Cancel what other programs want cancelled, for as long as the client lives."""
+        while True:
+            await trio.sleep(_CANCEL_LOOK_S)
+            if self._running:
+                found = await self.store.take_cancels(self._running.keys(), now=time.time())
+                for job, grace_s in found.items():
+                    self.cancel(job, grace_s=grace_s)
+
+    async def _feed(
+        self, job: str, source: Source, starts: trio.Event, scope: trio.CancelScope
+    ) -> None:
+        with scope:
+            await starts.wait()
+            session, n = self._running[job]
+            place = live.Place(job, seller=session.seller, session=session.session, n=n)
+            try:
+                await live.send_stdin(self.overlay, place, source)
+            except LumarisError as error:
+                # The guest may well end before its input does.
+                log.info("standard input ended early job=%s code=%s", job, error.code)
+
+    def _note_progress(self, job: str, n: int, state: str, usage: Usage) -> None:
+        row = self._rows.get(job)
+        if row is not None and "ended_at" not in row:
+            row |= {"n": n, "state": _LIVE_STATES.get(state, "running")} | _usage_of(usage)
 
     def _note(self, job: str, session: Session, request: JobRequest, attempt: int) -> None:
         created = self._rows.get(job, {}).get("created_at", int(time.time()))
@@ -284,6 +351,9 @@ class Buyer:
         }
 
     async def _note_result(self, result: JobResult) -> None:
+        self._cancelled.discard(result.job)
+        if result.stdout or result.stderr:  # before the row says that there is no more
+            await trio.to_thread.run_sync(self._write_log, result)
         row = self._rows.setdefault(result.job, {"job": result.job})
         row |= {
             "state": "succeeded" if result.ok else "failed",
@@ -294,11 +364,10 @@ class Buyer:
             "wall_ms": result.wall_ms,
             "cpu_ms": result.cpu_ms,
             "fuel": result.fuel,
+            "memory_peak_bytes": result.memory_peak_bytes,
             "attempts": result.attempts,
             "ended_at": int(time.time()),
         }
-        if result.stdout or result.stderr:
-            await trio.to_thread.run_sync(self._write_log, result)
 
     def _write_log(self, result: JobResult) -> None:
         folder = self.profile.jobs / result.job
@@ -365,6 +434,7 @@ async def open_buyer(
             nursery.start_soon(buyer.market.follow)
             nursery.start_soon(buyer.pool.run, nursery)
             nursery.start_soon(buyer.write_rows)
+            nursery.start_soon(buyer.watch_cancels)
             nursery.start_soon(_greet, overlay, standing.bootstrap)
             nursery.start_soon(buyer.keep_certified)
             nursery.start_soon(keep_shards, overlay, buyer.shard_map)
@@ -389,6 +459,15 @@ async def _greet(overlay: Overlay, addresses: tuple[str, ...]) -> None:
         await overlay.connect(addresses)
     except LumarisError as error:
         log.info("no peer answered code=%s", error.code)
+
+
+def _usage_of(usage: Usage) -> dict[str, int]:
+    return {
+        "wall_ms": usage.wall_ms,
+        "cpu_ms": usage.cpu_ms,
+        "fuel": usage.fuel,
+        "memory_peak_bytes": usage.memory_peak_bytes,
+    }
 
 
 def new_job() -> str:

@@ -15,7 +15,7 @@ import trio
 from lumaris import profile as profiles
 from lumaris.buyer import Buyer, open_buyer
 from lumaris.engine import Engine
-from lumaris.jobs import JobRequest, JobResult, Observer, Plan, ignore
+from lumaris.jobs import JobRequest, JobResult, Observer, Plan, Source, ignore
 from lumaris.profile import Profile
 from lumaris_protocol import limits
 from lumaris_protocol.codec import Signed
@@ -158,8 +158,12 @@ class Client:
         *,
         observe: Observer = ignore,
         approve: Callable[[Plan], bool] | None = None,
+        stdin: Source | None = None,
     ) -> JobResult:
-        """`run` with a prepared request. `approve` sees the plan before money is held."""
+        """`run` with a prepared request. `approve` sees the plan before money is held.
+
+        `stdin` gives the next bytes of the job's standard input; it is called in a trio loop.
+        """
         ask = None
         if approve is not None:
             decide = approve
@@ -167,7 +171,9 @@ class Client:
             async def ask(plan: Plan) -> bool:
                 return await trio.to_thread.run_sync(decide, plan, abandon_on_cancel=True)
 
-        return _ENGINE.call(lambda: self._holder.buyer.run(request, observe=observe, approve=ask))
+        return _ENGINE.call(
+            lambda: self._holder.buyer.run(request, observe=observe, approve=ask, stdin=stdin)
+        )
 
     def map(
         self,

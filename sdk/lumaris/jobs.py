@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from lumaris_protocol import limits
 from lumaris_protocol.errors import LumarisError
+from lumaris_protocol.messages.advert import Feature, Gpu, Tier
 from lumaris_protocol.money import Nanos, format_credits
 
 Stream = Literal["stdout", "stderr"]
@@ -26,6 +27,11 @@ class JobRequest:
 
     `inputs` maps paths in the guest's /in to local files. Everything the guest leaves in /out
     comes back as artifacts. `max_cost_nanos` is what the job may cost over all its attempts.
+    `egress` names each `host:port` that the job may connect to, through an HTTP proxy that its
+    environment names; without it there is no network. `gpus` are wanted whole; `assurances` are the
+    kinds of isolation that will do, any when empty. `pids` counts processes and threads. With
+    `stdin` the job's standard input stays open until it is ended; `features` are what the seller's
+    runtime must offer besides (`exec`, `forward`).
     """
 
     image: str
@@ -39,8 +45,15 @@ class JobRequest:
     fuel: int = _DEFAULT_FUEL
     log_bytes: int = _DEFAULT_LOG_BYTES
     max_cost_nanos: int = 10_000_000
+    pids: int = limits.PIDS_DEFAULT
+    egress: tuple[str, ...] = ()
+    gpus: tuple[Gpu, ...] = ()
+    assurances: tuple[str, ...] = ()
     regions: tuple[str, ...] = ()
+    stdin: bool = False
+    features: tuple[Feature, ...] = ()
     attempts: int = 3
+    tier: Tier | None = None  # where a container image is to run: `container` if not said
 
 
 @dataclass(frozen=True)
@@ -71,6 +84,7 @@ class JobResult:
     fuel: int
     attempts: int = 1
     detail: str = ""
+    memory_peak_bytes: int = 0
 
     @property
     def ok(self) -> bool:
@@ -121,6 +135,8 @@ class LogLine:
     data: bytes
 
 
+# The next bytes of a job's standard input; b"" at their end.
+Source = Callable[[], Awaitable[bytes]]
 Observer = Callable[[JobUpdate | LogLine], None]
 
 

@@ -29,7 +29,7 @@ from lumaris_protocol.effects import Send
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.machines.buyer import BuyerSession
 from lumaris_protocol.matching import MatchReport
-from lumaris_protocol.messages.advert import Resources, Verification
+from lumaris_protocol.messages.advert import Feature, Resources, Verification
 from lumaris_protocol.messages.negotiation import Requirements
 
 log = logging.getLogger(__name__)
@@ -84,9 +84,14 @@ class Pool:
                 cpu_millis=request.cpu_millis,
                 memory_bytes=request.memory_bytes,
                 disk_bytes=request.disk_bytes,
+                gpus=request.gpus,
             ),
             tier=image.tier,
-            image=image.digest if image.tier == "container" else None,
+            assurances=request.assurances,
+            egress=request.egress,
+            features=_features(request),
+            image=image.digest if image.tier != "wasm" else None,
+            image_fetched=image.tier != "wasm" and image.fetched,
             regions=request.regions,
             currency=self._currency,
         )
@@ -306,6 +311,16 @@ def plan_of(best: Offered, others: list[Offered], report: MatchReport) -> Plan:
 def _verification(needs: Requirements) -> Verification:
     """A wasm guest is deterministic, so running it again settles a doubt; others have evidence."""
     return "det" if needs.tier == "wasm" else "evid"
+
+
+def _features(request: JobRequest) -> tuple[Feature, ...]:
+    """What the seller's runtime must offer for this request, beside what follows from the rest."""
+    features = set[Feature](request.features)
+    if request.gpus:
+        features.add("gpu")
+    if request.stdin:
+        features.add("stdin")
+    return tuple(sorted(features))
 
 
 def _same(had: Requirements, needs: Requirements) -> bool:

@@ -8,7 +8,7 @@ every order that has no end yet gets one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from lumaris_protocol.effects import (
     KeepCloses,
     KeepVoucher,
     LogArrived,
+    Metered,
     OrderChanged,
     SessionOver,
     SessionReadied,
@@ -51,6 +52,15 @@ _CLOSE_S = 5
 _TICK_S = 1
 _FETCHES_AT_ONCE = 4
 _TERMINAL = ("failed", "killed", "error")
+# A seller that was asked to end an order has so much longer than the grace to say that it did.
+_CANCEL_S = 10
+
+# How an order goes: its number, its state and what it consumed so far.
+Note = Callable[[int, str, Usage], None]
+
+
+def _ignore(_n: int, _state: str, _usage: Usage) -> None:
+    """The note that nobody takes."""
 
 
 @dataclass
@@ -60,6 +70,7 @@ class _Order:
     files: Mapping[str, Path]  # by digest: what the seller may ask us to send
     observe: Observer
     folder: Path | None
+    note: Note
     ended: trio.Event = field(default_factory=trio.Event)
     stdout: bytearray = field(default_factory=bytearray)
     stderr: bytearray = field(default_factory=bytearray)
@@ -70,7 +81,7 @@ class _Order:
     exit_status: int | None = None
     usage: Usage = field(default_factory=Usage)
     cost_nanos: int = 0
-    uploading: bool = False
+    asked: set[str] = field(default_factory=set)  # hashes the seller wants from us
 
 
 class Session:
@@ -150,8 +161,13 @@ class Session:
         files: Mapping[str, Path],
         folder: Path | None,
         observe: Observer,
+        note: Note = _ignore,
+        image_source: str = "",
     ) -> JobResult:
-        """Run one order to its end. Cancelling the caller cancels the order at the seller."""
+        """Run one order to its end. Cancelling the caller cancels the order at the seller.
+
+        `note` hears of each state and of what was consumed.
+        """
         await self.ready.wait()
         if self.over.is_set():
             raise RefusedError("seller_lost", f"The session ended: {self.reason}.")
@@ -159,16 +175,19 @@ class Session:
             n, effects = self.machine.order(
                 job=job,
                 image=image,
+                image_source=image_source,
                 command=request.command,
                 environment=dict(request.environment),
                 inputs=inputs,
                 limits=_limits(request),
                 idempotency_key=job,
+                stdin=request.stdin,
                 now=trio.current_time(),
             )
         except ValueError as error:
             raise LumarisError("bad_command", f"The order is out of bounds: {error}") from None
-        order = self._orders[n] = _Order(job, request, files, observe, folder)
+        order = self._orders[n] = _Order(job, request, files, observe, folder, note)
+        note(n, order.state, order.usage)
         self._apply(effects)
         try:
             await order.ended.wait()
@@ -179,6 +198,23 @@ class Session:
             self._orders.pop(n, None)
             self.used_at = trio.current_time()
         return self._result(order)
+
+    def cancel(self, n: int, *, grace_s: int = 0) -> None:
+        """Have the seller end an order; it is over here soon after the grace in any case."""
+        if n in self._orders:
+            self._apply(self.machine.cancel(n, grace_s=grace_s))
+            self._in_background(self._give_up, n, grace_s + _CANCEL_S)
+
+    async def _give_up(self, n: int, after_s: float) -> None:
+        order = self._orders.get(n)
+        if order is None:
+            return
+        with trio.move_on_after(after_s):
+            await order.ended.wait()
+        if not order.ended.is_set():
+            order.reason = order.reason or "cancelled"
+            order.cost_nanos = self.machine.tab.strike(n)
+            order.ended.set()
 
     async def close(self) -> None:
         """End it by agreement, or by our own word when the seller does not answer."""
@@ -237,6 +273,8 @@ class Session:
                     self.ready.set()
                 case OrderChanged(event):
                     self._on_event(event)
+                case Metered(n, usage):
+                    self._on_meter(n, usage)
                 case LogArrived(n, stream, data):
                     self._on_log(n, stream, data)
                 case Delivered(delivery):
@@ -253,10 +291,12 @@ class Session:
             self.machine.costs.pop(event.n, None)
             return
         order.state = event.state
+        order.note(event.n, event.state, order.usage)
         order.observe(JobUpdate(order.job, event.state, self.seller, event.reason))
-        if event.missing and not order.uploading:  # asked twice: it has them, or will
-            order.uploading = True
-            self._in_background(self._upload, event.n, event.missing)
+        wanted = tuple(sha256 for sha256 in event.missing if sha256 not in order.asked)
+        if wanted:  # what was asked for before it has, or will
+            order.asked.update(wanted)
+            self._in_background(self._upload, event.n, wanted)
         if event.state in _TERMINAL:
             # The seller's word: a reason that exists, and never that a failure succeeded.
             known = event.reason in CODES and event.reason != "succeeded"
@@ -265,6 +305,12 @@ class Session:
                 order.reason = event.reason if known else "platform_error"
                 order.detail = event.detail
             self._end_order(event.n)
+
+    def _on_meter(self, n: int, usage: Usage) -> None:
+        order = self._orders.get(n)
+        if order is not None:
+            order.usage = usage
+            order.note(n, order.state, usage)
 
     def _on_log(self, n: int, stream: str, data: bytes) -> None:
         order = self._orders.get(n)
@@ -387,6 +433,7 @@ class Session:
             wall_ms=order.usage.wall_ms,
             cpu_ms=order.usage.cpu_ms,
             fuel=order.usage.fuel,
+            memory_peak_bytes=order.usage.memory_peak_bytes,
             detail=order.detail,
         )
 
@@ -409,4 +456,5 @@ def _limits(request: JobRequest) -> Limits:
         fuel=request.fuel,
         log_bytes=min(request.log_bytes, LOG_BYTES_MAX),
         output_files=OUTPUT_FILES_MAX,
+        pids=request.pids,
     )

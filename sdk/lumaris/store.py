@@ -7,7 +7,7 @@ people; they are written behind, in batches.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -39,12 +39,17 @@ JOB_COLUMNS: Final = (
     "wall_ms",
     "cpu_ms",
     "fuel",
+    "memory_peak_bytes",
     "attempts",
+    "n",
     "owner",
     "created_at",
     "ended_at",
 )
 
+
+# Nobody took the wish for so long: its job has ended, or its program is gone.
+_CANCEL_KEPT_S: Final = 600
 
 # What people see of a job; its owner is our own book-keeping.
 _SHOWN: Final = ", ".join(name for name in JOB_COLUMNS if name != "owner")
@@ -78,11 +83,21 @@ def create_tables(db: sqlite_utils.Database) -> None:
     )
     db.table("session").create_index(["state"])
     db.table("session").create_index(["receipt_id"])
-    kinds: dict[str, type] = dict.fromkeys(JOB_COLUMNS, str)
+    added = ("memory_peak_bytes", "n")  # by a later migration
+    names = [name for name in JOB_COLUMNS if name not in added]
+    kinds: dict[str, type] = dict.fromkeys(names, str)
     numbers = ("exit_status", "cost_nanos", "wall_ms", "cpu_ms", "fuel", "attempts")
     kinds |= dict.fromkeys((*numbers, "created_at", "ended_at"), int)
     db.table("job").create(kinds, pk="job")
     db.table("job").create_index(["created_at"])
+
+
+@migrations()
+def add_live(db: sqlite_utils.Database) -> None:
+    """Where a job runs, what it consumes, and whether somebody wants it cancelled."""
+    db.table("job").add_column("memory_peak_bytes", int)
+    db.table("job").add_column("n", int)
+    db.table("cancel").create({"job": str, "grace_s": int, "asked_at": int}, pk="job")
 
 
 @dataclass(frozen=True)
@@ -231,6 +246,22 @@ class Store:
         """One job."""
         rows = await self._rows(f"SELECT {_SHOWN} FROM job WHERE job = ?", (job,))
         return rows[0] if rows else None
+
+    async def ask_cancel(self, job: str, grace_s: int, *, now: float) -> None:
+        """Have the program that runs a job cancel it."""
+        await self._write(
+            "INSERT OR REPLACE INTO cancel (job, grace_s, asked_at) VALUES (?, ?, ?)",
+            (job, grace_s, int(now)),
+        )
+
+    async def take_cancels(self, jobs: Collection[str], *, now: float) -> dict[str, int]:
+        """Which of these jobs somebody wants cancelled, with their grace; each is told once."""
+        rows = await self._rows("SELECT job, grace_s, asked_at FROM cancel", ())
+        taken = {row["job"]: row["grace_s"] for row in rows if row["job"] in jobs}
+        old = [row["job"] for row in rows if row["asked_at"] < now - _CANCEL_KEPT_S]
+        for job in {*taken, *old}:
+            await self._write("DELETE FROM cancel WHERE job = ?", (job,))
+        return taken
 
     async def end_orphan_jobs(self, *, now: float) -> None:
         """Jobs still marked as running whose program is gone were lost with it."""

@@ -404,7 +404,7 @@ async def test_a_rule_broken_while_a_job_runs(attack: Attack, bad: Break, code: 
     """The session ends with the code, the job with it, and nothing is left of either."""
     machine, stream = await attack.opened()
     image = await resolve(attack.market.guest)
-    warm = await attack.seller.node.executors["wasm"].has_image(image.digest)
+    warm = await attack.seller.node._tiers.executors["wasm"].has_image(image.digest)
     _, effects = order(machine, image, command=("guest", m.WAIT))
     await stream.send(Kind.ENVELOPE, sent(effects))
     with trio.fail_after(m.WAIT_S):

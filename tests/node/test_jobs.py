@@ -65,7 +65,7 @@ async def test_bytes_that_are_no_module(market: Market, tmp_path):
 async def test_a_module_that_nobody_has(market: Market, monkeypatch):
     await market.seller()
 
-    async def resolve(_name: str, _command: object) -> Image:
+    async def resolve(_name: str, _command: object, **_: object) -> Image:
         return Image("wasm", "sha256:" + "0" * 64)
 
     monkeypatch.setattr(images, "resolve", resolve)

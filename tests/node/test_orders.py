@@ -35,7 +35,7 @@ def test_every_reason_ends_an_order(state: str, stopped: bool):
             apply=lambda effects: None,
             now=lambda: 0.0,
         )
-        order = cast(Any, SimpleNamespace(n=1))
+        order = cast(Any, SimpleNamespace(n=1, job="job", limits=SimpleNamespace(log_bytes=0)))
         run = OrderRun(order, cast(Any, session), cast(Any, None), Path())
         run._stop_reason = reason if stopped else ""
         for fact in PATHS[state]:

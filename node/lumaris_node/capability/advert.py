@@ -57,10 +57,17 @@ class AdvertPublisher:
         self._overlay, self._store, self._key = overlay, store, key
         self._network, self._free, self._clock = network, free, clock
         self._current: Signed[Advert] | None = None
+        # A code that says why nothing is offered for now; "" while there is an offer.
+        self.withdrawn_for = ""
         self._dirty = trio.Event()
 
     def current(self) -> Signed[Advert]:
-        """The advert that stands. Raises LumarisError `not_accepting` before the first."""
+        """The advert that stands.
+
+        Raises LumarisError `not_accepting` before the first, and why the offer is withdrawn.
+        """
+        if self.withdrawn_for:
+            raise LumarisError(self.withdrawn_for)
         if self._current is None:
             raise LumarisError("not_accepting")
         return self._current
@@ -85,6 +92,7 @@ class AdvertPublisher:
 
     async def publish(self, *, withdrawn: bool = False) -> None:
         """Sign and gossip the advert as things stand."""
+        withdrawn = withdrawn or bool(self.withdrawn_for)
         now = self._clock()
         offer = self.offer
         advert = Advert(

@@ -1,28 +1,16 @@
-"""What may be offered: the least of machine, cgroup and the owner's share; and its speed."""
+"""What may be offered: the least of machine, cgroup and the owner's share."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import shutil
-import tempfile
-import time
-from importlib import metadata
 from pathlib import Path
 
 from lumaris_protocol.messages.advert import Gpu, Resources
 
-BENCHMARK_FILE = "benchmarks.json"
-BENCHMARK_S = 0.1  # for each number
-SHA256_BLOCK_BYTES = 1024 * 1024
-FUEL_SLICE = 20_000_000
 # cgroup v1 writes a number near 2**63 for "no limit".
 UNLIMITED_BYTES = 1 << 60
-# i counts up; each round is a handful of instructions, as metered.
-FUEL_GUEST = """(module (func (export "spin") (local i32)
- (loop (local.set 0 (i32.add (local.get 0) (i32.const 1))) (br 0))))"""
 
 
 def total_resources(
@@ -46,30 +34,12 @@ def total_resources(
     )
 
 
-def benchmarks(state: Path) -> dict[str, int]:
-    """Measured speed, kept in `state` until the next boot or version. Blocks up to 0.3 s."""
-    key = f"{metadata.version('lumaris')} {_boot()}"
-    file = state / BENCHMARK_FILE
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        if kept["key"] == key:
-            return {str(name): int(value) for name, value in kept["values"].items()}
-    values = {"sha256_mb_s": _sha256_mb_s()}
-    fuel = _wasm_fuel_s()
-    if fuel:
-        values["wasm_mfuel_s"] = fuel // 1_000_000
-    handle, name = tempfile.mkstemp(dir=state)
-    with os.fdopen(handle, "w", encoding="utf-8") as writer:
-        json.dump({"key": key, "values": values}, writer)
-    Path(name).replace(file)
-    return values
-
-
 def _least(bounds: list[int | None]) -> int:
     return max(0, min(bound for bound in bounds if bound is not None))
 
 
-def _boot() -> str:
+def boot_id() -> str:
+    """Names this boot of the machine."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -127,34 +97,3 @@ def _cgroup_cpu_millis(root: Path) -> int | None:
             if len(quota) == 2 and quota[0] > 0 and quota[1] > 0
         )
     return _least(found) if found else None
-
-
-def _sha256_mb_s() -> int:
-    block, blocks = bytes(SHA256_BLOCK_BYTES), 0
-    began = time.perf_counter()
-    while (spent := time.perf_counter() - began) < BENCHMARK_S:
-        hashlib.sha256(block).digest()
-        blocks += 1
-    return int(blocks * SHA256_BLOCK_BYTES / spent / 1_000_000)
-
-
-def _wasm_fuel_s() -> int:
-    """Fuel a second of one thread, 0 without wasmtime. The guest is ours, so it runs in here."""
-    try:
-        import wasmtime
-    except ImportError:
-        return 0
-    config = wasmtime.Config()
-    config.consume_fuel = True
-    store = wasmtime.Store(wasmtime.Engine(config))
-    module = wasmtime.Module(store.engine, FUEL_GUEST)
-    spin = wasmtime.Instance(store, module, []).exports(store)["spin"]
-    assert isinstance(spin, wasmtime.Func)
-    used = 0
-    began = time.perf_counter()
-    while (spent := time.perf_counter() - began) < BENCHMARK_S:
-        store.set_fuel(FUEL_SLICE)
-        with contextlib.suppress(wasmtime.Trap):
-            spin(store)
-        used += FUEL_SLICE
-    return int(used / spent)

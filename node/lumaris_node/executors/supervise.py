@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import trio
 
-from lumaris_node.executors.port import LogSink, Stream
+from lumaris_node.executors.port import DiskUse, JobSpec, LogSink, Stream
 from lumaris_node.workspace.tree import disk_use
 from lumaris_protocol import limits
 
@@ -93,16 +94,47 @@ async def enforce_deadline(clock: RunClock, wall_s: float, end: End) -> None:
     await end("killed_deadline")
 
 
-async def enforce_disk(folder: Path, disk_bytes: int, end: End) -> None:
-    """End the run when its output folder holds more than it may, seen by looking often."""
+async def enforce_disk(
+    folder: Path,
+    disk_bytes: int,
+    end: End,
+    *,
+    files_max: int = limits.SCRATCH_FILES_MAX,
+    use: DiskUse | None = None,
+) -> None:
+    """End the run when it holds more disk or files than it may, seen by looking often.
+
+    `use` says what it holds; without it the folder is walked.
+    """
+    look = use or partial(disk_use, folder, files_max=files_max)
     pause_s = DISK_POLL_S
     while True:
         await trio.sleep(pause_s)
         began = trio.current_time()
-        used, files = await trio.to_thread.run_sync(
-            lambda: disk_use(folder), abandon_on_cancel=True
+        reason = await trio.to_thread.run_sync(
+            _over, look, disk_bytes, files_max, abandon_on_cancel=True
         )
-        if used > disk_bytes or files > limits.SCRATCH_FILES_MAX:
-            await end("killed_disk")
+        if reason:
+            await end(reason)
             return
         pause_s = max(DISK_POLL_S, DISK_POLL_SHARE * (trio.current_time() - began))
+
+
+def disk_reason(spec: JobSpec) -> str:
+    """Why a run that has just failed did so, if its disk says so: a killed_* code, or "". Blocks.
+
+    The volume has more room than the job may use, so one that met its end is over the limit.
+    """
+    bounds = spec.limits
+    look = spec.disk_use or partial(disk_use, spec.outputs, files_max=bounds.scratch_files)
+    return _over(look, bounds.disk_bytes, bounds.scratch_files)
+
+
+def _over(look: DiskUse, disk_bytes: int, files_max: int) -> str:
+    try:
+        used, files = look()
+    except FileNotFoundError:  # the folder goes with the run's end
+        return ""
+    if used > disk_bytes:
+        return "killed_disk"
+    return "killed_inodes" if files > files_max else ""

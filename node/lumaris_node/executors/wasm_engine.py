@@ -13,8 +13,10 @@ from pathlib import Path
 
 import wasmtime
 
+from lumaris_node.executors.wasm_memory import GuestMemory
+
 # Raise it with any change of `make_engine`, so that modules compiled before are compiled anew.
-SETTINGS_VERSION = 1
+SETTINGS_VERSION = 2
 WASM_STACK_BYTES_MAX = (
     1024 * 1024
 )  # CPython recurses to its own limit within it; the C stack has 8 MiB
@@ -23,15 +25,20 @@ WASI = "wasi_snapshot_preview1"
 EPOCH_NS = 1_704_067_200 * 10**9
 RANDOM_BLOCK_BYTES = 64 * 1024
 ERRNO_INVAL = 28
+HOST_CALL, NO_HOST = ("host", "call"), -1
 
 
-def make_engine() -> wasmtime.Engine:
-    """The engine of every guest: fuel is always counted, results do not depend on the host."""
+def make_engine(memory: GuestMemory) -> wasmtime.Engine:
+    """The engine of every guest: fuel is always counted, results do not depend on the host.
+
+    `memory` must live as long as the engine.
+    """
     config = wasmtime.Config()
     config.consume_fuel = True
     config.max_wasm_stack = WASM_STACK_BYTES_MAX
     config.wasm_threads = False
     config.wasm_relaxed_simd_deterministic = True
+    memory.serve(config)
     return wasmtime.Engine(config)
 
 
@@ -59,14 +66,36 @@ def engine_key() -> str:
 def check_module(module: wasmtime.Module) -> str:
     """Why the module cannot be run here, or an empty text."""
     for imported in module.imports:
-        if imported.module != WASI:
+        if imported.module != WASI and (imported.module, imported.name) != HOST_CALL:
             return f"it imports {imported.module[:64]!r}; only {WASI} is offered"
-    for exported in module.exports:
-        if exported.name == "_start" and isinstance(exported.type, wasmtime.FuncType):
-            if exported.type.params or exported.type.results:
-                return "its _start takes or returns values"
-            return ""
-    return "it exports no _start: it is not a WASI command"
+    if entry_of(module):
+        return ""
+    return "it exports neither a _start without arguments and results nor _initialize and run"
+
+
+def entry_of(module: wasmtime.Module) -> tuple[str, ...]:
+    """The exports to call in order: of a command, or of an interpreter made to be embedded.
+
+    The second kind has `_initialize`, and a `run` that takes its arguments as a command does and
+    returns an exit status. Empty for a module of neither kind.
+    """
+    functions = {
+        exported.name: ([str(p) for p in kind.params], [str(r) for r in kind.results])
+        for exported in module.exports
+        if isinstance(kind := exported.type, wasmtime.FuncType)
+    }
+    if functions.get("_start") == ([], []):
+        return ("_start",)
+    if functions.get("_initialize") == ([], []) and functions.get("run") == ([], ["i32"]):
+        return ("_initialize", "run")
+    return ()
+
+
+def offer_no_host(linker: wasmtime.Linker) -> None:
+    """Answer the call by which an embedded interpreter asks its host: there is none."""
+    i32 = wasmtime.ValType.i32()
+    kind = wasmtime.FuncType([i32] * 4, [i32])
+    linker.define_func(*HOST_CALL, kind, lambda *_: NO_HOST)
 
 
 class Determinism:
@@ -87,6 +116,10 @@ class Determinism:
         """Start from the beginning, with the store whose fuel drives the clock."""
         self._store, self._fuel, self._seed = store, fuel, seed
         self._blocks = self._readings = 0
+
+    def unbind(self) -> None:
+        """Let go of the store."""
+        self._store = None
 
     def define(self, linker: wasmtime.Linker) -> None:
         """Replace the linker's clock and randomness."""

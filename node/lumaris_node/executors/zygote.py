@@ -1,4 +1,4 @@
-"""The node's side of the wasm zygote: starts it, hands it jobs, and knows when it is gone."""
+"""The node's side of the wasm zygote: starts it, has it give out workers, and knows its end."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from lumaris_protocol.errors import LumarisError
 READY_S_MAX = 20
 SEND_S_MAX = 10
 STOP_S_MAX = 5
+# What a worker takes in one message; a longer order comes in a file.
+MESSAGE_BYTES_MAX = 32 * 1024
+FOLDERS_MAX = 16
 WORKER = "lumaris_node.executors.wasm_worker"
 
 
@@ -34,25 +37,20 @@ class ZygoteClient:
         """The zygote's process id while it runs."""
         return self._process.pid if self._process is not None else None
 
-    async def start_job(self, job: str, module: str, descriptors: tuple[int, ...]) -> None:
-        """Give a job to a child: order, stdout, stderr, status, module's code, /in, /out.
+    async def take(self, lease: str, module: str, descriptors: tuple[int, ...]) -> None:
+        """Give a lease a worker: the socket of its orders, its lifeline, a module's code.
 
         Raises LumarisError `tier_unavailable` without a zygote.
         """
         async with self._lock:
             await self._ensure()
-            await self._send({"op": "start", "job": job, "module": module}, descriptors)
+            await self._send({"op": "take", "lease": lease, "module": module}, descriptors)
 
-    async def warm(self) -> None:
-        """Start the process if it does not run."""
-        async with self._lock:
-            await self._ensure()
-
-    async def signal_job(self, job: str, operation: str) -> None:
-        """`kill`, `stop` or `cont` a job's child; a job that is gone already is no error."""
+    async def signal_lease(self, lease: str, operation: str) -> None:
+        """`kill`, `stop` or `cont` a lease's worker; one that is gone already is no error."""
         async with self._lock:
             if self._socket is not None and self._process is not None:
-                await self._send({"op": operation, "job": job}, ())
+                await self._send({"op": operation, "lease": lease}, ())
 
     async def aclose(self) -> None:
         """End the process and with it every child."""

@@ -1,141 +1,162 @@
-"""One job's folder: `in/` for verified inputs, `out/` for the guest, gone without a trace after.
+"""A lease's workspace in its volume: what one buyer sent, what its jobs see, what they made.
 
-The base and the job's folder are open to this user only; that is what guards `out/`, which the
-guest's own user must be able to write. Encryption at rest is not part of this version.
+`blobs/` holds the buyer's files by hash, `logs/` what the jobs printed, `in/` and `out/` are what
+every job of the lease sees under these same paths, `kept/<job>/` are delivered outputs until the
+buyer's word on them. Only the node may enter the folder above; that is what guards `out/`, which
+the guest's own user must be able to write.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
-from collections.abc import Iterable
+import threading
 from pathlib import Path
 
 from lumaris_node.workspace.collect import OutputFile, collect_outputs
-from lumaris_node.workspace.tree import open_folder
+from lumaris_node.workspace.tree import BLOCK_BYTES, disk_use
+from lumaris_node.workspace.volume import Volume
+from lumaris_node.workspace.wipe import empty, wipe, wipe_entry
 from lumaris_protocol import limits
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.ids import ID_PATTERN
 from lumaris_protocol.paths import safe_parts
 
-CHUNK_BYTES = 1024 * 1024
-WIPE_PREFIX = ".wipe-"  # not a name that a job's folder starts with
+__all__ = ["LeaseWorkspace", "volume_bounds", "wipe", "wipe_entry"]
+
+# Delivered outputs of a lease that may wait for the buyer, and kept inputs: each costs an inode.
+KEPT_FILES_MAX = 8 * limits.OUTPUT_FILES_MAX
+BLOB_FILES_MAX = 8 * limits.INPUT_FILES_MAX
+# Folders of inputs and outputs, and ours.
+_FOLDERS = 4 * limits.INPUT_FILES_MAX
 
 
-class Workspace:
-    """The folders of one job. All methods block; call them from a thread when files are large."""
+def volume_bounds(disk_bytes: int) -> tuple[int, int]:
+    """Bytes and files of the volume of a lease whose jobs may use so much disk each.
 
-    def __init__(self, base: Path, job: str) -> None:
-        """Create the folders. Raises ValueError for a name that is not an id of ours."""
-        if not re.fullmatch(ID_PATTERN, job):
-            raise ValueError(f"not an id: {job[:40]!r}")
-        base.mkdir(mode=0o700, parents=True, exist_ok=True)
-        base.chmod(0o700)
-        self.root = base / job
-        self.inputs = self.root / "in"
-        self.outputs = self.root / "out"
-        self._files = 0
-        self._bytes = 0
+    Inputs have their allowance beside it, and a module passes through on its way to its store.
+    """
+    size = disk_bytes + limits.INPUT_ALLOWANCE_BYTES + limits.MODULE_BYTES_MAX
+    return size, limits.SCRATCH_FILES_MAX + KEPT_FILES_MAX + BLOB_FILES_MAX + _FOLDERS
+
+
+class LeaseWorkspace:
+    """The folders of one lease, in an open volume. One job at a time; all methods block."""
+
+    def __init__(self, volume: Volume) -> None:
+        self._volume = volume
+        self.blobs = volume.path / "blobs"
+        self.logs = volume.path / "logs"
+        self.inputs = volume.path / "in"
+        self.outputs = volume.path / "out"
+        self._kept = volume.path / "kept"
+        self._staged = self._staged_bytes = 0
+        self._before = (0, 0)  # what the volume held when the job began
+        self._counting = threading.Lock()  # outputs are forgotten while another job begins
+
+    def open(self) -> None:
+        """Open the volume and make the folders. Raises LumarisError `volume_failed`."""
+        self._volume.open()
         try:
-            self.root.mkdir(mode=0o700)
-            self.inputs.mkdir()
-            self.inputs.chmod(0o755)
-            self.outputs.mkdir()
-            self.outputs.chmod(0o777)
+            for folder in (self.blobs, self.inputs, self.outputs, self._kept, self.logs):
+                folder.mkdir(mode=0o700)
+            self._open_to_guest()
+        except OSError as error:
+            self._volume.close()
+            raise LumarisError("volume_failed", f"No workspace: {error}.") from error
+
+    def close(self) -> None:
+        """Remove everything. Idempotent."""
+        self._volume.close()
+
+    # --- one job ---
+
+    def begin(self) -> None:
+        """Make `in/` and `out/` empty for a job. Raises LumarisError `platform_error`."""
+        self._staged = self._staged_bytes = 0
+        try:
+            self.clear()
         except OSError as error:
             raise LumarisError("platform_error", f"No workspace: {error.strerror}.") from error
 
-    def stage_file(self, path: str, source: Path, digest: str) -> None:
-        """Copy a file into /in and check it on the way. Raises LumarisError `bad_input`."""
-        with source.open("rb") as reader:
-            self.stage_chunks(path, iter(lambda: reader.read(CHUNK_BYTES), b""), digest)
+    def clear(self) -> None:
+        """Remove what is in `in/` and `out/`. Raises OSError."""
+        for folder in (self.inputs, self.outputs):
+            empty(folder)
+        self._open_to_guest()
 
-    def stage_chunks(self, path: str, chunks: Iterable[bytes], digest: str) -> None:
-        """Write a file into /in and check its digest. Raises LumarisError `bad_input`."""
-        target = self.inputs.joinpath(*safe_parts(path))
-        self._files += 1
-        if self._files > limits.INPUT_FILES_MAX:
-            raise LumarisError("bad_input", f"More than {limits.INPUT_FILES_MAX} input files.")
-        seen = hashlib.sha256()
+    def _open_to_guest(self) -> None:
+        self.inputs.chmod(0o755)
+        self.outputs.chmod(0o777)
+
+    def stage(self, path: str, source: Path, size_bytes: int) -> None:
+        """Show a checked file of `blobs/` in `in/`, without a copy: guests cannot write there.
+
+        Raises LumarisError `bad_input` or `platform_error`.
+        """
+        parts = safe_parts(path)
+        self._staged += 1
+        self._staged_bytes += size_bytes
+        if self._staged > limits.INPUT_FILES_MAX or self._staged_bytes > limits.INPUT_BYTES_MAX:
+            raise LumarisError("bad_input", "The inputs are too many or too large.")
+        folder = self.inputs
         try:
-            for folder in reversed(target.relative_to(self.inputs).parents[:-1]):
-                (self.inputs / folder).mkdir(mode=0o755, exist_ok=True)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            with open(os.open(target, flags, 0o644), "wb") as writer:
-                for chunk in chunks:
-                    self._bytes += len(chunk)
-                    if self._bytes > limits.INPUT_BYTES_MAX:
-                        raise LumarisError("bad_input", "The inputs are too large.")
-                    seen.update(chunk)
-                    writer.write(chunk)
+            for part in parts[:-1]:
+                folder /= part
+                with contextlib.suppress(FileExistsError):
+                    folder.mkdir()
+                    folder.chmod(0o755)
+            source.chmod(0o444)
+            os.link(source, folder / parts[-1], follow_symlinks=False)
         except (FileExistsError, NotADirectoryError) as error:
             raise LumarisError("bad_input", f"The input {path[:80]!r} comes twice.") from error
         except OSError as error:
             raise LumarisError("platform_error", f"Staging failed: {error.strerror}.") from error
-        if f"sha256:{seen.hexdigest()}" != digest:
-            target.unlink()
-            raise LumarisError("bad_input", f"The input {path[:80]!r} does not match its digest.")
+
+    def mark(self) -> None:
+        """From here on what the volume gains is the job's. Raises OSError."""
+        with self._counting:
+            used, logs = self._volume.used(), disk_use(self.logs)
+            self._before = used[0] - logs[0], used[1] - logs[1]
+
+    def disk_use(self) -> tuple[int, int]:
+        """Bytes and files that the job has written since `mark`. Raises OSError."""
+        used, before = self._volume.used(), self._before
+        # What it prints is bounded by itself, and written by us.
+        logs = disk_use(self.logs)
+        return max(0, used[0] - before[0] - logs[0]), max(0, used[1] - before[1] - logs[1])
 
     def collect(self, *, files_max: int, bytes_max: int) -> tuple[OutputFile, ...]:
-        """The checked contents of /out. Raises LumarisError `killed_output`."""
+        """The checked contents of `out/`. Raises LumarisError `killed_output`."""
         return collect_outputs(self.outputs, files_max=files_max, bytes_max=bytes_max)
 
-    def destroy(self) -> None:
-        """Remove everything, whatever modes and names the guest gave it. Idempotent."""
-        wipe(self.root)
+    # --- delivered outputs ---
 
+    def keep(self, job: str) -> None:
+        """Move what is in `out/` to where it waits for the buyer. Raises OSError."""
+        target = self.kept(job)
+        target.mkdir(mode=0o700)
+        with os.scandir(self.outputs) as names:
+            items = [item.name for item in names]
+        for name in items:
+            os.rename(self.outputs / name, target / name)
 
-def wipe(root: Path) -> None:
-    """Remove a tree of ours that a stranger filled; links in it are removed, never followed.
+    def kept(self, job: str) -> Path:
+        """Where the outputs of a delivered job are. Raises ValueError for a name that is no id."""
+        if not re.fullmatch(ID_PATTERN, job):
+            raise ValueError(f"not an id: {job[:40]!r}")
+        return self._kept / job
 
-    Folders are moved to the top before they are emptied, so that depth costs neither descriptors
-    nor stack: a guest may nest thousands.
-    """
-    with contextlib.suppress(FileNotFoundError):
-        top = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            waiting = _empty(top, top, 0)
-            moved = len(waiting)
-            while waiting:
-                name = waiting.pop()
-                inner = open_folder(name, top)
-                try:
-                    more = _empty(inner, top, moved)
-                finally:
-                    os.close(inner)
-                moved += len(more)
-                waiting += more
-                os.rmdir(name, dir_fd=top)
-        finally:
-            os.close(top)
-        root.rmdir()
-
-
-def _empty(folder: int, top: int, moved: int) -> list[str]:
-    """Unlink the files of a folder and move its folders to the top under names of ours."""
-    os.fchmod(folder, 0o700)
-    with os.scandir(folder) as names:
-        items = [(item.name, item.is_dir(follow_symlinks=False)) for item in names]
-    folders: list[str] = []
-    for name, is_folder in items:
-        if not is_folder:
-            os.unlink(name, dir_fd=folder)
-            continue
-        with contextlib.suppress(PermissionError):  # a folder of another user is left to its error
-            os.chmod(f"/proc/self/fd/{folder}/{name}", 0o700)
-        ours = f"{WIPE_PREFIX}{moved + len(folders)}"
-        os.rename(name, ours, src_dir_fd=folder, dst_dir_fd=top)
-        folders.append(ours)
-    return folders
-
-
-def reap(base: Path) -> int:
-    """Remove the workspaces that a killed predecessor left below `base`; how many there were."""
-    if not base.is_dir():
-        return 0
-    left = [entry for entry in base.iterdir() if re.fullmatch(ID_PATTERN, entry.name)]
-    for entry in left:
-        wipe(entry)
-    return len(left)
+    def forget(self, job: str) -> None:
+        """Remove the outputs of a delivered job. Idempotent; raises OSError."""
+        folder = self.kept(job)
+        if not folder.is_dir():
+            return
+        with self._counting:
+            size, count = disk_use(folder)
+            size += folder.stat().st_blocks * BLOCK_BYTES
+            wipe(folder)
+            # Another job may run: what it has written must not seem less than it is.
+            bytes_before, files_before = self._before
+            self._before = max(0, bytes_before - size), max(0, files_before - count - 1)

@@ -19,7 +19,7 @@ from lumaris_overlay.ports import Overlay, OverlayStream
 from lumaris_protocol.errors import EnvelopeError, RefusedError
 from lumaris_protocol.frames import Kind
 from lumaris_protocol.limits import CHUNK_BYTES
-from lumaris_protocol.protocols import BLOB, BlobHeader, BlobReply
+from lumaris_protocol.protocols import BLOB, CONTENT, BlobHeader, BlobReply, ContentHeader
 
 # A handshake costs as much as a few hundred KiB on a lane.
 _DIRECT_BYTES_MIN = CHUNK_BYTES
@@ -37,11 +37,33 @@ RETRY_CODES = frozenset({"busy"})
 
 @dataclass(frozen=True)
 class Source:
-    """A peer in an open session with us that has a file, or wants one."""
+    """A peer in an open session with us that has a file, or wants one.
+
+    Without a session it is another seller, that has the file among its images.
+    """
 
     overlay: Overlay
     peer: str
-    session: str
+    session: str = ""
+
+    @property
+    def protocol(self) -> str:
+        """What it is asked by."""
+        return BLOB if self.session else CONTENT
+
+    def encode(self, header: BlobHeader) -> bytes:
+        """The question, as the protocol has it."""
+        if self.session:
+            return msgspec.json.encode(header)
+        return msgspec.json.encode(
+            ContentHeader(
+                op="get",
+                digest=header.sha256,
+                size_bytes=header.size_bytes,
+                direct=header.direct,
+                listed=header.listed,
+            )
+        )
 
 
 class Exchange:
@@ -93,12 +115,12 @@ async def ask(
 
     `direct` asks for a connection beside the lane, where the peer can be dialled.
     """
-    inner = await source.overlay.open_stream(source.peer, BLOB)
+    inner = await source.overlay.open_stream(source.peer, source.protocol)
     stream = FramedStream(inner)
     try:
         if direct and inner.direct is not None and header.size_bytes >= _DIRECT_BYTES_MIN:
             header = msgspec.structs.replace(header, direct=True)
-        await stream.send(Kind.HEADER, msgspec.json.encode(header))
+        await stream.send(Kind.HEADER, source.encode(header))
         yield Exchange(stream, await read_reply(stream))
     except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
         raise Cut(str(error)) from None

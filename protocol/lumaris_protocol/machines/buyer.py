@@ -17,6 +17,7 @@ from lumaris_protocol.effects import (
     KeepCloses,
     KeepVoucher,
     LogArrived,
+    Metered,
     OrderChanged,
     Send,
     SessionOver,
@@ -148,6 +149,8 @@ class BuyerSession:
         limits: Limits,
         idempotency_key: str,
         now: float,
+        image_source: str = "",
+        stdin: bool = False,
     ) -> tuple[int, list[Effect]]:
         """Order a run; its number in this session and what to send."""
         if self.machine.state != "open":
@@ -158,6 +161,8 @@ class BuyerSession:
             n=n,
             job=job,
             image=image,
+            image_source=image_source,
+            stdin=stdin,
             command=command,
             environment=environment,
             inputs=inputs,
@@ -306,7 +311,8 @@ class BuyerSession:
         self._check_amount(message.n, message.amount_nanos, now)
         self._live[message.n].metered_nanos = self._live[message.n].claimed_nanos
         self.tab.accrue(message.n, message.amount_nanos)
-        return self._voucher(self.tab.vouchered_nanos + self.tab.unpaid_nanos)
+        vouchers = self._voucher(self.tab.vouchered_nanos + self.tab.unpaid_nanos)
+        return [Metered(message.n, message.usage), *vouchers]
 
     def _on_delivery(self, message: Delivery, now: float) -> list[Effect]:
         order = self._live.get(message.n)

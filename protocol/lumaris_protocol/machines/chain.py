@@ -48,6 +48,7 @@ class ReceiveChain:
     ) -> None:
         self._signer, self._network, self._session = signer, network, session
         self._kinds = {kind.TYPE: kind for kind in kinds}
+        self._size_max = max(kind.SIZE_MAX for kind in kinds)
         self.seq, self.head = 0, root
 
     def open(self, data: bytes) -> Signed[SessionMessage]:
@@ -56,11 +57,11 @@ class ReceiveChain:
         Raises EnvelopeError for bad bytes and ViolationError `replayed`, `out_of_sequence`,
         `broken_chain` or `wrong_domain` for a signed message out of place.
         """
-        size_max = max(kind.SIZE_MAX for kind in self._kinds.values())
-        kind = self._kinds.get(envelope.decode(data, size_max=size_max).payload_type)
+        found = envelope.decode(data, size_max=self._size_max)
+        kind = self._kinds.get(found.payload_type)
         if kind is None:
             raise EnvelopeError("wrong_type", "This message does not belong in a session here.")
-        signed = codec.open_signed(data, kind, network=self._network, signer=self._signer)
+        signed = codec.open_decoded(found, kind, network=self._network, signer=self._signer)
         message = signed.message
         if message.session != self._session:
             raise ViolationError("wrong_domain", "The message belongs to another session.")

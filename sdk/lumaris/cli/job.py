@@ -1,4 +1,4 @@
-"""`lumaris job`: what this buyer ran, from its own records; nobody is contacted."""
+"""`lumaris job`: what this buyer ran and runs. The past comes from its own records."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from lumaris.cli.options import CONTEXT, Settings, local_options
+from lumaris.cli import live
+from lumaris.cli.options import CONTEXT, Settings, buyer_options, local_options
 from lumaris.cli.output import (
     GuestOutput,
     clean,
@@ -19,6 +20,7 @@ from lumaris.cli.output import (
     emit,
     fields,
     peer_of,
+    size_of,
     table,
     time_of,
 )
@@ -31,7 +33,7 @@ _READ_BYTES = 65_536
 
 @click.group("job", context_settings=CONTEXT)
 def job() -> None:
-    """Look at jobs of the past."""
+    """Look at jobs, and reach into those that run."""
 
 
 @job.command("ls")
@@ -47,7 +49,18 @@ def list_jobs(settings: Settings, count: int) -> None:
         emit({"items": [_job_json(row) for row in rows]})
         return
     table(
-        ("JOB", "STATE", "REASON", "SELLER", "WALL", "COST", "STARTED", "COMMAND"),
+        (
+            "JOB",
+            "STATE",
+            "REASON",
+            "SELLER",
+            "WALL",
+            "CPU",
+            "MEMORY",
+            "COST",
+            "STARTED",
+            "COMMAND",
+        ),
         [
             (
                 row["job"],
@@ -55,6 +68,8 @@ def list_jobs(settings: Settings, count: int) -> None:
                 row["reason"] or "",
                 peer_of(row["seller"] or ""),
                 time_of((row["wall_ms"] or 0) / 1000),
+                time_of((row["cpu_ms"] or 0) / 1000),
+                size_of(row["memory_peak_bytes"] or 0),
                 credits_of(row["cost_nanos"] or 0),
                 date_of(row["created_at"]),
                 _short(_command(row)),
@@ -88,6 +103,8 @@ def show(settings: Settings, job_id: str) -> None:
         ("started", date_of(row["created_at"])),
         ("ended", date_of(row["ended_at"])),
         ("wall", time_of((row["wall_ms"] or 0) / 1000)),
+        ("cpu", time_of((row["cpu_ms"] or 0) / 1000)),
+        ("memory", size_of(row["memory_peak_bytes"] or 0)),
         ("cost", credits_of(row["cost_nanos"] or 0)),
         ("files", _folder(settings, row["job"])),
     ]
@@ -96,12 +113,21 @@ def show(settings: Settings, job_id: str) -> None:
 
 @job.command("logs")
 @click.argument("job_id", metavar="JOB")
-@local_options
+@click.option("--follow", "-f", is_flag=True, help="Go on until a running job has ended.")
+@buyer_options
 @click.pass_obj
-def logs(settings: Settings, job_id: str) -> None:
-    """Print what a job printed: its stdout on ours, its stderr on ours."""
+def logs(settings: Settings, job_id: str, follow: bool) -> None:
+    """Print what a job printed: its stdout on ours, its stderr on ours.
+
+    Without -f nobody is contacted, and a running job has printed nothing yet.
+    """
     row = _find(settings, job_id)
     folder = _folder(settings, row["job"])
+    if follow and not settings.json:
+        live.follow(settings, row["job"], folder)
+        return
+    if follow:
+        live.wait(settings, row["job"])
     if settings.json:
         texts = {name: _read(folder / name) for name in ("stdout", "stderr")}
         emit({"job": row["job"], **texts})
@@ -115,6 +141,10 @@ def logs(settings: Settings, job_id: str) -> None:
         except FileNotFoundError:
             continue
     sys.stdout.flush()
+
+
+for command in (live.exec_command, live.shell, live.forward, live.stdin, live.cancel):
+    job.add_command(command)
 
 
 def _find(settings: Settings, job_id: str) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
+from lumaris.cli.image import image
 from lumaris.cli.options import CONTEXT, Settings, coordinator_option, load, plain_options
-from lumaris.cli.output import credits_of, emit, fields, note, size_of, time_of
+from lumaris.cli.output import clean, credits_of, emit, fields, note, size_of, table, time_of
 
 _PART = "lumaris_node.cli"
 _state = click.option(
@@ -22,6 +23,9 @@ _state = click.option(
 @click.group("node", context_settings=CONTEXT)
 def node() -> None:
     """Sell from this machine."""
+
+
+node.add_command(image)
 
 
 @node.command("up")
@@ -70,6 +74,77 @@ def down(settings: Settings, state: Path | None) -> None:
         emit({"stopped": True, "state": str(folder)})
     else:
         click.echo("stopped")
+
+
+@node.command("pause")
+@_state
+@plain_options
+@click.pass_obj
+def pause(settings: Settings, state: Path | None) -> None:
+    """Take this machine back for now: freeze every job, sell nothing.
+
+    Their clocks and bills stop. Jobs that are not resumed within ten minutes end.
+    """
+    _tell(settings, _load("pause")(folder_of(settings, state)))
+
+
+@node.command("resume")
+@_state
+@plain_options
+@click.pass_obj
+def resume(settings: Settings, state: Path | None) -> None:
+    """Let frozen jobs go on, and sell again."""
+    _tell(settings, _load("resume")(folder_of(settings, state)))
+
+
+def _tell(settings: Settings, found: dict[str, Any]) -> None:
+    if settings.json:
+        emit(found)
+    else:
+        click.echo(found["status"])
+
+
+@node.command("selftest")
+@_state
+@click.option(
+    "--tier",
+    type=click.Choice(["wasm", "process", "container"]),
+    help="Only this one; else all that node.toml accepts.",
+)
+@plain_options
+@click.pass_obj
+def selftest(settings: Settings, state: Path | None, tier: str | None) -> int:
+    """Attack this machine's sandboxes from inside, and show what they held off.
+
+    The node runs the same before it offers a tier, and daily. It need not run for this; the command
+    needs the same rights. Exits with 1 when an attack succeeded.
+    """
+    found: list[dict[str, Any]] = _load("selftest")(folder_of(settings, state), tier)
+    failed = any(report["held"] is False for report in found)
+    if settings.json:
+        emit({"held": not failed, "tiers": found})
+        return int(failed)
+    for report in found:
+        _print_report(report)
+    return int(failed)
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    if report["held"] is None:
+        note(f"{report['tier']}: not tested: {report['why']}")
+        return
+    marks = {(True, True): "held", (False, True): "FAILED"}
+    rows = [
+        [row["name"], marks.get((row["held"], row["counts"]), "open"), clean(row["detail"])]
+        for row in report["rows"]
+        if not row["held"] or row["counts"]
+    ]
+    table([f"{report['tier']}: {report['assurance']}".upper(), "RESULT", "DETAIL"], rows)
+    verdict = "offered" if report["held"] else "not offered"
+    note(
+        f"{report['tier']} is {verdict}: {len(report['rows'])} attacks of suite {report['suite']}"
+        f" on {report['version']} in {report['seconds']:.1f} s"
+    )
 
 
 def _load(name: str) -> Any:

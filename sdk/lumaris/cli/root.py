@@ -29,7 +29,7 @@ COMMANDS: Final = {
     "run": ("lumaris.cli.run:run", "Run a command on a seller's machine."),
     "map": ("lumaris.cli.map:map_files", "Run a command once for each of many files."),
     "offers": ("lumaris.cli.offers:offers", "List sellers with their capacity and prices."),
-    "job": ("lumaris.cli.job:job", "Look at jobs of the past."),
+    "job": ("lumaris.cli.job:job", "Look at jobs, and reach into those that run."),
     "wallet": ("lumaris.cli.wallet:wallet", "See what you have, and add test credit."),
     "receipt": ("lumaris.cli.receipt:receipt", "Show, save and verify receipts."),
     "daemon": (
@@ -38,6 +38,10 @@ COMMANDS: Final = {
     ),
     "netcheck": ("lumaris.cli.net:netcheck", "Show who can reach this machine, and how."),
     "ping": ("lumaris.cli.net:ping", "Ask a peer whether it is there, and for its time."),
+    "challenge": (
+        "lumaris.cli.challenge:challenge",
+        "Have a seller prove its cores or memory.",
+    ),
     "node": ("lumaris.cli.node:node", "Sell from this machine."),
     "coordinator": ("lumaris.cli.coordinator:coordinator", "Operate a coordinator."),
     "devnet": ("lumaris.cli.devnet:devnet", "Keep a market on this machine to try things on."),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from lumaris.cli.live import read_stdin
 from lumaris.cli.options import Settings
 from lumaris.cli.output import (
     Background,
@@ -46,6 +47,7 @@ from lumaris_protocol.errors import LumarisError
 if TYPE_CHECKING:
     from lumaris.client import Client
     from lumaris.jobs import JobRequest, JobResult, JobUpdate, LogLine, Plan
+    from lumaris_protocol.messages.advert import Feature
 
 _PLAN = (
     "seller",
@@ -58,7 +60,17 @@ _PLAN = (
     "hold_until",
     "seen",
 )
-_RESULT = ("job", "session", "seller", "reason", "exit_status", "wall_ms", "cpu_ms", "attempts")
+_RESULT = (
+    "job",
+    "session",
+    "seller",
+    "reason",
+    "exit_status",
+    "wall_ms",
+    "cpu_ms",
+    "memory_peak_bytes",
+    "attempts",
+)
 
 
 @click.command("run", context_settings=GUEST_CONTEXT)
@@ -77,6 +89,15 @@ _RESULT = ("job", "session", "seller", "reason", "exit_status", "wall_ms", "cpu_
     metavar="DIR",
     help="Where to put what the guest leaves in /out.",
 )
+@click.option("--stdin", "-i", is_flag=True, help="Our standard input is the guest's; one attempt.")
+@click.option("--stdin-later", is_flag=True, help="Its input comes from `lumaris job stdin`.")
+@click.option(
+    "--feature",
+    "features",
+    multiple=True,
+    type=click.Choice(("exec", "forward")),
+    help="The seller must allow it while the job runs; repeatable.",
+)
 @click.option("--max-cost", default="0.01", show_default=True, help="Hard cap, in credits.")
 @job_options
 @click.pass_obj
@@ -86,6 +107,9 @@ def run(
     command: tuple[str, ...],
     inputs: tuple[str, ...],
     out: Path | None,
+    stdin: bool,
+    stdin_later: bool,
+    features: tuple[Feature, ...],
     max_cost: str,
     cpu: float,
     memory: int,
@@ -122,11 +146,12 @@ def run(
         regions=regions,
         attempts=attempts,
     )
+    request = replace(request, stdin=stdin or stdin_later, features=features)
     check_image(image)
     if not dry_run:
         prepare_out(out)
     with terminable():
-        return _Run(settings, request, yes=yes, dry_run=dry_run, out=out).go()
+        return _Run(settings, request, yes=yes, dry_run=dry_run, out=out, stdin=stdin).go()
 
 
 def walk_inputs(values: Sequence[str]) -> dict[str, Path]:
@@ -194,6 +219,7 @@ class _Run:
     yes: bool
     dry_run: bool
     out: Path | None
+    stdin: bool = False
     plan: Plan | None = None
     guest: GuestOutput = field(default_factory=GuestOutput)
     progress: Progress = field(default_factory=Progress)
@@ -208,7 +234,10 @@ class _Run:
             with open_client(self.settings) as client:
                 try:
                     result = client.run_request(
-                        self.request, observe=self._observe, approve=self._approve
+                        self.request,
+                        observe=self._observe,
+                        approve=self._approve,
+                        stdin=read_stdin if self.stdin else None,
                     )
                 except LumarisError as error:
                     if not (self.dry_run and self.plan and error.code == "interrupted"):

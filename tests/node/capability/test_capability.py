@@ -1,4 +1,4 @@
-"""Offered resources are the least of all bounds; benchmarks are kept; no driver means no GPU."""
+"""Offered resources are the least of all bounds; benchmarks are kept."""
 
 from __future__ import annotations
 
@@ -7,29 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lumaris_node.capability.gpu import Nvml, probe_gpus
-from lumaris_node.capability.probe import BENCHMARK_FILE, benchmarks, total_resources
-
-
-class Recorded:
-    def devices(self):
-        return [("NVIDIA H100", 80 << 30), ("NVIDIA H100", 80 << 30), ("NVIDIA L4", 24 << 30)]
-
-
-def test_equal_gpus_are_counted_together():
-    assert [(gpu.model, gpu.count) for gpu in probe_gpus(Recorded())] == [
-        ("NVIDIA H100", 2),
-        ("NVIDIA L4", 1),
-    ]
-
-
-def test_no_driver_is_no_gpu():
-    class Missing:
-        def devices(self):
-            raise OSError("no driver")
-
-    assert probe_gpus(Missing()) == ()
-    assert isinstance(probe_gpus(Nvml()), tuple)
+from lumaris_node.capability import benchmark
+from lumaris_node.capability.benchmark import FILE, REFERENCE, benchmarks, index, measure
+from lumaris_node.capability.probe import total_resources
 
 
 def test_shares_and_cgroups_bound_what_is_offered(tmp_path: Path):
@@ -52,14 +32,45 @@ def test_shares_and_cgroups_bound_what_is_offered(tmp_path: Path):
     assert total_resources(tmp_path, cgroup_root=tmp_path).cpu_millis == free.cpu_millis
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough slices to have numbers, too few for good ones."""
+    monkeypatch.setattr(benchmark, "_SLICES", 1)
+
+
 @pytest.mark.slow
-def test_benchmarks_are_measured_once(tmp_path: Path):
-    first = benchmarks(tmp_path)
-    assert first["sha256_mb_s"] > 0
-    assert first["wasm_mfuel_s"] > 0
-    kept = json.loads((tmp_path / BENCHMARK_FILE).read_text())
+@pytest.mark.usefixtures("quick")
+def test_benchmarks_are_measured_once_for_a_share(tmp_path: Path):
+    first = benchmarks(tmp_path, 1000)
+    assert set(first) == set(REFERENCE)
+    assert all(value > 0 for value in first.values())
+    kept = json.loads((tmp_path / FILE).read_text())
     kept["values"]["sha256_mb_s"] = 1
-    (tmp_path / BENCHMARK_FILE).write_text(json.dumps(kept))
-    assert benchmarks(tmp_path)["sha256_mb_s"] == 1
-    (tmp_path / BENCHMARK_FILE).write_text("[]")
-    assert benchmarks(tmp_path)["sha256_mb_s"] > 1
+    (tmp_path / FILE).write_text(json.dumps(kept))
+    assert benchmarks(tmp_path, 1000)["sha256_mb_s"] == 1
+    assert benchmarks(tmp_path, 2000)["sha256_mb_s"] > 1
+    (tmp_path / FILE).write_text("[]")
+    assert benchmarks(tmp_path, 1000)["sha256_mb_s"] > 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+def test_a_share_of_a_core_is_offered_as_one(monkeypatch: pytest.MonkeyPatch):
+    asked: list[int] = []
+
+    def rate(make: object, threads: int) -> float:
+        asked.append(threads)
+        return 1e9 * threads
+
+    monkeypatch.setattr(benchmark, "_rate", rate)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    assert measure(250) == dict.fromkeys(REFERENCE, 250)
+    assert set(asked) == {1}
+    two = measure(2500)
+    assert (two["sha256_mb_s"], two["sha256_all_mb_s"]) == (1000, 2500)
+    assert max(asked) == 3
+
+
+def test_the_index_of_the_reference_is_100():
+    assert set(index(dict(REFERENCE)).values()) == {100}
+    assert index({"sha256_mb_s": REFERENCE["sha256_mb_s"] * 2, "other": 1}) == {"sha256_mb_s": 200}

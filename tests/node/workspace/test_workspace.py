@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from lumaris_node.workspace import Workspace, open_output, reap
+from lumaris_node.workspace import LeaseWorkspace, Volumes, open_output
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.ids import derive_id, digest
 from lumaris_protocol.paths import safe_parts
 
+JOB = derive_id("job", b"1")
+
 
 @pytest.fixture
-def space(tmp_path: Path) -> Workspace:
-    return Workspace(tmp_path / "work", derive_id("job", b"1"))
+def space(tmp_path: Path) -> Iterator[LeaseWorkspace]:
+    volumes = Volumes.open(tmp_path / "volumes", encryption="off")
+    lease = derive_id("session", b"1")
+    found = LeaseWorkspace(volumes.volume(lease, bytes_max=1 << 20, files_max=5000))
+    found.open()
+    yield found
+    found.close()
+    assert list((tmp_path / "volumes").iterdir()) == []
+
+
+def blob(space: LeaseWorkspace, data: bytes) -> Path:
+    path = space.blobs / digest(data).removeprefix("sha256:")
+    path.write_bytes(data)
+    return path
 
 
 BAD = [
@@ -46,22 +61,52 @@ def test_safe_paths_are_kept():
     assert safe_parts("a/b c/.d-é") == ("a", "b c", ".d-é")
 
 
-def test_a_job_name_must_be_an_id(tmp_path: Path):
+def test_a_job_name_must_be_an_id(space: LeaseWorkspace):
     with pytest.raises(ValueError):
-        Workspace(tmp_path, "../x")
+        space.kept("../x")
 
 
-def test_staging_checks_digest_and_name(space: Workspace):
-    space.stage_chunks("d/a", [b"he", b"llo"], digest(b"hello"))
+def test_staging_shows_a_file_once(space: LeaseWorkspace):
+    source = blob(space, b"hello")
+    space.begin()
+    space.stage("d/a", source, 5)
+    space.stage("b", source, 5)
     assert (space.inputs / "d/a").read_bytes() == b"hello"
-    for path, data, named in (("d/a", b"x", b"x"), ("d/a/b", b"x", b"x"), ("e", b"x", b"y")):
-        with pytest.raises(LumarisError) as caught:
-            space.stage_chunks(path, [data], digest(named))
-        assert caught.value.code == "bad_input"
-    assert not (space.inputs / "e").exists()
+    assert (space.inputs / "d/a").stat().st_ino == source.stat().st_ino, "no copy"
+    for path in ("d/a", "d/a/b"):
+        with pytest.raises(LumarisError, match="bad_input"):
+            space.stage(path, source, 5)
 
 
-def test_collecting_lists_files_in_order(space: Workspace):
+def test_nothing_of_one_job_is_seen_by_the_next(space: LeaseWorkspace):
+    space.begin()
+    space.stage("a/b", blob(space, b"1"), 1)
+    (space.outputs / ".wipe-0").mkdir()
+    (space.outputs / ".wipe-0" / "x").write_bytes(b"2")
+    folders = [space.inputs.stat().st_ino, space.outputs.stat().st_ino]
+    space.begin()
+    assert os.listdir(space.inputs) == os.listdir(space.outputs) == []
+    assert [space.inputs.stat().st_ino, space.outputs.stat().st_ino] == folders, "still mounted"
+    assert space.outputs.stat().st_mode & 0o777 == 0o777
+
+
+def test_delivered_outputs_wait_apart(space: LeaseWorkspace):
+    space.begin()
+    (space.outputs / "d").mkdir()
+    (space.outputs / "d" / "x").write_bytes(bytes(5000))
+    space.keep(JOB)
+    space.begin()
+    assert (space.kept(JOB) / "d" / "x").read_bytes() == bytes(5000)
+    space.mark()
+    (space.outputs / "y").write_bytes(bytes(9000))
+    before = space.disk_use()
+    assert before[0] >= 9000 and before[1] == 1
+    space.forget(JOB)
+    space.forget(JOB)
+    assert space.disk_use() == before, "what another job left is not this one's"
+
+
+def test_collecting_lists_files_in_order(space: LeaseWorkspace):
     (space.outputs / "b").write_bytes(b"22")
     (space.outputs / "a").mkdir()
     (space.outputs / "a/c").write_bytes(b"1")
@@ -75,7 +120,7 @@ def test_collecting_lists_files_in_order(space: Workspace):
     os.close(fd)
 
 
-def plant(space: Workspace, trick: str) -> None:
+def plant(space: LeaseWorkspace, trick: str) -> None:
     out = space.outputs
     match trick:
         case "symlink":
@@ -108,17 +153,17 @@ TRICKS = [*LINKS, "sparse", "newline", "not text", "many", "large", "deep"]
 
 
 @pytest.mark.parametrize("trick", TRICKS)
-def test_tricks_in_the_outputs_are_refused_and_wiped(space: Workspace, trick: str):
+def test_tricks_in_the_outputs_are_refused_and_wiped(space: LeaseWorkspace, trick: str):
     plant(space, trick)
     with pytest.raises(LumarisError) as caught:
         space.collect(files_max=10, bytes_max=100)
     assert caught.value.code == "killed_output"
-    space.destroy()
-    assert not space.root.exists()
+    space.begin()
+    assert os.listdir(space.outputs) == []
     assert Path("/etc/passwd").exists()
 
 
-def test_wiping_takes_odd_modes_and_thousands_of_levels(space: Workspace):
+def test_wiping_takes_odd_modes_and_thousands_of_levels(space: LeaseWorkspace):
     (space.outputs / "locked").mkdir()
     (space.outputs / "locked/x").write_bytes(b"1")
     (space.outputs / "locked").chmod(0)
@@ -129,13 +174,5 @@ def test_wiping_takes_odd_modes_and_thousands_of_levels(space: Workspace):
         os.close(folder)
         folder = inner
     os.close(folder)
-    space.destroy()
-    space.destroy()
-    assert not space.root.exists()
-
-
-def test_reaping_removes_what_a_killed_node_left(space: Workspace):
-    (space.root.parent / "kept").mkdir()
-    assert reap(space.root.parent) == 1
-    assert reap(space.root.parent) == 0
-    assert os.listdir(space.root.parent) == ["kept"]
+    space.begin()
+    assert os.listdir(space.outputs) == []

@@ -27,7 +27,9 @@ _ROW: dict[str, Any] = {
     "wall_ms": 69,
     "cpu_ms": 60,
     "fuel": 10,
+    "memory_peak_bytes": 5 << 20,
     "attempts": 1,
+    "n": 1,
     "created_at": 1_790_000_000,
     "ended_at": 1_790_000_001,
 }

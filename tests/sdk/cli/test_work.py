@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from lumaris.cli import work
+from lumaris.cli.live import read_stdin
 from lumaris.jobs import Artifact, JobRequest, JobResult, JobUpdate, LogLine, Plan
 from lumaris_protocol import codec, codes
 from lumaris_protocol.errors import LumarisError
@@ -63,6 +64,7 @@ _RUN_SHAPE = {
     "exit_status": "int",
     "wall_ms": "int",
     "cpu_ms": "int",
+    "memory_peak_bytes": "int",
     "attempts": "int",
     "image": "str",
     "command": ["str"],
@@ -114,7 +116,10 @@ class Market:
     def __exit__(self, *_: object) -> None:
         self.closed = True
 
-    def run_request(self, request: JobRequest, *, observe: Any, approve: Any) -> JobResult:
+    def run_request(
+        self, request: JobRequest, *, observe: Any, approve: Any, stdin: Any = None
+    ) -> JobResult:
+        self.stdin: Any = stdin
         self.requests.append(request)
         if not approve(_PLAN):
             raise LumarisError("interrupted", "Declined; nothing was spent.")
@@ -187,6 +192,18 @@ def test_run(market: Market) -> None:
     assert (request.wall_s, request.memory_bytes) == (60, 1 << 30)
     assert request.environment == {"A": "b"}
     assert market.closed
+
+
+def test_run_with_our_input(market: Market) -> None:
+    assert call("run", "-i", "--feature", "exec", _IMAGE, "cat").exit_code == 0
+    assert market.stdin is read_stdin
+    assert market.requests[-1].stdin
+    assert market.requests[-1].features == ("exec",)
+    assert call("run", "--stdin-later", _IMAGE, "cat").exit_code == 0
+    assert market.stdin is None
+    assert market.requests[-1].stdin, "another program may send it"
+    assert call("run", _IMAGE, "cat").exit_code == 0
+    assert not market.requests[-1].stdin
 
 
 def test_run_as_json(market: Market, artifact: Artifact, tmp_path: Path) -> None:

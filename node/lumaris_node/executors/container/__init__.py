@@ -1,0 +1,1 @@
+"""Tier `container`: a Docker engine, hardened, with one warm container for each lease."""

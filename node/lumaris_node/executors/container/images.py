@@ -1,0 +1,144 @@
+"""Images in the engine: which are offered, taking one in from an archive, giving one out as one.
+
+An archive never reaches the engine as it came: its layers are checked, and an archive of ours is
+made around them as it is sent, with one image and no name in it.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from lumaris_node.executors.container.engine import Engine
+from lumaris_node.executors.port import Progress
+from lumaris_overlay.image_archive import ImageArchive, check_digest, check_here
+from lumaris_protocol import limits
+from lumaris_protocol.errors import LumarisError
+
+# Only images under this name are offered: others on the machine may hold the owner's secrets.
+OFFERED_PREFIX = "lumaris/"
+_CACHE = "lumaris/cache"
+_CHUNK_BYTES = 1 * limits.MIB
+
+
+def is_offered(image: dict[str, Any]) -> bool:
+    """Whether the owner, or this node, put the image under the name of what is offered."""
+    return any(tag.startswith(OFFERED_PREFIX) for tag in image.get("RepoTags") or ())
+
+
+async def offered_image(engine: Engine, image: str) -> dict[str, Any] | None:
+    """The engine's facts of an offered image with exactly this id."""
+    try:
+        found: dict[str, Any] = await engine.call("inspect_image", check_digest(image))
+    except LumarisError:
+        return None
+    return found if found.get("Id") == image and is_offered(found) else None
+
+
+async def load_image(engine: Engine, image: str, source: Path, progress: Progress | None) -> None:
+    """Load an archive's image into the engine. Raises LumarisError `bad_image`."""
+    counted = _Counted(progress)
+
+    def load(api: Any) -> None:
+        archive = ImageArchive(source)
+        if archive.digest != image:
+            raise LumarisError("bad_image", f"The archive holds {archive.digest}, not {image}.")
+        check_here(archive.config)
+        sizes = _check_layers(archive)
+        counted.total = sum(sizes)
+        for _ in api.load_image(_canonical(archive, sizes, counted)):
+            continue
+        name = image.removeprefix("sha256:")[:12]
+        api.tag(image, _CACHE, name)
+
+    await engine.threaded(load)
+    if await offered_image(engine, image) is None:
+        raise LumarisError("bad_image", "The engine does not name images by their configuration.")
+
+
+async def remove_image(engine: Engine, image: str) -> None:
+    """Take our own name off an image; it goes with its last name, and stays while it is used."""
+    found = await offered_image(engine, image)
+    for tag in (found or {}).get("RepoTags") or ():
+        if tag.startswith(f"{_CACHE}:"):
+            await engine.call("remove_image", tag)
+
+
+async def save_image(engine: Engine, image: str, target: Path) -> None:
+    """Write an offered image as an archive. Raises LumarisError `bad_image`."""
+    if await offered_image(engine, image) is None:
+        raise LumarisError("bad_image", f"The image {image[:80]} is not here.")
+
+    def save(api: Any) -> None:
+        left = limits.IMAGE_BYTES_MAX
+        with target.open("wb") as file:
+            for chunk in api.get_image(image, chunk_size=_CHUNK_BYTES):
+                left -= len(chunk)
+                if left < 0:
+                    raise LumarisError("bad_image", "The image is too large to be given out.")
+                file.write(chunk)
+
+    await engine.threaded(save)
+
+
+class _Counted:
+    """Tells how far a load is; called in the thread that sends."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress, self.total, self._done = progress, 0, 0
+
+    def add(self, size: int) -> None:
+        self._done += size
+        if self._progress is not None:
+            trio.from_thread.run_sync(self._progress, "loading", self._done, self.total)
+
+
+def _check_layers(archive: ImageArchive) -> list[int]:
+    """Read every layer once: the sizes of the tars, whose hashes were right."""
+    sizes = []
+    for layer in archive.layers:
+        size = 0
+        with archive.open_layer(layer) as reader:
+            while chunk := reader.read(_CHUNK_BYTES):
+                size += len(chunk)
+                if size > limits.IMAGE_BYTES_MAX:
+                    raise LumarisError("bad_image", "The image unpacks to more than is taken.")
+        sizes.append(size)
+    if sum(sizes) > limits.IMAGE_BYTES_MAX:
+        raise LumarisError("bad_image", "The image unpacks to more than is taken.")
+    return sizes
+
+
+def _canonical(archive: ImageArchive, sizes: list[int], counted: _Counted) -> Iterator[bytes]:
+    """A docker-archive of this one image, without a name."""
+    config = f"{archive.digest.removeprefix('sha256:')}.json"
+    names = [f"{number}/layer.tar" for number in range(len(sizes))]
+    manifest = [{"Config": config, "RepoTags": None, "Layers": names}]
+    for name, raw in (
+        (config, archive.raw_config),
+        ("manifest.json", json.dumps(manifest).encode()),
+    ):
+        yield _member(name, len(raw)) + raw + _padding(len(raw))
+    for name, size, layer in zip(names, sizes, archive.layers, strict=True):
+        yield _member(name, size)
+        with archive.open_layer(layer) as reader:
+            while chunk := reader.read(_CHUNK_BYTES):
+                counted.add(len(chunk))
+                yield chunk
+        yield _padding(size)
+    yield bytes(2 * tarfile.BLOCKSIZE)
+
+
+def _member(name: str, size: int) -> bytes:
+    item = tarfile.TarInfo(name)
+    item.size, item.mode = size, 0o644
+    return item.tobuf(tarfile.GNU_FORMAT)
+
+
+def _padding(size: int) -> bytes:
+    return bytes(-size % tarfile.BLOCKSIZE)

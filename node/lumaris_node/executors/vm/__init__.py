@@ -1,0 +1,1 @@
+"""Tier `vm`: one QEMU machine for each order."""

@@ -1,0 +1,100 @@
+"""`lumaris node selftest`: attack the tiers of this machine and say what held."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import trio
+from msgspec import structs, to_builtins
+
+from lumaris_node import config
+from lumaris_node.executors.container.executor import ContainerExecutor
+from lumaris_node.executors.port import Executor
+from lumaris_node.executors.process.executor import ProcessExecutor
+from lumaris_node.executors.wasm import WasmExecutor
+from lumaris_node.images.rootfs import RootfsStore
+from lumaris_node.selftest import suite
+from lumaris_node.selftest.suite import Report
+from lumaris_overlay.private_files import make_private_folder
+from lumaris_protocol.errors import LumarisError
+from lumaris_protocol.limits import GIB
+
+# Marks what is ours while it is attacked; a node that runs meanwhile has another name.
+_NAME = "selftest"
+
+
+def run(state: Path, *, tier: str | None = None) -> list[dict[str, Any]]:
+    """Attack the tiers that `node.toml` accepts, or one; see `attack`. Needs no running node.
+
+    Raises LumarisError `config_invalid`, `usage`.
+    """
+    make_private_folder(state)
+    accepted = config.load(state).accept.runtimes
+    tiers = accepted if tier is None else (tier,)
+    return trio.run(_attack_all, state, tiers)
+
+
+async def _attack_all(state: Path, tiers: tuple[str, ...]) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory(dir=state, prefix="selftest-") as made:
+        folder = Path(made)
+        folder.chmod(0o711)
+        executors: dict[str, Executor] = {}
+        try:
+            for tier in tiers:
+                executors[tier] = _open(tier, state, folder)
+            return await attack(executors, folder)
+        finally:
+            with trio.CancelScope(shield=True):
+                for executor in executors.values():
+                    await executor.aclose()
+
+
+def _open(tier: str, state: Path, folder: Path) -> Executor:
+    if tier == "wasm":
+        return WasmExecutor.open(state / "wasm")
+    if tier == "process":
+        return ProcessExecutor(_NAME, RootfsStore(folder / "rootfs", bytes_max=GIB))
+    if tier == "container":
+        return ContainerExecutor(_NAME)
+    raise LumarisError("usage", f"The tier {tier} is not tested by this command.")
+
+
+async def attack(executors: Mapping[str, Executor], folder: Path) -> list[dict[str, Any]]:
+    """A record for each tier: `held`, the rows, or why it was not attacked. Leaves no files."""
+    found = []
+    for tier, executor in executors.items():
+        runtime = await executor.probe()
+        if runtime is None:
+            found.append(_absent(tier, "tier_unavailable", "Its probe failed."))
+            continue
+        with tempfile.TemporaryDirectory(dir=folder, prefix="selftest-") as made:
+            Path(made).chmod(0o711)
+            try:
+                report = await suite.run(executor, runtime, Path(made))
+            except LumarisError as error:
+                found.append(_absent(tier, error.code, error.message))
+                continue
+        found.append(_record(report, structs.asdict(runtime)))
+    return found
+
+
+def _record(report: Report, runtime: dict[str, Any]) -> dict[str, Any]:
+    rows = sorted(to_builtins(report.rows), key=lambda row: row["name"])
+    return {
+        "tier": report.tier,
+        "held": report.held,
+        "version": report.version,
+        "assurance": report.assurance,
+        "features": list(runtime["features"]),
+        "suite": report.suite,
+        "tested_at": report.at,
+        "seconds": report.seconds,
+        "rows": rows,
+    }
+
+
+def _absent(tier: str, code: str, why: str) -> dict[str, Any]:
+    return {"tier": tier, "held": None, "code": code, "why": why, "rows": []}
