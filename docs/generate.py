@@ -74,6 +74,8 @@ NODE_MEANINGS: Final = {
     "accept.buyer_images": "Take container images that buyers send or name.",
     "accept.registries": "Registries that images are pulled from; none when empty.",
     "accept.gpu": "Sell the GPUs that were found.",
+    "vm.kernel": "The kernel that the tier `vm` boots, as `/boot/vmlinuz-RELEASE`, with its modules"
+    " in `/lib/modules/RELEASE`; add `vm` to `accept.runtimes`.",
     "schedule.days": "Days on which new work is taken.",
     "schedule.hours": "Local times at which new work is taken, as `HH:MM-HH:MM`; one past midnight"
     " belongs to the day it begins on. Empty means all day. Running leases go on to their end.",
@@ -109,6 +111,12 @@ ENVIRONMENT_MEANINGS: Final = {
     " no limit.",
     "LUMARIS_REQUIRE_DOCKER": "Tests only: `1` makes a missing Docker engine a failure.",
     "LUMARIS_REQUIRE_NAMESPACES": "Tests only: `1` makes a lack of network namespaces a failure.",
+    "LUMARIS_REQUIRE_PROCESS": "Tests only: `1` makes a machine without the process tier a failure.",
+    "LUMARIS_REQUIRE_REGISTRY": "Tests only: `1` makes a missing `docker-registry` a failure.",
+    "LUMARIS_REQUIRE_SCIENCE": "Tests only: `1` makes a missing `python-science` extra a failure.",
+    "LUMARIS_REQUIRE_VM": "Tests only: `1` makes a missing QEMU, kernel or busybox a failure.",
+    "LUMARIS_REQUIRE_VOLUMES": "Tests only: `1` makes a kind of volume that fails a failure.",
+    "LUMARIS_TEST_MARK": "Tests only: marks the processes of guests, so that they are found again.",
 }
 _TYPES: Final = {
     base.Id: "id",

@@ -189,7 +189,7 @@ class Seller:
         self.node._desk.expire()
         await eventually(lambda: self.quotes.free == self.quotes.total, "the capacity is free")
         assert not self.node._desk._session_keys
-        left = list(self.state.glob("sessions/*"))
+        left = list(self.state.glob("volumes/*"))
         assert not left, left
 
     async def assert_settled(self) -> None:

@@ -25,7 +25,7 @@ from lumaris_node.config import NodeConfig, direct_address
 from lumaris_node.coordinator_link import CoordinatorLink
 from lumaris_node.desk import Desk, Terms
 from lumaris_node.executors.port import Executor
-from lumaris_node.executors.wasm import WasmExecutor
+from lumaris_node.executors.wasm.executor import WasmExecutor
 from lumaris_node.images.manage import open_store
 from lumaris_node.images.service import ImageService
 from lumaris_node.membership import Enrolment, Standing
@@ -408,10 +408,10 @@ class Node:
         A module with a library beside it takes a minute and gigabytes, so it waits for quiet.
         """
         for entry in CATALOG.values():
-            if not entry.files:
+            if entry.eager:
                 await self._compile(entry)
         for entry in CATALOG.values():
-            if entry.files:
+            if not entry.eager:
                 await trio.sleep(_QUIET_S)
                 while self._sessions.hosts:  # noqa: ASYNC110 - as long as there is work
                     await trio.sleep(_QUIET_S)

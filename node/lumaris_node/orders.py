@@ -31,6 +31,7 @@ from lumaris_protocol.effects import Effect
 from lumaris_protocol.errors import LumarisError, RefusedError
 from lumaris_protocol.limits import (
     FILE_BYTES_MAX,
+    IMAGE_S_MAX,
     LOG_CHUNK_BYTES_MAX,
     MODULE_BYTES_MAX,
     PREPARE_S_MAX,
@@ -199,6 +200,8 @@ class OrderRun:
             await self._fetch(await self._missing())
             workspace = self._workspace = session.workspace
             await trio.to_thread.run_sync(self._stage, workspace)
+        # An image may be compiled or unpacked now, which its tier bounds by itself.
+        with _within(IMAGE_S_MAX, "image_timeout"):
             self._handle = await self.executor.prepare(self._spec(workspace), self._progress)
         self.machine.take("prepared")
 

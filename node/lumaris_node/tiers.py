@@ -20,7 +20,7 @@ from lumaris_node.executors.container.executor import ContainerExecutor
 from lumaris_node.executors.port import Executor
 from lumaris_node.executors.process.executor import ProcessExecutor
 from lumaris_node.executors.vm.executor import VmExecutor
-from lumaris_node.executors.wasm import WasmExecutor
+from lumaris_node.executors.wasm.executor import WasmExecutor
 from lumaris_node.images.rootfs import RootfsStore
 from lumaris_node.selftest.keep import Assurance
 from lumaris_protocol.errors import LumarisError

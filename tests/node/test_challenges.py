@@ -16,7 +16,7 @@ from msgspec import structs
 from lumaris.challenges import Prober, Proof, check_cores, find_seller
 from lumaris.cli.root import root
 from lumaris_node.challenges import Belonging, Challenges
-from lumaris_node.executors.wasm import WasmExecutor
+from lumaris_node.executors.wasm.executor import WasmExecutor
 from lumaris_overlay.framed_stream import FramedStream
 from lumaris_overlay.ports import OverlayStream
 from lumaris_overlay.simulated import SimulatedOverlay, open_network

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -459,6 +460,11 @@ async def put(attack: Attack, session: str, file: Any, *parts: bytes, **changes:
         await stream.aclose()
 
 
+def blobs_of(attack: Attack) -> Path:
+    (host,) = attack.seller.node._sessions.hosts
+    return host.workspace.blobs
+
+
 async def test_files_nobody_asked_for(attack: Attack):
     data = noise("input", 1000)
     async with waiting_order(attack, data) as (session, file):
@@ -479,7 +485,7 @@ async def test_files_nobody_asked_for(attack: Attack):
         async with attack.market.buyer("thief") as thief:
             theft = Attack(attack.market, attack.seller, thief)
             assert await put(theft, session, file, data) == "not_found"
-        folder = attack.seller.state / "sessions" / session / "blobs"
+        folder = blobs_of(attack)
         assert list(folder.iterdir()) == []
         assert await put(attack, session, file, data) == "stored"
         assert [path.read_bytes() for path in folder.iterdir()] == [data]
@@ -494,7 +500,7 @@ async def test_an_upload_that_stops_in_the_middle(attack: Attack):
         await stream.receive()
         await stream.send(Kind.DATA, data[:1000])
         await stream.aclose()
-        folder = attack.seller.state / "sessions" / session / "blobs"
+        folder = blobs_of(attack)
         await m.eventually(lambda: not list(folder.iterdir()), "nothing is kept")
 
 

@@ -15,6 +15,7 @@ from lumaris.jobs import JobResult, LogLine
 from lumaris_node.config import Price
 from lumaris_protocol import pricing
 from lumaris_protocol.errors import LumarisError
+from lumaris_protocol.ids import derive_id
 from lumaris_protocol.messages.payment import Voucher
 from tests import market as m
 from tests.market import CREDIT, Market, Seller, eventually, eventually_async
@@ -205,7 +206,7 @@ def no_voucher(_self: object, _total_nanos: int) -> list[Voucher]:
 
 def guest_states(seller: Seller) -> list[str]:
     """The states of the zygote's children: the guests and a spare."""
-    pid = seller.node.executors["wasm"].zygote_pid  # type: ignore[attr-defined]
+    pid = seller.node._tiers.executors["wasm"].zygote_pid  # type: ignore[attr-defined]
     if pid is None:
         return []
     return [child.status() for child in psutil.Process(pid).children(recursive=True)]
@@ -294,7 +295,7 @@ def copy_of_disk(seller: Seller, target: Path) -> Path:
     target.mkdir(mode=0o700)
     (target / "node.key").touch(mode=0o600)
     (target / "node.key").write_bytes((seller.state / "node.key").read_bytes())
-    (target / "sessions" / "leftover").mkdir(parents=True)
+    (target / "volumes" / derive_id("session", b"leftover")).mkdir(parents=True)
     with sqlite3.connect(seller.state / "node.db") as source:
         copy = sqlite3.connect(target / "node.db")
         source.backup(copy)

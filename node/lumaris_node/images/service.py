@@ -117,8 +117,13 @@ class ImageService:
             raise LumarisError("image_timeout") from None
 
     async def cached(self, executors: Iterable[Executor]) -> tuple[str, ...]:
-        """The digests to advertise: what orders used last, then the first of each tier."""
+        """The digests to advertise: what orders used last, then some of each tier and of the store."""
+        executors = tuple(executors)
         held = [await executor.images() for executor in executors]
+        if any(executor.tier != "wasm" for executor in executors):
+            # What the owner imported is installed by the first order that names it.
+            records = await trio.to_thread.run_sync(self.store.records)
+            held.append(tuple(record.image for record in records))
         every = {digest for digests in held for digest in digests}
         used = [digest for digest in reversed(self._used) if digest in every]
         longest = max(map(len, held), default=0)

@@ -51,18 +51,22 @@ class Group:
 
     @property
     def joins(self) -> tuple[Path, ...]:
-        """Files that a process writes "0" to in order to enter the group."""
+        """Files that a process of one thread writes "0" to in order to enter the group."""
+        return self._members
+
+    @property
+    def _members(self) -> tuple[Path, ...]:
         return tuple(folder / "cgroup.procs" for folder in self.folders)
 
     def add(self, pid: int) -> None:
         """Move a process in. Raises OSError."""
-        for path in self.joins:
+        for path in self._members:
             _write(path, str(pid))
 
     def pids(self) -> tuple[int, ...]:
         """Processes in it now, in any of its hierarchies."""
         found: set[int] = set()
-        for path in self.joins:
+        for path in self._members:
             with contextlib.suppress(OSError):
                 found.update(int(word) for word in path.read_text().split())
         return tuple(sorted(found))
@@ -122,6 +126,12 @@ class Group:
 
 class GroupV1(Group):
     """A group in the hierarchies of version 1, in the order of V1_CONTROLLERS."""
+
+    @property
+    def joins(self) -> tuple[Path, ...]:
+        """The lists of threads: for a whole process the kernel stops every fork of the machine,
+        and waits some 10 ms for that."""
+        return tuple(folder / "tasks" for folder in self.folders)
 
     def facts(self) -> Facts:
         memory, pids, _, cpu, _ = self._five()

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from lumaris_node.executors.vm import executor as vm_executor
 from lumaris_node.executors.vm.executor import VmExecutor
 from lumaris_node.executors.vm.machine import Accel
 from lumaris_node.images.rootfs import RootfsStore
@@ -280,7 +281,7 @@ async def test_a_probe_that_hangs_ends_in_time(
 ):
     """/dev/kvm may be there and work or hang: the answer comes within the limit, nothing stays."""
     monkeypatch.setitem(
-        __import__("lumaris_node.executors.vm.executor", fromlist=["x"]).PROBE_S_MAX,
+        vm_executor.PROBE_S_MAX,
         "kvm",
         4,
     )

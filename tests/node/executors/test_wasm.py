@@ -15,9 +15,9 @@ import pytest
 import trio
 import wasmtime
 
-from lumaris_node.executors import modules
-from lumaris_node.executors.modules import ModuleStore
-from lumaris_node.executors.wasm import GUEST_UID, WasmExecutor
+from lumaris_node.executors.wasm import modules
+from lumaris_node.executors.wasm.executor import GUEST_UID, WasmExecutor
+from lumaris_node.executors.wasm.modules import ModuleStore
 from lumaris_protocol.catalog import CATALOG
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.ids import digest
@@ -243,7 +243,7 @@ print({name: os.environ[name] for name in os.environ if name != 'LUMARIS_TEST_MA
         program = f"""
 import trio
 from pathlib import Path
-from lumaris_node.executors.wasm import WasmExecutor
+from lumaris_node.executors.wasm.executor import WasmExecutor
 async def main():
     executor = WasmExecutor.open(Path({str(module_folder)!r}))
     assert await executor.probe()

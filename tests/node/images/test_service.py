@@ -137,6 +137,15 @@ async def test_an_image_comes_from_peers(tmp_path: Path) -> None:
         assert await three.service.cached([tier_of(three)]) == (digest,)
 
 
+async def test_what_the_owner_imported_is_advertised_before_it_was_used(tmp_path: Path) -> None:
+    async with peers(tmp_path, "one") as (one,):
+        digest = await give(one, tmp_path, "a", share=False)
+        assert not await one.tier.has_image(digest)
+        assert await one.service.cached([tier_of(one)]) == (digest,)
+        one.tier.tier = "wasm"
+        assert await one.service.cached([tier_of(one)]) == ()
+
+
 @pytest.mark.slow
 async def test_orders_share_one_fetch(tmp_path: Path) -> None:
     async with peers(tmp_path, "one", "two") as (one, two):

@@ -16,7 +16,7 @@ from lumaris_node.executors.container import config as container_config
 from lumaris_node.executors.container.executor import ContainerExecutor
 from lumaris_node.executors.process import order as process_order
 from lumaris_node.executors.process.executor import ProcessExecutor
-from lumaris_node.executors.wasm import WasmExecutor
+from lumaris_node.executors.wasm.executor import WasmExecutor
 from lumaris_node.images.rootfs import RootfsStore
 from lumaris_node.selftest import attack, image, suite, wasm_attack
 from lumaris_node.selftest.rows import INFORMATIVE, judge, tolerated

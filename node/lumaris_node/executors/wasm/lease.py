@@ -18,7 +18,7 @@ from pathlib import Path
 import trio
 
 from lumaris_node.executors.port import JobSpec
-from lumaris_node.executors.zygote import FOLDERS_MAX, MESSAGE_BYTES_MAX, ZygoteClient
+from lumaris_node.executors.wasm.zygote import FOLDERS_MAX, MESSAGE_BYTES_MAX, ZygoteClient
 from lumaris_node.sandbox.cgroups import Cgroups, CgroupsUnavailableError, Group
 from lumaris_protocol.errors import LumarisError
 

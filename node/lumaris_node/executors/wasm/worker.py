@@ -27,8 +27,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from lumaris_node.executors import wasm_confine
-from lumaris_node.executors.wasm_guest import Guests, receive, run_worker, send
+from lumaris_node.executors.wasm import confine
+from lumaris_node.executors.wasm.guest import Guests, receive, run_worker, send
 
 RESULT_BYTES_MAX = 4096  # one atomic pipe write
 FORK_DELAY_MS = 5
@@ -65,7 +65,7 @@ class Zygote:
         poll = select.poll()
         poll.register(self.control, select.POLLIN)
         poll.register(wake_read, select.POLLIN)
-        wasm_confine.leave_networks()
+        confine.leave_networks()
         gc.collect()
         gc.freeze()  # a collection in a worker would copy every page
         gc.disable()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import wasmtime
 
-from lumaris_node.executors.wasm_memory import GuestMemory
+from lumaris_node.executors.wasm.memory import GuestMemory
 
 # Raise it with any change of `make_engine`, so that modules compiled before are compiled anew.
 SETTINGS_VERSION = 2

@@ -12,8 +12,8 @@ import sys
 
 import wasmtime
 
-from lumaris_node.executors.wasm_engine import check_module, make_engine
-from lumaris_node.executors.wasm_memory import GuestMemory
+from lumaris_node.executors.wasm.engine import check_module, make_engine
+from lumaris_node.executors.wasm.memory import GuestMemory
 
 REFUSED = 3
 NICE = 5  # it uses every core: jobs that run come first

@@ -175,7 +175,7 @@ class ModuleStore:
             _check_memory(source.stat().st_size)
         compile_s = limits.IMAGE_S_MAX if large else COMPILE_S_MAX
         with self._aside(target) as partial, source.open("rb") as reader, partial.open("wb") as out:
-            worker = "lumaris_node.executors.wasm_compile"
+            worker = "lumaris_node.executors.wasm.compile"
             command = [sys.executable, "-I", "-m", worker]
             arguments = [str(self._uid), str(limits.MODULE_BYTES_MAX), str(2 * compile_s)]
             result: subprocess.CompletedProcess[bytes] | None = None

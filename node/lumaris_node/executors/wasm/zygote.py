@@ -19,7 +19,7 @@ STOP_S_MAX = 5
 # What a worker takes in one message; a longer order comes in a file.
 MESSAGE_BYTES_MAX = 32 * 1024
 FOLDERS_MAX = 16
-WORKER = "lumaris_node.executors.wasm_worker"
+WORKER = "lumaris_node.executors.wasm.worker"
 
 
 class ZygoteClient:

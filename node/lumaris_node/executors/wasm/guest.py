@@ -21,9 +21,9 @@ from typing import Any, NoReturn
 
 import wasmtime
 
-from lumaris_node.executors import wasm_confine
-from lumaris_node.executors.wasm_engine import Determinism, entry_of, make_engine, offer_no_host
-from lumaris_node.executors.wasm_memory import GuestMemory
+from lumaris_node.executors.wasm import confine
+from lumaris_node.executors.wasm.engine import Determinism, entry_of, make_engine, offer_no_host
+from lumaris_node.executors.wasm.memory import GuestMemory
 
 # What one order takes with it: stdin, stdout, stderr, the module's code, an order that is too long
 # for the message, and its folders.
@@ -51,7 +51,7 @@ class Guests:
         offer_no_host(self.linker)
         self.empty = wasmtime.Module.deserialize(self.engine, compile_apart(EMPTY_GUEST))
         self.modules: dict[str, wasmtime.Module] = {}
-        self.filter = wasm_confine.guest_filter()
+        self.filter = confine.guest_filter()
 
     def keep(self, name: str, fd: int) -> None:
         """Load a module for the workers to come; one that does not load fails its own order."""
@@ -146,9 +146,9 @@ def run_worker(guests: Guests, uid: int, parent: int, control: int) -> NoReturn:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         control = keep_only(control)
-        wasm_confine.limit(uid)
-        wasm_confine.die_with(parent)
-        wasm_confine.filter_calls(guests.filter)
+        confine.limit(uid)
+        confine.die_with(parent)
+        confine.filter_calls(guests.filter)
         wasi = wasmtime.WasiConfig()
         guests.run(guests.empty, wasi, {"memory_bytes": 65536, "fuel": 9, "seed": ""})
         with socket.socket(fileno=control) as taken:

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import trio
 
-from lumaris_node.executors.modules import ModuleStore
 from lumaris_node.executors.port import (
     Attachment,
     Handle,
@@ -37,7 +36,8 @@ from lumaris_node.executors.supervise import (
     enforce_disk,
     enforce_log,
 )
-from lumaris_node.executors.wasm_lease import Lease, Leases
+from lumaris_node.executors.wasm.lease import Lease, Leases
+from lumaris_node.executors.wasm.modules import ModuleStore
 from lumaris_protocol import limits
 from lumaris_protocol.catalog import CATALOG
 from lumaris_protocol.errors import LumarisError
@@ -114,7 +114,7 @@ class WasmExecutor:
         try:
             import wasmtime  # the node's extra; its import costs 50 ms
 
-            from lumaris_node.executors.wasm_engine import version
+            from lumaris_node.executors.wasm.engine import version
         except ImportError:
             return None
         try:
@@ -368,7 +368,7 @@ class WasmExecutor:
 
     def _engine_key(self) -> str:
         if not self._engine:
-            from lumaris_node.executors.wasm_engine import engine_key
+            from lumaris_node.executors.wasm.engine import engine_key
 
             self._engine = engine_key()
         return self._engine
