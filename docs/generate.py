@@ -46,7 +46,8 @@ NODE_MEANINGS: Final = {
     "region": "A free name that buyers can filter by. Flag: `--region`.",
     "bootstrap": "Addresses of peers to join by, besides those the coordinator names.",
     "overlay_memory_mib": "Memory the overlay process may hold before it is restarted, in MiB.",
-    "modules": "A folder for compiled WebAssembly; empty means `wasm/` in the state folder.",
+    "modules": "A folder for compiled WebAssembly and the reports of self-tests, which"
+    " several nodes of one owner may share; empty means the state folder.",
     "share.cpu_percent": "Part of the hardware threads that is for sale.",
     "share.memory_percent": "Part of the memory that is for sale.",
     "share.disk_percent": "Part of the free disk that is for sale.",
@@ -165,7 +166,12 @@ def messages() -> str:
 
 def records() -> str:
     """What is not signed: stream headers and the receipt file."""
-    kinds = (protocols.BlobHeader, protocols.BlobReply, receipt.ReceiptBundle, receipt.LogProof)
+    kinds = (
+        *(protocols.BlobHeader, protocols.BlobReply),
+        *(protocols.AttachHeader, protocols.AttachReply, protocols.Resize),
+        *(protocols.ContentHeader, protocols.ContentParts, protocols.ContentPart),
+        *(receipt.ReceiptBundle, receipt.LogProof),
+    )
     blocks = [
         f"#### {kind.__name__}\n\n{_first_paragraph(kind)}\n\n{_fields(kind, {})}" for kind in kinds
     ]

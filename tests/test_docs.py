@@ -123,7 +123,8 @@ def test_every_protocol_id_and_unsigned_field_is_documented() -> None:
     from lumaris_protocol import protocols
 
     text = text_of("docs/protocol.md")
-    names = [getattr(protocols, name) for name in vars(protocols) if name.isupper()]
+    constants = [value for name, value in vars(protocols).items() if name.isupper()]
+    names = [value for value in constants if isinstance(value, str)]
     names += [index.PROTOCOL, reach.PROTOCOL, punch.PROTOCOL, circuit.HOP, *gossip._PROTOCOLS]
     names += [
         dht_wire.protocol_of("<network>"),
@@ -134,7 +135,8 @@ def test_every_protocol_id_and_unsigned_field_is_documented() -> None:
     kinds: tuple[type[msgspec.Struct], ...] = (
         *(hello.Greeting, index.Query, index.Answer, AdvertFilter, reach.Ask, reach.Answer),
         *(wire.Attach, wire.Attached, wire.Resumed, wire.Target, wire.Address),
-        protocols.TenderHeader,
+        *(protocols.TenderHeader, protocols.AttachHeader, protocols.AttachReply, protocols.Resize),
+        *(protocols.ContentHeader, protocols.ContentPart, protocols.ContentParts),
     )
     fields = {name for kind in kinds for name in kind.__struct_encode_fields__}
     assert [f for f in sorted(fields) if f"`{f}`" not in spoken and f'"{f}"' not in spoken] == []

@@ -6,11 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-
 
 _CHROOT = shutil.which("chroot") or "chroot"
 
@@ -60,16 +60,16 @@ def _lay_out(root: Path, inputs: Mapping[str, Path]) -> None:
 
 
 def _timed(words: list[str], environment: Mapping[str, str]) -> Ended:
-    began = time.perf_counter()
-    process = subprocess.Popen(
-        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=dict(environment)
-    )
-    assert process.stdout is not None
-    stdout = process.stdout.read()
-    _, status, used = os.wait4(process.pid, 0)
-    wall_s = time.perf_counter() - began
-    process.returncode = os.waitstatus_to_exitcode(status)
-    process.stdout.close()
-    if process.returncode != 0:
-        raise RuntimeError(f"{words[:4]} ended with {process.returncode}")
-    return Ended(wall_s, used.ru_utime + used.ru_stime, stdout)
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
+        began = time.perf_counter()
+        process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, env=dict(environment)
+        )
+        _, status, used = os.wait4(process.pid, 0)
+        wall_s = time.perf_counter() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode != 0:
+            errors.seek(0)
+            raise RuntimeError(f"{words} ended with {process.returncode}: {errors.read()[-500:]!r}")
+        out.seek(0)
+        return Ended(wall_s, used.ru_utime + used.ru_stime, out.read())

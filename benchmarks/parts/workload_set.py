@@ -135,9 +135,9 @@ WORKLOADS = (
     Workload(
         "numpy",
         SCIENCE,
-        ("python3", "/in/numbers.py"),
+        ("python3", "/in/numeric.py"),
         "numbers.bin",
-        "numbers.py",
+        "numeric.py",
         _by_text(_NUMBERS),
         _SCIENCE_WASM,
     ),

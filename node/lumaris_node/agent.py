@@ -119,6 +119,7 @@ class Node:
                 nursery.start_soon(self._warm_catalog)
                 await self._serve(stack)
                 await nursery.start(self._serve_api)
+                await self._tiers.settled()
                 on_ready(self._key.peer_id, ",".join(self._adverts.offer.addresses))
                 await self._stopping.wait()
                 await self._shut_down()
@@ -266,13 +267,15 @@ class Node:
         return make_executor(tier, self.state, self.config, self._key.peer_id)
 
     def _assurance(self) -> Assurance:
-        return Assurance(self.state, clock=self.clock)
+        shared = Path(self.config.modules) if self.config.modules else None
+        return Assurance(self.state, reports=shared, clock=self.clock)
 
     async def _guard(self, stack: AsyncExitStack) -> None:
         """From here on nothing that is made outlives this process, however it ends."""
-        marks = [guardian.REAP_VOLUMES]
+        # Guests first: what they use is removed after them.
+        marks = [guardian.REAP_GROUPS, guardian.REAP_VOLUMES]
         if "container" in self.config.accept.runtimes:
-            marks.insert(0, guardian.REAP_CONTAINERS)
+            marks.insert(1, guardian.REAP_CONTAINERS)
         held = await guardian.start(self.state, tuple(marks), node=self._key.peer_id)
         stack.push_async_callback(held.aclose)
 

@@ -107,7 +107,7 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     region: str = "local"
     bootstrap: tuple[str, ...] = ()
     overlay_memory_mib: Annotated[int, Meta(ge=192, le=65_536)] = OVERLAY_MEMORY_BYTES // MIB
-    modules: str = ""  # a folder of compiled wasm modules that several nodes of one user may share
+    modules: str = ""  # compiled modules and self-test reports, for several nodes of one owner
     share: Share = Share()
     price: Price = Price()
     accept: Accept = Accept()

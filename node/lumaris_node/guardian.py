@@ -33,6 +33,7 @@ _LOCK: Final = "guardian.lock"
 _MARKS_BYTES_MAX: Final = 64 * 1024
 REAP_VOLUMES: Final = "lumaris_node.guardian:reap_volumes"
 REAP_CONTAINERS: Final = "lumaris_node.guardian:reap_containers"
+REAP_GROUPS: Final = "lumaris_node.guardian:reap_groups"
 
 
 class Guardian:
@@ -172,6 +173,16 @@ def reap_volumes(state: Path, _node: str) -> int:
     from lumaris_node.workspace.volumes import reap
 
     return reap(state / "volumes")
+
+
+def reap_groups(_state: Path, node: str) -> int:
+    """Kill what is left in the node's control groups and remove them; how many there were."""
+    from lumaris_node.sandbox.cgroups import Cgroups, CgroupsUnavailableError, mark_of
+
+    try:
+        return Cgroups().reap(mark_of(node))
+    except CgroupsUnavailableError:
+        return 0  # then the node has made none
 
 
 def reap_containers(_state: Path, node: str) -> int:

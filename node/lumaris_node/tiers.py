@@ -22,6 +22,7 @@ from lumaris_node.executors.process.executor import ProcessExecutor
 from lumaris_node.executors.vm.executor import VmExecutor
 from lumaris_node.executors.wasm.executor import WasmExecutor
 from lumaris_node.images.rootfs import RootfsStore
+from lumaris_node.sandbox.cgroups import mark_of
 from lumaris_node.selftest.keep import Assurance
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.limits import GIB
@@ -41,11 +42,6 @@ _PROBE_S: Final = 30.0
 _ROOTFS_BYTES_MAX: Final = 64 * GIB
 
 
-def mark_of(node: str) -> str:
-    """What the names of this node's control groups begin with."""
-    return f"lumaris-{node[:12]}-"
-
-
 class Tiers:
     """Opens, tests and watches the executors. `runtimes` is what may be advertised now."""
 
@@ -62,6 +58,7 @@ class Tiers:
         self.executors: dict[Tier, Executor] = {}
         self.runtimes: tuple[Runtime, ...] = ()
         self._found: dict[Tier, Runtime] = {}
+        self._settled = trio.Event()
 
     async def open(self, stack: AsyncExitStack) -> None:
         """Make the executors; what a killed predecessor left of them is gone then.
@@ -90,16 +87,33 @@ class Tiers:
 
         `changed` is called when what may be advertised has changed.
         """
+        for tier in self.executors:  # in the owner's order: what comes first sells first
+            await self._look(tier, test=True)
+            if self._offer():
+                changed()
+            if self.runtimes:
+                self._settled.set()
+        self._settled.set()
         async with trio.open_nursery() as nursery:
             for tier in self.executors:
                 nursery.start_soon(self._watch, tier, changed)
 
+    async def settled(self) -> None:
+        """Until a tier is offered. Raises LumarisError `tier_unavailable` when none will be."""
+        await self._settled.wait()
+        if not self.runtimes:
+            raise LumarisError(
+                "tier_unavailable",
+                "No tier held off the attacks of its self-test.",
+                hint="`lumaris node selftest` shows which of them succeeded.",
+            )
+
     async def _watch(self, tier: Tier, changed: Callable[[], None]) -> None:
         while True:
+            await trio.sleep(_LOOK_S[tier])
             await self._look(tier, test=True)
             if self._offer():
                 changed()
-            await trio.sleep(_LOOK_S[tier])
 
     async def _look(self, tier: Tier, *, test: bool) -> bool:
         """Probe a tier, and attack it when that is due and allowed now; whether it answered."""

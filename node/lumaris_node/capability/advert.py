@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import trio
+from msgspec import structs
 
 from lumaris_node.store import Store
 from lumaris_overlay.ports import Overlay
@@ -112,10 +113,20 @@ class AdvertPublisher:
             certificate=offer.certificate,
             withdrawn=withdrawn,
         )
-        signed = codec.sign(advert, self._key, self._network)
+        signed = self._sign(advert)
         if not withdrawn:
             self._current = signed
         await self._overlay.publish_advert(signed.data)
+
+    def _sign(self, advert: Advert) -> Signed[Advert]:
+        """With as many of the images held, the first ones first, as an advert has room for."""
+        for count in range(len(advert.cached), 0, -1):
+            shorter = structs.replace(advert, cached=advert.cached[:count])
+            try:
+                return codec.sign(shorter, self._key, self._network)
+            except ValueError:
+                continue
+        return codec.sign(structs.replace(advert, cached=()), self._key, self._network)
 
 
 def _differs(old: Resources, new: Resources) -> bool:

@@ -117,7 +117,7 @@ class ImageService:
             raise LumarisError("image_timeout") from None
 
     async def cached(self, executors: Iterable[Executor]) -> tuple[str, ...]:
-        """The digests to advertise: what orders used last, then some of each tier and of the store."""
+        """The digests to advertise: what orders used last, then of each tier and of the store."""
         executors = tuple(executors)
         held = [await executor.images() for executor in executors]
         if any(executor.tier != "wasm" for executor in executors):

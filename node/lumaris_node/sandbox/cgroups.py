@@ -26,6 +26,11 @@ V1_CONTROLLERS = ("memory", "pids", "cpu", "cpuacct", "freezer")
 V2_CONTROLLERS = ("cpu", "memory", "pids")
 
 
+def mark_of(node: str) -> str:
+    """What the names of this node's control groups begin with."""
+    return f"lumaris-{node[:12]}-"
+
+
 class CgroupsUnavailableError(Exception):
     """This machine offers no control groups that we can use; the text says why."""
 

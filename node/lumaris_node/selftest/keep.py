@@ -6,9 +6,11 @@ suite, and for one boot; a tier that was gone is attacked again before it is off
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
@@ -32,6 +34,8 @@ STANDS_S = 24 * 3600
 # A tier that failed is tried again, for its owner may have mended it.
 RETRY_S = 600
 _FILE_BYTES_MAX = 1 << 20
+_LOCK = "selftest.lock"
+_TURN_S_MAX, _TURN_POLL_S = 3 * suite.RUN_S_MAX, 0.1
 
 
 class _Kept(msgspec.Struct, frozen=True):
@@ -42,9 +46,21 @@ class _Kept(msgspec.Struct, frozen=True):
 class Assurance:
     """Decides what is offered. `reports` are the last ones, for the owner to read."""
 
-    def __init__(self, state: Path, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        state: Path,
+        *,
+        reports: Path | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`reports` is where they are kept, the state folder by default.
+
+        Nodes of one owner may share it: then one of them attacks, and the others wait and read.
+        """
         self._state, self._clock = state, clock
+        self._kept_in = reports or state
         self._reports: dict[str, Report] = {}
+        self._lost_at: dict[str, int] = {}
         self._boot = boot_id()
         self._turn = trio.Lock()  # one attack at a time: it takes cores and memory
         self._read()
@@ -62,7 +78,10 @@ class Assurance:
         async with self._turn:
             report = self._reports.get(runtime.tier)
             if report is None or self._is_due(report, runtime):
-                report = await self._attack(executor, runtime)
+                async with self._alone():
+                    report = self._reports.get(runtime.tier)  # another node's, made meanwhile
+                    if report is None or self._is_due(report, runtime):
+                        report = await self._attack(executor, runtime)
         if report is None or not report.held:
             return None
         return structs.replace(runtime, suite=report.suite, tested_at=report.at)
@@ -77,6 +96,21 @@ class Assurance:
     def lost(self, tier: str) -> None:
         """The tier did not answer: when it is back, what was seen before does not count."""
         self._reports.pop(tier, None)
+        self._lost_at[tier] = int(self._clock())
+
+    @asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """One attack at a time among the nodes that keep their reports together."""
+        with (self._kept_in / _LOCK).open("w") as file:
+            with trio.move_on_after(_TURN_S_MAX):
+                while True:
+                    try:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        break
+                    except BlockingIOError:
+                        await trio.sleep(_TURN_POLL_S)
+            self._read()
+            yield  # past the deadline the attack is made twice rather than never
 
     async def _attack(self, executor: Executor, runtime: Runtime) -> Report | None:
         try:
@@ -116,16 +150,20 @@ class Assurance:
 
     def _read(self) -> None:
         try:
-            with (self._state / FILE).open("rb") as file:
+            with (self._kept_in / FILE).open("rb") as file:
                 kept = msgspec.json.decode(file.read(_FILE_BYTES_MAX), type=_Kept)
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
             return
-        if kept.boot == self._boot:
-            self._reports = {report.tier: report for report in kept.reports}
+        if kept.boot != self._boot:
+            return
+        for report in kept.reports:
+            tier, mine = report.tier, self._reports.get(report.tier)
+            if report.at > self._lost_at.get(tier, -1) and (mine is None or mine.at < report.at):
+                self._reports[tier] = report
 
     def _write(self) -> None:
         data = msgspec.json.encode(_Kept(self._boot, self.reports))
         try:
-            write_private_file(self._state / FILE, data)
+            write_private_file(self._kept_in / FILE, data)
         except OSError as error:  # it is run again at the next start
             log.warning("self-test not saved error=%s", error.strerror)

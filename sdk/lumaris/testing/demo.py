@@ -86,7 +86,7 @@ def run_demo(input_file: Path | None, keep: bool, report: Report) -> dict[str, A
     text = read_text(input_file)
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="lumaris-"))
-    net = Devnet(folder / "devnet", SELLERS, keep=True)
+    net = Devnet(folder / "devnet", SELLERS, keep=True, tiers=("wasm",))
     try:
         report("Starting a coordinator and three sellers, each its own process ...")
         with net:

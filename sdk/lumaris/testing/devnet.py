@@ -70,12 +70,14 @@ class Program:
 class Devnet:
     """A running devnet. As a context manager it ends everything and removes its folder.
 
-    `sellers` is the number of nodes, `keep` leaves the folder for a look afterwards.
+    `sellers` is the number of nodes, `keep` leaves the folder for a look afterwards, `tiers` are
+    what they offer: all that work here when empty.
     """
 
     state: Path
     sellers: int = 3
     keep: bool = False
+    tiers: tuple[str, ...] = ()
     coordinator: Program | None = None
     nodes: list[Program] = field(default_factory=list)
     # Every process from the moment it exists, so that an interrupted start leaves none behind.
@@ -138,6 +140,9 @@ class Devnet:
         folder = self.state / name
         modules = self.state / "modules"
         make_private_folder(modules)
+        if self.tiers:
+            make_private_folder(folder)
+            (folder / "node.toml").write_text(f"[accept]\nruntimes = {json.dumps(self.tiers)}\n")
         arguments = ["--state", str(folder), "--coordinator", self.url, "--modules", str(modules)]
         return self._spawn(name, "lumaris_node", folder, arguments)
 
