@@ -4,7 +4,7 @@
 
 Parts: process, container, wasm, deadlines, floods, overhead, simd, volumes, leftovers. Tiers are
 opened as a node opens them and driven through their port; rivals do the same in the same run, in
-turn with them. The table has the middle of the times, and ratios within one round. Without
+turn with them. Bars in milliseconds are for the best of a row, ratios are within one round. Without
 DOCKER_HOST an engine of its own is started, which needs root; what cannot be measured here has a
 row that says so. The vm tier is left out: its parts are the machine's and the guest's kernel.
 """

@@ -110,9 +110,10 @@ ENVIRONMENT_MEANINGS: Final = {
     " port, on loopback when the coordinator is there, else on every address.",
     "LUMARIS_TRANSFER_MIB_S": "MiB a second that a buyer's files may take, both ways. Default: 0,"
     " no limit.",
+    "LUMARIS_REQUIRE_APT": "Tests only: `1` makes missing Debian packages a failure.",
     "LUMARIS_REQUIRE_DOCKER": "Tests only: `1` makes a missing Docker engine a failure.",
     "LUMARIS_REQUIRE_NAMESPACES": "Tests only: `1` makes a lack of network namespaces a failure.",
-    "LUMARIS_REQUIRE_PROCESS": "Tests only: `1` makes a machine without the process tier a failure.",
+    "LUMARIS_REQUIRE_PROCESS": "Tests only: `1` makes a missing process tier a failure.",
     "LUMARIS_REQUIRE_REGISTRY": "Tests only: `1` makes a missing `docker-registry` a failure.",
     "LUMARIS_REQUIRE_SCIENCE": "Tests only: `1` makes a missing `python-science` extra a failure.",
     "LUMARIS_REQUIRE_VM": "Tests only: `1` makes a missing QEMU, kernel or busybox a failure.",

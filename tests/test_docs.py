@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import shlex
 import shutil
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 import click
 import msgspec
@@ -16,8 +18,11 @@ import pytest
 from lumaris.cli.options import Settings
 from lumaris.cli.root import root
 from lumaris_node.config import NodeConfig
+from lumaris_node.egress import policy
 from lumaris_protocol import limits
+from lumaris_protocol.catalog import CATALOG
 from lumaris_protocol.codes import CODES
+from lumaris_protocol.messages.advert import Feature, Tier
 from lumaris_protocol.registry import MESSAGES
 
 ROOT = Path(__file__).parents[1]
@@ -174,8 +179,15 @@ def test_every_environment_variable_is_documented() -> None:
 @pytest.mark.parametrize(
     "line", sorted({line for page in PAGES for line in commands_in(page.read_text())})
 )
-def test_commands_in_the_docs_parse(line: str) -> None:
-    parse(shlex.split(line)[1:])
+def test_commands_in_the_docs_parse(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(line)[1:]
+    for word in words:
+        if word.endswith(".tar"):
+            Path(word).touch()  # such a file must exist
+    parse(words)
 
 
 def test_a_command_that_does_not_exist_is_noticed() -> None:
@@ -185,13 +197,38 @@ def test_a_command_that_does_not_exist_is_noticed() -> None:
         parse(["run", "--no-such", "image", "command"])
 
 
-def test_the_sample_of_node_toml_is_valid() -> None:
-    samples = [
-        body for language, body in _FENCE.findall(text_of("docs/settings.md")) if language == "toml"
-    ]
+def test_the_samples_of_node_toml_are_valid() -> None:
+    text = text_of("docs/settings.md", "docs/execution.md")
+    samples = [body for language, body in _FENCE.findall(text) if language == "toml"]
     for sample in samples:
-        msgspec.toml.decode(sample, type=NodeConfig).price.table()
-    assert samples
+        config = msgspec.toml.decode(sample, type=NodeConfig)
+        config.price.table()
+        policy.check_patterns(config.accept.egress)
+    assert len(samples) > 2
+
+
+@pages
+def test_samples_of_python_make_the_requests_they_show(page: Path) -> None:
+    for language, body in _FENCE.findall(page.read_text(encoding="utf-8")):
+        if language == "python":
+            tree = ast.parse(body)
+            kept = (ast.Import, ast.ImportFrom, ast.Assign)
+            tree.body = [node for node in tree.body if isinstance(node, kept)]
+            exec(compile(tree, page.name, "exec"), {})
+
+
+def test_reasons_and_features_of_execution_are_the_known_ones() -> None:
+    text = text_of("docs/execution.md")
+    killed = {name for name in CODES if name.startswith("killed_")}
+    assert set(re.findall(r"`(killed_\w+)`", text)) == killed
+    table = text[text.index("| tier | is | needs") : text.index("| tier | a start costs")]
+    assert [name for name in get_args(Feature) if f"`{name}`" not in table] == []
+    assert [name for name in get_args(Tier) if f"| `{name}` |" not in table] == []
+    for image in CATALOG:
+        assert f"`{image}`" in text
+    bounds = (limits.PIDS_DEFAULT, limits.PIDS_MAX, limits.SCRATCH_FILES_MAX, limits.OPEN_FILES_MAX)
+    rows = text[text.index("| limit | default") : text.index("The reasons come")]
+    assert [count for count in bounds if f"{count:,}" not in rows] == []
 
 
 def test_make_targets_in_the_readme_exist() -> None:

@@ -111,8 +111,9 @@ async def measure_leftovers(world: World) -> None:
             if executor is None:
                 continue
             image = await add_module(world, executor, SPIN) if tier == "wasm" else world.image
-            stay = looked.files()  # the module that was given to the tier
             spec = world.spec(image, command, wall_s=60)
+            await executor.destroy(await executor.prepare(spec))
+            stay = looked.files()  # a module, and the native code made of it
             for number in range(0, count, LEASE_JOBS):
                 await _kill_lease(world, executor, spec, min(LEASE_JOBS, count - number))
                 looked.note_containers()

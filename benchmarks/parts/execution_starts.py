@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -17,7 +16,14 @@ from benchmarks.parts.execution_rivals import (
     docker_command,
     runc_command,
 )
-from benchmarks.parts.execution_world import World, in_turn, ratio, timed_command, timed_run
+from benchmarks.parts.execution_world import (
+    World,
+    in_turn,
+    ratio,
+    tell,
+    timed_command,
+    timed_run,
+)
 from lumaris_node.executors.port import Executor
 from lumaris_protocol.catalog import CATALOG
 from lumaris_protocol.ids import digest
@@ -39,12 +45,10 @@ async def measure_process(world: World) -> None:
             "bare": partial(_timed, bare),
         }
         found = await in_turn(ways, world.rounds(40, 15))
-    row, ours = world.row, statistics.median(found["ours"])
-    row("process: cold p50", ours, "ms", "<= 40", ours <= 40)
-    row("process: cold best", min(found["ours"]), "ms")
-    row("bare bubblewrap, same options p50", statistics.median(found["bare"]), "ms")
+    tell(world.row, "process: cold", found["ours"], 40)
+    tell(world.row, "bare bubblewrap, same options", found["bare"])
     times = ratio(found["ours"], found["bare"])
-    row("process / bare bubblewrap", times, "x", "<= 3", times <= 3)
+    world.row("process / bare bubblewrap", times, "x", "<= 3", times <= 3)
 
 
 async def measure_container(world: World) -> None:
@@ -67,13 +71,13 @@ async def measure_container(world: World) -> None:
         await executor.release(lease)
         await _measure_rate(world, executor)
     row = world.row
-    row("container: cold p50", statistics.median(found["cold"]), "ms")
-    row("container: warm in a lease p50", statistics.median(found["warm"]), "ms")
-    row("docker run, same flags p50", statistics.median(found["docker"]), "ms")
+    tell(row, "container: cold", found["cold"])
+    tell(row, "container: warm in a lease", found["warm"])
+    tell(row, "docker run, same flags", found["docker"])
     times = ratio(found["cold"], found["docker"])
     row("container / docker run", times, "x", "<= 1.15", times <= 1.15)
     if runc is not None:
-        row("raw runc, same limits p50", statistics.median(found["runc"]), "ms")
+        tell(row, "raw runc, same limits", found["runc"])
         times = ratio(found["cold"], found["runc"])
         row("container / raw runc", times, "x", "<= 10", times <= 10)
     times = ratio(found["warm"], found["cold"])
@@ -113,10 +117,9 @@ async def measure_wasm(world: World) -> None:
         }
         found = await in_turn(ways, world.rounds(40, 15))
         row = world.row
-        warm, fresh = (statistics.median(found[name]) for name in ("warm", "fresh"))
-        row("wasm: instance in a live worker p50", warm, "ms", "<= 2", warm <= 2)
-        row("wasm: fresh worker p50", fresh, "ms", "<= 150", fresh <= 150)
-        row("bare Python p50", statistics.median(found["python"]), "ms")
+        tell(row, "wasm: instance in a live worker", found["warm"], 2)
+        tell(row, "wasm: fresh worker", found["fresh"], 150)
+        tell(row, "bare Python", found["python"])
         row("wasm: fresh worker / bare Python", ratio(found["fresh"], found["python"]), "x")
         await executor.release(lease)
         if world.quick:
@@ -133,8 +136,7 @@ async def measure_wasm(world: World) -> None:
             await timed_run(executor, world.spec(PYTHON.digest, command, lease=lease))
             for _ in world.rounds(20, 8)
         ]
-        middle = statistics.median(times)
-        row("CPython on wasm: no-op, compiled p50", middle, "ms", "<= 80", middle <= 80)
+        tell(row, "CPython on wasm: no-op, compiled", times, 80)
         await executor.release(lease)
 
 

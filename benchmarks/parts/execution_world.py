@@ -112,8 +112,13 @@ class World:
         return found
 
     def engine_processes(self) -> list[psutil.Process]:
-        """The engine's own: its daemon, the containers' supervisor and the shims."""
-        found = []
+        """The engine's own: its daemon, the containers' supervisor and the shims.
+
+        Of an engine that is not ours, those of every engine of the machine.
+        """
+        found: list[psutil.Process] = []
+        if not self.engine:
+            return found
         for process in psutil.process_iter(["name", "cmdline"]):
             words = process.info["cmdline"] or []
             named = (process.info["name"] or "").startswith(("dockerd", "containerd"))
@@ -166,6 +171,14 @@ def _make_image(world: World) -> None:
     pack_folder(world.root, world.folder / "root.tar")
     archive = world.folder / "image.tar"
     world.image = make_image(world.folder / "root.tar", archive)
+
+
+def tell(row: Row, name: str, times: list[float], most_ms: float | None = None) -> None:
+    """Two rows of milliseconds. The bar is for the best: the rest has the machine's other work."""
+    best = min(times)
+    bar, holds = ("", None) if most_ms is None else (f"<= {most_ms:g}", best <= most_ms)
+    row(f"{name} best", best, "ms", bar, holds)
+    row(f"{name} p50", statistics.median(times), "ms")
 
 
 async def discard(_stream: str, _data: bytes) -> None:

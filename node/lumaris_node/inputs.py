@@ -6,7 +6,7 @@ against the disk of the agreement, and the oldest goes first.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,8 +30,17 @@ _FILES_MAX = 4 * INPUT_FILES_MAX
 class Inputs:
     """The input files of one session, in `folder`. One order at a time uses them."""
 
-    def __init__(self, folder: Path, *, disk_bytes: int, transfer_rate: Rate | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        disk_bytes: int,
+        transfer_rate: Rate | None = None,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_change` is told after a file came or went."""
         self._folder, self._transfer_rate = folder, transfer_rate
+        self._on_change = on_change
         self._budget = disk_bytes + INPUT_ALLOWANCE_BYTES
         self._sizes: dict[str, int] = {}  # what is here, the least recently used first
         self._wanted: dict[str, tuple[int, trio.Event]] = {}
@@ -69,7 +78,10 @@ class Inputs:
     async def drop(self, sha256: str) -> None:
         """Remove a file."""
         if self._sizes.pop(sha256, None) is not None:
-            await trio.Path(self.path(sha256)).unlink(missing_ok=True)
+            try:
+                await trio.Path(self.path(sha256)).unlink(missing_ok=True)
+            finally:
+                self._on_change()
 
     def use(self, file: File) -> Path:
         """The path of a file that is here. Raises LumarisError `bad_input` for a false size."""
@@ -125,6 +137,7 @@ class Inputs:
                 self.path(header.sha256).unlink(missing_ok=True)
                 if header.sha256 not in self._wanted:
                     self._forget_part(header.sha256)
+            self._on_change()
 
     def _forget_part(self, sha256: str) -> None:
         """Remove what an upload that was cut off has left for its next attempt."""

@@ -43,6 +43,11 @@ class OrderLog:
         self._closed = False
         self._using = trio.Lock()  # the files are not closed while a thread uses them
 
+    @property
+    def settled(self) -> bool:
+        """Whether it ended, nobody reads it and it is in memory only: then it closes by itself."""
+        return self.ended and not self._readers and self._files is None
+
     async def append(self, stream: Stream, data: bytes) -> None:
         """Keep what a guest printed. What is over the cap, or finds no disk, is not kept."""
         async with self._using:

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -44,9 +44,6 @@ from lumaris_protocol.messages.execution import File, Usage, WorkOrder, WorkStat
 
 log = logging.getLogger(__name__)
 
-_METER_S = 0.25  # how often a running order is metered: a fraction of any voucher interval
-# How often the tier is asked what the run consumed; the bill does not wait for its answer.
-_SAMPLE_S = 1.0
 _PROGRESS_S = 1.0  # between two words on how far a preparation is
 _MS = 1000
 
@@ -63,6 +60,8 @@ class SessionPort(Protocol):
     session: str
     pids_max: int
 
+    @property
+    def gate_open(self) -> bool: ...
     def now(self) -> float: ...
     def apply(self, effects: list[Effect]) -> None: ...
     def keep(self, run: OrderRun) -> None: ...
@@ -94,6 +93,8 @@ class OrderRun:
         self._used = RunUsage()
         self._logs: Mapping[str, _Log] = {"stdout": _Log(), "stderr": _Log()}
         self._handle: Handle | None = None
+        self._waiting = self._destroyed = False
+        self.holds_outputs = False  # in `kept/`, until they are wiped
         self._stop_reason = ""
         self._stopped = trio.CancelScope()
         self._wiping = trio.Lock()
@@ -138,6 +139,23 @@ class OrderRun:
             self._ran_s, self._running_since = self._elapsed_s(), None
         self._tell("running" if is_open else "paused")
 
+    def meter(self) -> None:
+        """Bill the run so far, if it runs now."""
+        session = self._session
+        if self._waiting and self.machine.state == "running":
+            usage = self._usage(replace(self._used, wall_ms=int(self._elapsed_s() * _MS)))
+            session.apply(session.machine.accrue(self.order.n, usage, now=session.now()))
+
+    async def sample(self, *, within_s: float) -> None:
+        """What the run consumed so far, for the meter; a tier that cannot say costs nothing."""
+        if not self._waiting or self._handle is None:
+            return
+        try:
+            with trio.move_on_after(within_s):
+                self._used = await self.executor.usage(self._handle)
+        except Exception as error:
+            log.debug("usage not known job=%s error=%r", self.order.job, error)
+
     def live_handle(self) -> Handle:
         """The handle of the run. Raises RefusedError `not_attached` when it does not run."""
         if self.machine.state != "running" or self._handle is None:
@@ -154,7 +172,7 @@ class OrderRun:
 
     async def wipe(self) -> None:
         """Remove the order's outputs; what resists goes with the lease's volume."""
-        if self._workspace is not None:
+        if self._workspace is not None and self.holds_outputs:
             await self._remove(partial(self._workspace.forget, self.order.job))
 
     # --- the run ---
@@ -199,7 +217,10 @@ class OrderRun:
                 await self._image_from_buyer()
             await self._fetch(await self._missing())
             workspace = self._workspace = session.workspace
-            await trio.to_thread.run_sync(self._stage, workspace)
+            if workspace.ready and not order.inputs:
+                workspace.begin()
+            else:
+                await trio.to_thread.run_sync(self._stage, workspace)
         # An image may be compiled or unpacked now, which its tier bounds by itself.
         with _within(IMAGE_S_MAX, "image_timeout"):
             self._handle = await self.executor.prepare(self._spec(workspace), self._progress)
@@ -312,34 +333,17 @@ class OrderRun:
         self.machine.take("start")
         self._running_since = trio.current_time()
         session.apply(session.machine.running(self.order.n, now=session.now()))
-        session.regate()  # the gate may have shut while it started
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._meter)
-            nursery.start_soon(self._sample, handle)
-            outcome = await self.executor.wait(handle)
-            nursery.cancel_scope.cancel()
-        return outcome
-
-    async def _meter(self) -> None:
-        session = self._session
-        while True:
-            await trio.sleep(_METER_S)
-            if self.machine.state == "running":
-                usage = self._usage(replace(self._used, wall_ms=int(self._elapsed_s() * _MS)))
-                session.apply(session.machine.accrue(self.order.n, usage, now=session.now()))
-
-    async def _sample(self, handle: Handle) -> None:
-        """What the run consumed so far, for the meter; a tier that cannot say costs nothing."""
-        while True:
-            try:
-                with trio.move_on_after(_SAMPLE_S):
-                    self._used = await self.executor.usage(handle)
-            except Exception as error:
-                log.debug("usage not known job=%s error=%r", self.order.job, error)
-            await trio.sleep(_SAMPLE_S)
+        if not session.gate_open:
+            session.regate()  # it shut while the order started
+        self._waiting = True
+        try:
+            return await self.executor.wait(handle)
+        finally:
+            self._waiting = False
 
     async def _deliver(self, outcome: Outcome) -> None:
         order, session = self.order, self._session
+        await self._destroy()  # nothing of it may touch what is collected
         outputs = await trio.to_thread.run_sync(self._collect)
         self.kept_files = len(outputs)
         self._delivered = {file.sha256: file.path for file in outputs}
@@ -363,7 +367,11 @@ class OrderRun:
         bounds, workspace = self.order.limits, self._workspace
         assert workspace is not None, "collecting follows preparing"
         found = workspace.collect(files_max=bounds.output_files, bytes_max=bounds.disk_bytes)
-        workspace.keep(self.order.job)
+        self.holds_outputs = True  # in part, should moving them fail
+        self.holds_outputs = workspace.keep(self.order.job)
+        if self._destroyed:  # the next order finds it empty, at no wait of its own
+            with suppress(OSError):  # `_free` tries again
+                workspace.clear()
         return tuple(
             File(path=item.path, size_bytes=item.size, sha256=item.digest) for item in found
         )
@@ -395,15 +403,22 @@ class OrderRun:
         return fact if self.machine.can(fact) else "platform_failed"
 
     async def _free(self, *, keep_outputs: bool) -> None:
-        if self._handle is not None:
-            try:
-                await self.executor.destroy(self._handle)
-            except Exception:
-                log.exception("sandbox not destroyed job=%s", self.order.job)
+        await self._destroy()
         if not keep_outputs:
             await self.wipe()
-        if self._workspace is not None:
-            await self._remove(self._workspace.clear)
+        workspace = self._workspace
+        if workspace is not None and not workspace.ready:
+            await self._remove(workspace.clear)
+            if not self._destroyed:
+                workspace.touched()  # what lives on may write again
+
+    async def _destroy(self) -> None:
+        if self._handle is not None and not self._destroyed:
+            try:
+                await self.executor.destroy(self._handle)
+                self._destroyed = True
+            except Exception:
+                log.exception("sandbox not destroyed job=%s", self.order.job)
 
     async def _remove(self, step: Callable[[], None]) -> None:
         async with self._wiping:  # two at once would trip over each other

@@ -8,7 +8,7 @@ nothing here touches money.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -52,6 +52,9 @@ from lumaris_protocol.protocols import BlobHeader
 log = logging.getLogger(__name__)
 
 _TICK_S = 1
+_METER_S = 0.25  # how often a running order is metered: a fraction of any voucher interval
+# How often the tier is asked what the run consumed; the bill does not wait for its answer.
+_SAMPLE_S = 1.0
 _FLUSH_S = 5  # the last words of a session: a buyer that does not read them loses only them
 
 
@@ -84,6 +87,7 @@ class SessionHost:
             self.workspace.blobs,
             disk_bytes=agreement.resources.disk_bytes,
             transfer_rate=transfer_rate,
+            on_change=self.workspace.touched,
         )
         self.orders_done = 0
         self.pids_max = pids_max
@@ -137,12 +141,25 @@ class SessionHost:
         await trio.to_thread.run_sync(self.workspace.open)
         async with trio.open_nursery() as nursery:
             self._wiping = nursery
-            for task in (self._send, self._read, self._work, self._tick, self._gatekeeper):
+            for task in self._tasks:
                 nursery.start_soon(task)
             await self._over.wait()
             with trio.move_on_after(_FLUSH_S):
                 await self._outbox.flush()
             nursery.cancel_scope.cancel()
+
+    @property
+    def _tasks(self) -> tuple[Callable[[], Awaitable[None]], ...]:
+        # The meter and the sampler are the session's: most orders end before either looks.
+        return (
+            self._send,
+            self._read,
+            self._work,
+            self._tick,
+            self._meter,
+            self._sample,
+            self._gatekeeper,
+        )
 
     def now(self) -> float:
         """Wall clock, for documents."""
@@ -315,6 +332,23 @@ class SessionHost:
             await trio.sleep(_TICK_S)
             self.apply(self.machine.tick(now=self.now()))
 
+    async def _meter(self) -> None:
+        while True:
+            await trio.sleep(_METER_S)
+            run = self._run
+            if run is not None:
+                try:
+                    run.meter()
+                except Exception:
+                    log.exception("order not metered job=%s", run.order.job)
+                    run.abort()
+
+    async def _sample(self) -> None:
+        while True:
+            await trio.sleep(_SAMPLE_S)
+            if self._run is not None:
+                await self._run.sample(within_s=_SAMPLE_S)
+
     # --- the end ---
 
     def _finish(self, reason: str) -> None:
@@ -326,11 +360,15 @@ class SessionHost:
         """Outputs are kept only until the buyer accepted or rejected them."""
         for n in [n for n in self._done if not self.machine.awaits_answer(n)]:
             run = self._done.pop(n)
-            if self._wiping is not None:
+            if not run.holds_outputs:
+                self._count_wiped(run)
+            elif self._wiping is not None:
                 self._wiping.start_soon(self._wipe, run)
 
     def _keep_log(self, kept: OrderLog) -> None:
         """Readers get the rest of it, within bounds."""
+        if kept.settled:
+            return
         self._logs.add(kept)
         if self._wiping is not None:
             self._wiping.start_soon(self._drop_log, kept, LOG_LINGER_S)
@@ -348,6 +386,9 @@ class SessionHost:
 
     async def _wipe(self, run: OrderRun) -> None:
         await run.wipe()
+        self._count_wiped(run)
+
+    def _count_wiped(self, run: OrderRun) -> None:
         self._kept.pop(run.order.n, None)
         self._kept_files.pop(run.order.n, None)
         self._wiped.set()

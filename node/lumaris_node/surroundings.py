@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 
 import trio
 
@@ -26,12 +26,17 @@ class Surroundings:
         """What a guest must be told of them."""
         return proxy.environment() if self.egress else {}
 
-    @asynccontextmanager
-    async def around(self, executor: Executor, handle: Handle) -> AsyncGenerator[None]:
+    def around(self, executor: Executor, handle: Handle) -> AbstractAsyncContextManager[None]:
         """Serve a prepared run until the block ends: its proxy, and the meter of its GPUs.
 
         Raises LumarisError when the sandbox's network cannot be entered.
         """
+        if not self.egress and not self.gpus:
+            return nullcontext()
+        return self._around(executor, handle)
+
+    @asynccontextmanager
+    async def _around(self, executor: Executor, handle: Handle) -> AsyncGenerator[None]:
         listener: trio.SocketListener | None = None
         if self.egress:
             pid = await executor.network_pid(handle)

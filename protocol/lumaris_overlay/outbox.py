@@ -36,7 +36,10 @@ class Outbox:
         self._sends: deque[tuple[int, Send]] = deque()  # with how many keeps must come before
         self._keeps: deque[Effect] = deque()
         self._put_count = self._kept_count = 0
-        self._changed = trio.Event()
+        # Who waits: to store, to send, and for less to be queued.
+        self._keeper = trio.lowlevel.ParkingLot()
+        self._sender = trio.lowlevel.ParkingLot()
+        self._waiters = trio.lowlevel.ParkingLot()
         self._sending = False
         self._dead = False  # nothing more will be sent
 
@@ -44,10 +47,11 @@ class Outbox:
         """Queue an effect; never blocks."""
         if isinstance(effect, Send):
             self._sends.append((self._put_count, effect))
+            self._sender.unpark_all()
         else:
             self._keeps.append(effect)
             self._put_count += 1
-        self._wake()
+            self._keeper.unpark_all()
 
     @property
     def waiting(self) -> int:
@@ -57,12 +61,12 @@ class Outbox:
     async def room(self) -> None:
         """Wait until the queues are short enough for bulk output, or for another message."""
         while self.waiting >= _LOG_WAIT and not self._dead:
-            await self._changed.wait()
+            await self._waiters.park()
 
     async def flush(self) -> None:
         """Wait until everything queued was stored and sent, or nothing more can be."""
         while (self.waiting or self._sending) and not self._dead:
-            await self._changed.wait()
+            await self._waiters.park()
 
     async def keep_rest(self) -> None:
         """The peer is gone: store what must be stored and drop what was to be sent."""
@@ -87,7 +91,7 @@ class Outbox:
                     nursery.cancel_scope.cancel()
         finally:
             self._dead = True
-            self._wake()
+            self._waiters.unpark_all()
         if lost is not None:
             raise lost
 
@@ -95,14 +99,15 @@ class Outbox:
         while True:
             while self._keeps:
                 await self._keep_next()
-            await self._changed.wait()
+            await self._keeper.park()
 
     async def _keep_next(self) -> None:
         # Taken off only when it is stored: a cancelled write is made up for by `keep_rest`.
         await self._keep(self._keeps[0])
         self._keeps.popleft()
         self._kept_count += 1
-        self._wake()
+        self._sender.unpark_all()
+        self._waiters.unpark_all()
 
     async def _send_all(self) -> None:
         while True:
@@ -114,9 +119,9 @@ class Outbox:
                 if scope.cancelled_caught:
                     raise trio.BrokenResourceError("The other side takes nothing.")
                 self._sending = False
-                self._wake()
+                self._waiters.unpark_all()
             else:
-                await self._changed.wait()
+                await self._sender.park()
 
     def _take_batch(self) -> bytes:
         batch = bytearray()
@@ -127,7 +132,3 @@ class Outbox:
             self._sends.popleft()
             batch += frames.encode(Kind.ENVELOPE, effect.data)
         return bytes(batch)
-
-    def _wake(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()

@@ -17,6 +17,7 @@ BLOCK_BYTES: Final = 512
 _HEADER_BYTES_MAX = 64 * 1024
 _EXTENSIONS_MAX = 4  # headers before one member: a long name, a long link, pax; one to spare
 _PATH_BYTES_MAX = 4096
+_TIME_DIGITS_MAX = 10
 _CHUNK_BYTES = 1024 * 1024
 
 Kind = Literal["file", "folder", "symlink", "hardlink", "special"]
@@ -43,13 +44,17 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class Member:
-    """One name in an archive. `link` is the target of a link, as it stands there."""
+    """One name in an archive. `link` is the target of a link, as it stands there.
+
+    `modified_s` counts from 1970; 0 when what stands there is no such time.
+    """
 
     name: str
     kind: Kind
     size: int
     mode: int
     link: str = ""
+    modified_s: int = 0
 
 
 def unsafe(why: str) -> LumarisError:
@@ -134,7 +139,8 @@ class TarReader:
         if len(name.encode(errors="surrogateescape")) > _PATH_BYTES_MAX or "\0" in name + link:
             raise unsafe("has a name that is too long or no name")
         self._left, self._padding = size, -size % BLOCK_BYTES
-        return Member(name, kind, size, _number(header[100:108]) & 0o7777, link)
+        modified_s = _seconds(header[136:148], extra.get("mtime", ""))
+        return Member(name, kind, size, _number(header[100:108]) & 0o7777, link, modified_s)
 
     def _header(self) -> bytes | None:
         """The next block that is a header; None at the archive's end."""
@@ -182,6 +188,15 @@ def _number(field: bytes) -> int:
     if text.strip(b"01234567"):
         raise unsafe("is no tar, or is damaged")
     return int(text, 8) if text else 0
+
+
+def _seconds(field: bytes, text: str) -> int:
+    """A time in whole seconds, of a pax record if there is one."""
+    whole = text.partition(".")[0]
+    if whole.isascii() and whole.isdecimal() and len(whole) <= _TIME_DIGITS_MAX:
+        return int(whole)
+    octal = field.strip(b" \0")
+    return 0 if octal.strip(b"01234567") or not octal else int(octal, 8)
 
 
 def _decimal(text: str) -> int:

@@ -104,7 +104,7 @@ def subtract(left: Resources, right: Resources) -> Resources | None:
     if min(cpu, memory, disk) < 0 or not gpus_fit(right.gpus, left.gpus):
         return None
     taken = Counter({(gpu.model, gpu.vram_bytes): 0 for gpu in left.gpus})
-    for wanted in right.gpus:
+    for wanted in _choosy_first(right.gpus):
         taken[_place(wanted, left.gpus, taken)] += wanted.count
     gpus = tuple(
         Gpu(model=gpu.model, vram_bytes=gpu.vram_bytes, count=gpu.count - used)
@@ -117,7 +117,7 @@ def subtract(left: Resources, right: Resources) -> Resources | None:
 def gpus_fit(wanted: tuple[Gpu, ...], free: tuple[Gpu, ...]) -> bool:
     """Whether all wanted GPUs can be taken from the free ones at once."""
     taken: Counter[tuple[str, int]] = Counter()
-    for gpu in wanted:
+    for gpu in _choosy_first(wanted):
         try:
             taken[_place(gpu, free, taken)] += gpu.count
         except LookupError:
@@ -125,12 +125,20 @@ def gpus_fit(wanted: tuple[Gpu, ...], free: tuple[Gpu, ...]) -> bool:
     return True
 
 
+def _choosy_first(wanted: tuple[Gpu, ...]) -> list[Gpu]:
+    """Those that name a model before those that take any."""
+    return sorted(wanted, key=lambda gpu: (not gpu.model, -gpu.vram_bytes))
+
+
 def _place(wanted: Gpu, free: tuple[Gpu, ...], taken: Counter[tuple[str, int]]) -> tuple[str, int]:
-    """The kind of free GPU that serves a wanted one: the smallest of the model that is enough."""
+    """The kind of free GPU that serves a wanted one: the smallest of its model that is enough.
+
+    A wanted one without a model takes any.
+    """
     fitting = [
         (gpu.vram_bytes, gpu.model)
         for gpu in free
-        if gpu.model == wanted.model
+        if wanted.model in ("", gpu.model)
         and gpu.vram_bytes >= wanted.vram_bytes
         and gpu.count - taken[gpu.model, gpu.vram_bytes] >= wanted.count
     ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import msgspec
 import trio
 
 from lumaris import profile as profiles
@@ -22,7 +23,8 @@ from lumaris_protocol.codec import Signed
 from lumaris_protocol.coordinator_api import Account, Audit
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.matching import MatchReport
-from lumaris_protocol.messages.advert import Advert
+from lumaris_protocol.messages.advert import Advert, Gpu, Tier
+from lumaris_protocol.messages.negotiation import EgressRules
 from lumaris_protocol.money import parse_credits
 
 T = TypeVar("T")
@@ -358,12 +360,17 @@ def make_request(
     cpu: float = 1.0,
     memory_bytes: int = 512 * limits.MIB,
     disk_bytes: int = 64 * limits.MIB,
+    pids: int = limits.PIDS_DEFAULT,
+    tier: Tier | None = None,
+    assurances: Sequence[str] = (),
+    egress: Sequence[str] = (),
+    gpus: Sequence[str] = (),
     regions: Sequence[str] = (),
     attempts: int = 3,
 ) -> JobRequest:
     """A request from friendly values, checked before anything is contacted.
 
-    Raises LumarisError `usage` or `bad_command`.
+    `gpus` are texts such as `2` or `NVIDIA L4:1`. Raises LumarisError `usage` or `bad_command`.
     """
     if isinstance(command, str) or not command:
         raise LumarisError("bad_command", "The command is a list: the program, then its arguments.")
@@ -371,6 +378,8 @@ def make_request(
         raise LumarisError("usage", f"The time limit is 1 to {limits.WALL_S_MAX} seconds.")
     if not 0.001 <= cpu <= 1024 or memory_bytes < limits.MIB or attempts < 1:
         raise LumarisError("usage", "CPU, memory or attempts are out of range.")
+    if not 1 <= pids <= limits.PIDS_MAX:
+        raise LumarisError("usage", f"A job has 1 to {limits.PIDS_MAX} processes and threads.")
     return JobRequest(
         image=image,
         command=tuple(command),
@@ -381,9 +390,34 @@ def make_request(
         disk_bytes=disk_bytes,
         wall_s=timeout_s,
         max_cost_nanos=parse_amount(max_cost, "max_cost"),
+        pids=pids,
+        tier=tier,
+        assurances=tuple(assurances),
+        egress=_checked_egress(egress),
+        gpus=tuple(_gpu(text) for text in gpus),
         regions=tuple(regions),
         attempts=attempts,
     )
+
+
+def _checked_egress(rules: Sequence[str]) -> tuple[str, ...]:
+    try:
+        return msgspec.convert([rule.lower() for rule in rules], EgressRules)
+    except msgspec.ValidationError:
+        raise LumarisError(
+            "usage",
+            f"--egress takes HOST:PORT or *.DOMAIN:PORT, {limits.EGRESS_RULES_MAX} at most.",
+        ) from None
+
+
+def _gpu(text: str) -> Gpu:
+    model, _, count = text.rpartition(":")
+    if not count.isdecimal():
+        model, count = text, "1"
+    try:
+        return msgspec.convert({"model": model, "vram_bytes": 0, "count": int(count)}, Gpu)
+    except (msgspec.ValidationError, ValueError):
+        raise LumarisError("usage", f"--gpu takes COUNT or MODEL:COUNT, not {text!r}.") from None
 
 
 def parse_amount(text: str, name: str) -> int:

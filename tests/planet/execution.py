@@ -108,8 +108,8 @@ class Arena:
         for name, client in self.clients.items():
             client.close()
             if name != "buyer":
-                eventually(lambda: not (self.net.state / name / "overlay" / "overlay.sock").exists(),
-                           "the buyer's overlay process has ended")
+                overlay = self.net.state / name / "overlay" / "overlay.sock"
+                eventually(lambda: not overlay.exists(), "its overlay has ended")  # noqa: B023
                 shutil.rmtree(self.net.state / name)
         self.clients.clear()
 

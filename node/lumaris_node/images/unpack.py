@@ -81,7 +81,7 @@ class Unpacker:
             self._remove(folder, name)
             os.symlink(member.link, name, dir_fd=folder)
         else:
-            self._write(folder, name, member.mode, tar)
+            self._write(folder, name, member, tar)
         self._mark(folder, name)
 
     def _mark(self, folder: int, name: str) -> None:
@@ -99,14 +99,16 @@ class Unpacker:
         finally:
             os.close(inner)
 
-    def _write(self, folder: int, name: str, mode: int, tar: TarReader) -> None:
+    def _write(self, folder: int, name: str, member: Member, tar: TarReader) -> None:
         self._remove(folder, name)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with open(os.open(name, flags, 0o600, dir_fd=folder), "wb", buffering=0) as file:
             for piece in tar.data():
                 if file.write(piece) != len(piece):
                     raise unsafe("does not fit on this disk")
-            os.fchmod(file.fileno(), mode & 0o755 | 0o444)
+            os.fchmod(file.fileno(), member.mode & 0o755 | 0o444)
+            # Compiled modules of Python are good only beside a source of the time they name.
+            os.utime(file.fileno(), (member.modified_s, member.modified_s))
 
     def _link(self, folder: int, name: str, target: tuple[str, ...]) -> None:
         """A hard link, to a file or symbolic link that is in the image already."""

@@ -51,6 +51,7 @@ class LeaseWorkspace:
         self.inputs = volume.path / "in"
         self.outputs = volume.path / "out"
         self._kept = volume.path / "kept"
+        self.ready = False  # `in/` and `out/` are empty, and nothing came or went since `mark`
         self._staged = self._staged_bytes = 0
         self._before = (0, 0)  # what the volume held when the job began
         self._counting = threading.Lock()  # outputs are forgotten while another job begins
@@ -73,18 +74,29 @@ class LeaseWorkspace:
     # --- one job ---
 
     def begin(self) -> None:
-        """Make `in/` and `out/` empty for a job. Raises LumarisError `platform_error`."""
+        """Make `in/` and `out/` empty for a job; blocks unless they are `ready`.
+
+        Raises LumarisError `platform_error`.
+        """
         self._staged = self._staged_bytes = 0
         try:
-            self.clear()
+            if not self.ready:
+                self.clear()
         except OSError as error:
             raise LumarisError("platform_error", f"No workspace: {error.strerror}.") from error
+        self.ready = False
 
     def clear(self) -> None:
-        """Remove what is in `in/` and `out/`. Raises OSError."""
+        """Remove what is in `in/` and `out/`, for the next job. Raises OSError."""
         for folder in (self.inputs, self.outputs):
             empty(folder)
         self._open_to_guest()
+        self.ready = True  # before it is counted: a file that goes meanwhile takes it back
+        self.mark()
+
+    def touched(self) -> None:
+        """A file of `blobs/` came or went: what the next job finds is counted again."""
+        self.ready = False
 
     def _open_to_guest(self) -> None:
         self.inputs.chmod(0o755)
@@ -133,14 +145,19 @@ class LeaseWorkspace:
 
     # --- delivered outputs ---
 
-    def keep(self, job: str) -> None:
-        """Move what is in `out/` to where it waits for the buyer. Raises OSError."""
+    def keep(self, job: str) -> bool:
+        """Move what is in `out/` to where it waits for the buyer; whether there was anything.
+
+        Raises OSError.
+        """
         target = self.kept(job)
-        target.mkdir(mode=0o700)
         with os.scandir(self.outputs) as names:
             items = [item.name for item in names]
+        if items:
+            target.mkdir(mode=0o700)
         for name in items:
             os.rename(self.outputs / name, target / name)
+        return bool(items)
 
     def kept(self, job: str) -> Path:
         """Where the outputs of a delivered job are. Raises ValueError for a name that is no id."""

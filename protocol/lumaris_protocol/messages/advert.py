@@ -31,7 +31,7 @@ Verification = Literal["det", "repl", "evid"]
 
 
 class Gpu(Part, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """GPUs of one model."""
+    """GPUs of one model; where they are wanted, no model means any."""
 
     model: Annotated[str, Meta(max_length=limits.NAME_CHARS_MAX)]
     vram_bytes: Count

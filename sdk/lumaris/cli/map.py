@@ -22,6 +22,7 @@ from lumaris.cli.output import (
 )
 from lumaris.cli.work import (
     GUEST_CONTEXT,
+    Wants,
     asks,
     check_image,
     confirm,
@@ -29,7 +30,6 @@ from lumaris.cli.work import (
     guest_command,
     job_options,
     open_client,
-    pairs,
     prepare_out,
     save_artifacts,
     say_wanted,
@@ -91,13 +91,7 @@ def map_files(
     sellers: int,
     budget: str,
     out: Path | None,
-    cpu: float,
-    memory: int,
-    disk: int,
-    timeout: int,
-    regions: tuple[str, ...],
-    environment: tuple[str, ...],
-    attempts: int,
+    wants: Wants,
     yes: bool,
     dry_run: bool,
 ) -> int:
@@ -110,26 +104,19 @@ def map_files(
     lumaris map python:3.12-wasi python -c 'import sys; print(len(open(sys.argv[1]).read()))' {} \\
         --each *.txt
     """
-    from lumaris.client import make_request, parse_amount
+    from lumaris.client import parse_amount
 
     parse_amount(budget, "--budget")
     requests = [
-        make_request(
+        wants.request(
             image,
             [word.replace("{}", f"/in/{file.name}") for word in command],
             inputs={_input_name(file): file},
-            environment=pairs(environment),
             max_cost=budget,
-            timeout_s=timeout,
-            cpu=cpu,
-            memory_bytes=memory,
-            disk_bytes=disk,
-            regions=regions,
-            attempts=attempts,
         )
         for file in files
     ]
-    check_image(image)
+    check_image(image, wants.tier)
     if not dry_run:
         prepare_out(out)
     with terminable(), Progress(quiet=settings.json) as progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,8 +16,8 @@ from lumaris_protocol import codes
 from lumaris_protocol.errors import LumarisError
 
 if TYPE_CHECKING:
-    from lumaris.images import Image
-    from lumaris_protocol.messages.advert import Advert, Resources
+    from lumaris_protocol.messages.advert import Advert, Feature, Resources, Runtime, Tier
+    from lumaris_protocol.messages.negotiation import Requirements
 
 _S_PER_HOUR = 3600
 
@@ -28,6 +29,18 @@ _S_PER_HOUR = 3600
 @click.option("--disk", type=SIZE, default="64MiB", show_default=True)
 @click.option("--duration", type=SECONDS, default="1h", show_default=True, help="Of the lease.")
 @click.option("--region", "regions", multiple=True, help="Only there; repeatable.")
+@click.option(
+    "--tier",
+    type=click.Choice(("wasm", "process", "container", "vm")),
+    help="Only sellers that offer it.",
+)
+@click.option(
+    "--feature",
+    "features",
+    multiple=True,
+    type=click.Choice(("egress", "exec", "forward", "gpu", "stdin", "warm")),
+    help="Only sellers whose tier offers it; repeatable.",
+)
 @click.option("--why", is_flag=True, help="Show the others too, and count what excludes them.")
 @buyer_options
 @click.pass_obj
@@ -39,6 +52,8 @@ def offers(
     disk: int,
     duration: int,
     regions: tuple[str, ...],
+    tier: Tier | None,
+    features: tuple[Feature, ...],
     why: bool,
 ) -> int:
     """List sellers with their capacity and prices.
@@ -49,14 +64,29 @@ def offers(
 
     from lumaris import images
     from lumaris_protocol.messages.advert import Resources
+    from lumaris_protocol.messages.negotiation import Requirements
 
     if not 0.001 <= cpu <= 1024:
         raise LumarisError("usage", "--cpu is 0.001 to 1024.")
     wanted = Resources(cpu_millis=int(cpu * 1000), memory_bytes=memory, disk_bytes=disk)
-    resolved = trio.run(images.resolve, image) if image else None
+    resolved = trio.run(partial(images.resolve, image, tier=tier)) if image else None
+    tier = resolved.tier if resolved else tier
     with open_client(settings) as client:
         adverts = [signed.message for signed in client.offers()]
-    items = [_item(advert, wanted, resolved, regions, duration) for advert in adverts]
+    items = []
+    for advert in adverts:
+        # Without a word on it any tier will do.
+        any_tier: Tier = advert.runtimes[0].tier if advert.runtimes else "wasm"
+        needs = Requirements(
+            resources=wanted,
+            tier=tier or any_tier,
+            image=resolved.digest if resolved and resolved.tier != "wasm" else None,
+            image_fetched=bool(resolved and resolved.fetched),
+            features=features,
+            regions=regions,
+            currency=advert.prices.currency,
+        )
+        items.append(_item(advert, needs, duration))
     items.sort(key=lambda item: (bool(item["excluded_by"]), item["hour_nanos"], item["seller"]))
     excluded = Counter(code for item in items for code in item["excluded_by"])
     fitting = [item for item in items if not item["excluded_by"]]
@@ -74,26 +104,17 @@ def offers(
     return 0
 
 
-def _item(
-    advert: Advert, wanted: Resources, image: Image | None, regions: Sequence[str], lease_s: int
-) -> dict[str, Any]:
+def _item(advert: Advert, needs: Requirements, lease_s: int) -> dict[str, Any]:
     from lumaris_protocol import matching, pricing
-    from lumaris_protocol.messages.negotiation import Requirements
 
-    tiers = [runtime.tier for runtime in advert.runtimes]
-    needs = Requirements(
-        resources=wanted,
-        # Without an image any tier will do.
-        tier=image.tier if image else (tiers[0] if tiers else "wasm"),
-        image=image.digest if image and image.tier == "container" else None,
-        regions=tuple(regions),
-        currency=advert.prices.currency,
-    )
-    rate = pricing.rate_nanos_per_s(advert.prices, wanted)
+    rate = pricing.rate_nanos_per_s(advert.prices, needs.resources)
     return {
         "seller": advert.seller,
         "region": advert.region,
         "tiers": {runtime.tier: runtime.assurance for runtime in advert.runtimes},
+        "runtimes": [_runtime(runtime) for runtime in advert.runtimes],
+        "benchmarks": dict(advert.benchmarks),
+        "cached": list(advert.cached),
         "free": _resources(advert.free),
         "total": _resources(advert.total),
         "currency": advert.prices.currency,
@@ -102,6 +123,18 @@ def _item(
         "lease_s_max": advert.lease_s_max,
         "expires_at": advert.expires_at,
         "excluded_by": list(matching.explain(needs, advert, lease_s=lease_s)),
+    }
+
+
+def _runtime(runtime: Runtime) -> dict[str, Any]:
+    """A tier, what it can do, and the self-test that it passed (0 where none was run)."""
+    return {
+        "tier": runtime.tier,
+        "version": runtime.version,
+        "assurance": runtime.assurance,
+        "features": list(runtime.features),
+        "suite": runtime.suite,
+        "tested_at": runtime.tested_at,
     }
 
 
@@ -115,6 +148,11 @@ def _resources(resources: Resources) -> dict[str, Any]:
             for gpu in resources.gpus
         ],
     }
+
+
+def _shown(tier: str, assurance: str) -> str:
+    """A tier, with its isolation where that is not the usual one of its kind."""
+    return tier if assurance == tier else f"{tier} ({assurance})"
 
 
 def _nobody(seen: int, excluded: Counter[str]) -> LumarisError:
@@ -136,7 +174,7 @@ def _print(items: Sequence[dict[str, Any]], *, why: bool) -> None:
             f"{free['cpu_millis'] / 1000:g}",
             size_of(free["memory_bytes"]),
             gpus or "-",
-            ",".join(item["tiers"]),
+            ", ".join(_shown(tier, held) for tier, held in item["tiers"].items()) or "-",
             credits_of(item["start_nanos"]),
             f"{credits_of(item['hour_nanos'])} {item['currency']}",
         ]

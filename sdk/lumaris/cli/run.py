@@ -25,6 +25,7 @@ from lumaris.cli.output import (
 )
 from lumaris.cli.work import (
     GUEST_CONTEXT,
+    Wants,
     amount,
     asks,
     check_image,
@@ -35,7 +36,6 @@ from lumaris.cli.work import (
     guest_command,
     job_options,
     open_client,
-    pairs,
     prepare_out,
     save_artifacts,
     say_wanted,
@@ -111,13 +111,7 @@ def run(
     stdin_later: bool,
     features: tuple[Feature, ...],
     max_cost: str,
-    cpu: float,
-    memory: int,
-    disk: int,
-    timeout: int,
-    regions: tuple[str, ...],
-    environment: tuple[str, ...],
-    attempts: int,
+    wants: Wants,
     yes: bool,
     dry_run: bool,
 ) -> int:
@@ -131,23 +125,9 @@ def run(
     lumaris run python:3.12-wasi python -c 'print(6 * 7)'
     lumaris run --in data.csv --out results/ python:3.12-wasi python -c '...'
     """
-    from lumaris.client import make_request
-
-    request = make_request(
-        image,
-        command,
-        inputs=walk_inputs(inputs),
-        environment=pairs(environment),
-        max_cost=max_cost,
-        timeout_s=timeout,
-        cpu=cpu,
-        memory_bytes=memory,
-        disk_bytes=disk,
-        regions=regions,
-        attempts=attempts,
-    )
+    request = wants.request(image, command, inputs=walk_inputs(inputs), max_cost=max_cost)
     request = replace(request, stdin=stdin or stdin_later, features=features)
-    check_image(image)
+    check_image(image, wants.tier)
     if not dry_run:
         prepare_out(out)
     with terminable():

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import click
 
 from lumaris.cli.options import CONTEXT, SECONDS, SIZE, Settings, buyer_options
 from lumaris.cli.output import credits_of, note, size_of, time_of
-from lumaris_protocol import codes
+from lumaris_protocol import codes, limits
 from lumaris_protocol.errors import LumarisError
 
 if TYPE_CHECKING:
     from lumaris.client import Client
     from lumaris.jobs import JobRequest, JobResult
+    from lumaris_protocol.messages.advert import Tier
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -37,13 +40,88 @@ _QUESTIONS_MAX: Final = 3
 _ANSWER_BYTES_MAX: Final = 1024
 
 
+@dataclass(frozen=True)
+class Wants:
+    """What the options of a job ask for."""
+
+    cpu: float
+    memory: int
+    disk: int
+    timeout: int
+    pids: int
+    tier: Tier | None
+    assurances: tuple[str, ...]
+    egress: tuple[str, ...]
+    gpus: tuple[str, ...]
+    regions: tuple[str, ...]
+    environment: tuple[str, ...]
+    attempts: int
+
+    def request(
+        self, image: str, command: Sequence[str], *, inputs: Mapping[str, Path], max_cost: str
+    ) -> JobRequest:
+        """The request of one job, its image checked. Raises LumarisError."""
+        from lumaris.client import make_request
+
+        return make_request(
+            image,
+            command,
+            inputs=inputs,
+            environment=pairs(self.environment),
+            max_cost=max_cost,
+            timeout_s=self.timeout,
+            cpu=self.cpu,
+            memory_bytes=self.memory,
+            disk_bytes=self.disk,
+            pids=self.pids,
+            tier=self.tier,
+            assurances=self.assurances,
+            egress=self.egress,
+            gpus=self.gpus,
+            regions=self.regions,
+            attempts=self.attempts,
+        )
+
+
 def job_options(command: F) -> F:
-    """Options that describe one job, in the order that help shows them."""
+    """Options that describe one job, in the order that help shows them; they come as `wants`."""
     options = [
         click.option("--cpu", type=float, default=1.0, show_default=True, help="Hardware threads."),
         click.option("--memory", type=SIZE, default="512MiB", show_default=True),
         click.option("--disk", type=SIZE, default="64MiB", show_default=True),
         click.option("--timeout", type=SECONDS, default="10m", show_default=True),
+        click.option(
+            "--tier",
+            type=click.Choice(("process", "container", "vm")),
+            help="How a container image is run.  [default: container]",
+        ),
+        click.option(
+            "--assurance",
+            "assurances",
+            multiple=True,
+            metavar="NAME",
+            help="Only isolation of this kind, as `lumaris offers` shows it; repeatable.",
+        ),
+        click.option(
+            "--egress",
+            multiple=True,
+            metavar="HOST:PORT",
+            help="The job may connect there, through a proxy; nowhere else. Repeatable.",
+        ),
+        click.option(
+            "--gpu",
+            "gpus",
+            multiple=True,
+            metavar="[MODEL:]COUNT",
+            help="Whole GPUs, as `lumaris offers` names them; repeatable.",
+        ),
+        click.option(
+            "--pids",
+            type=click.IntRange(1, limits.PIDS_MAX),
+            default=limits.PIDS_DEFAULT,
+            show_default=True,
+            help="Processes and threads together.",
+        ),
         click.option("--region", "regions", multiple=True, help="Only there; repeatable."),
         click.option("--env", "environment", multiple=True, metavar="NAME=VALUE"),
         click.option("--attempts", type=click.IntRange(1, 20), default=3, show_default=True),
@@ -51,9 +129,17 @@ def job_options(command: F) -> F:
         click.option("--dry-run", is_flag=True, help="Show the plan; spend nothing."),
         buyer_options,
     ]
+    names = [item.name for item in fields(Wants)]
+
+    @functools.wraps(command)
+    def collected(*arguments: Any, **given: Any) -> Any:
+        wants = Wants(**{name: given.pop(name) for name in names})
+        return command(*arguments, wants=wants, **given)
+
+    wrapped: Any = collected
     for option in reversed(options):
-        command = option(command)
-    return command
+        wrapped = option(wrapped)
+    return cast("F", wrapped)
 
 
 def guest_command(
@@ -70,13 +156,13 @@ def open_client(settings: Settings) -> Client:
     return Client(state=settings.state, coordinator=settings.coordinator)
 
 
-def check_image(name: str) -> None:
+def check_image(name: str, tier: Tier | None = None) -> None:
     """Refuse an image that cannot be, before anybody is contacted. Raises LumarisError."""
     import trio
 
     from lumaris import images
 
-    trio.run(images.resolve, name)
+    trio.run(functools.partial(images.resolve, name, tier=tier))
 
 
 def pairs(values: Sequence[str]) -> dict[str, str]:

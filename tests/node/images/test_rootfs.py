@@ -92,6 +92,17 @@ def test_layers_cover_each_other(store: RootfsStore, tmp_path: Path) -> None:
     assert (root / "bin/tool").stat().st_nlink == 2
 
 
+def test_files_keep_their_times(store: RootfsStore, tmp_path: Path) -> None:
+    members = [file(name) for name in ("whole", "parts", "odd")]
+    for (item, _), modified_s in zip(members, (1_700_000_000, 1_700_000_000.75, -5.5), strict=True):
+        item.mtime = modified_s
+    archive, digest = image(tmp_path, pack(*members))
+    store.add(archive, digest)
+    root = store.path(digest)
+    times = [(root / item.name).stat().st_mtime for item, _ in members]
+    assert times == [1_700_000_000, 1_700_000_000, 0]
+
+
 def test_a_layer_may_replace_what_kind_a_name_is(store: RootfsStore, tmp_path: Path) -> None:
     lower = pack(file("a/b/c"), symlink("s", "a"), file("f"), folder("d"))
     upper = pack(

@@ -393,6 +393,18 @@ _ITEM = {
     "seller": "str",
     "region": "str",
     "tiers": {},
+    "runtimes": [
+        {
+            "tier": "str",
+            "version": "str",
+            "assurance": "str",
+            "features": [],
+            "suite": "int",
+            "tested_at": "int",
+        }
+    ],
+    "benchmarks": {"cpu": "int"},
+    "cached": [],
     "free": {"cpu_millis": "int", "memory_bytes": "int", "disk_bytes": "int", "gpus": []},
     "total": {"cpu_millis": "int", "memory_bytes": "int", "disk_bytes": "int", "gpus": []},
     "currency": "str",
