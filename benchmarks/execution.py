@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import signal
 import sys
 import tempfile
 import time
@@ -40,6 +42,7 @@ PARTS: dict[str, Callable[[World], Awaitable[None]]] = {
     "volumes": measure_volumes,
     "leftovers": measure_leftovers,
 }
+CORES = os.cpu_count() or 1
 WITH_ENGINE = frozenset({"container", "deadlines", "floods", "overhead", "leftovers"})
 
 
@@ -54,6 +57,9 @@ def main() -> None:
     if unknown := set(wanted) - PARTS.keys():
         parser.error(f"unknown parts: {', '.join(sorted(unknown))}")
     logging.basicConfig(level=logging.ERROR)
+    # The engine and the sandboxes end with this program, also when it is told to end.
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job begins without
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     measure(wanted, quick=options.quick, row=Report(as_json=options.json))
 
 
@@ -65,6 +71,7 @@ def measure(wanted: list[str], *, quick: bool, row: Report) -> None:
         temporary = folder / "tmp"
         temporary.mkdir(mode=0o711)
         tempfile.tempdir = str(temporary)  # what is left there is then left by us
+        row("machine: processes that want one of its cores", os.getloadavg()[0], f"of {CORES}")
         try:
             engine = not WITH_ENGINE.isdisjoint(wanted)
             with opened_world(folder, row, quick=quick, engine=engine) as world:

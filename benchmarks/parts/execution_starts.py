@@ -67,7 +67,7 @@ async def measure_container(world: World) -> None:
             world.note("raw runc: not installed, or no root")
         else:
             ways["runc"] = partial(_timed, runc)
-        found = await in_turn(ways, world.rounds(10, 4))
+        found = await in_turn(ways, world.rounds(10, 3))
         await executor.release(lease)
         await _measure_rate(world, executor)
     row = world.row

@@ -111,6 +111,11 @@ def _xz(recipe: Recipe, size_bytes: int) -> Workload:
     )
 
 
+# What costs only the start: of a sandbox, and of an interpreter in one.
+NOTHING = (
+    Workload("true", TOOLS, ("true",)),
+    Workload("nothing", TOOLS, ("true",), "", "nothing.py", _by_text("")),
+)
 # The smallest of them, for a test.
 XZ_ALONE = _xz(TOOLS, MIB)
 WORKLOADS = (

@@ -60,7 +60,7 @@ log = logging.getLogger(__name__)
 _EXPIRE_S = 1.0
 _IMAGES_S = 30.0
 # No session for this long, and nobody waits for the processors.
-_QUIET_S = 300.0
+_QUIET_S = 3600.0
 _REACH_S = 2.0
 # The last words of sessions and the removal of their sandboxes, then claims: together less than
 # `down` waits.

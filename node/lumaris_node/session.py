@@ -116,14 +116,19 @@ class SessionHost:
         self._gate_changed = trio.Event()
         self._wiping: trio.Nursery | None = None
         self._over = trio.Event()
+        self._freed: Callable[[], None] = lambda: None
         self._reason = ""
 
     def check(self, opening: bytes) -> None:
         """Take the buyer's first word. Raises LumarisError when its grant does not hold."""
         self.apply(self.machine.receive(opening, now=self.now()))
 
-    async def run(self) -> str:
-        """Until the session is over; the reason. Never raises for what fails here."""
+    async def run(self, *, freed: Callable[[], None]) -> str:
+        """Until the session is over; the reason. Never raises for what fails here.
+
+        `freed` is called once nothing of the lease runs, before its files are removed.
+        """
+        self._freed = freed
         try:
             await self._run_tasks()
         except* Exception as group:
@@ -407,10 +412,10 @@ class SessionHost:
         for step in (
             self._outbox.keep_rest,
             self._stream.aclose,
-            self._drop_logs,
             self._release,
-            self._remove,
             self._give_back,
+            self._drop_logs,
+            self._remove,
             self._end_row,
         ):
             try:
@@ -423,6 +428,7 @@ class SessionHost:
 
     async def _give_back(self) -> None:
         self._gpus.give_back(self.session)
+        self._freed()
 
     async def _end_row(self) -> None:
         await self._store.end_session(

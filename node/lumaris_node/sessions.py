@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import trio
 
@@ -153,10 +154,10 @@ class Sessions:
         session, reason = host.session, "platform_error"
         self._hosts[session] = host
         try:
-            reason = await host.run()
+            reason = await host.run(freed=partial(self._desk.release, hold))
         finally:
             del self._hosts[session]
-            self._desk.release(hold)
+            self._desk.release(hold)  # where it did not come so far
             self._ended()
             log.info(
                 "session over session=%s reason=%s orders=%d", session, reason, host.orders_done

@@ -122,6 +122,8 @@ class Outbox:
                 self._waiters.unpark_all()
             else:
                 await self._sender.park()
+                # What others have to say in this turn of the scheduler leaves in the same write.
+                await trio.lowlevel.checkpoint()
 
     def _take_batch(self) -> bytes:
         batch = bytearray()

@@ -94,7 +94,7 @@ CODES: dict[str, Code] = {
     "killed_owner": Code("The seller's owner stopped the job.", "The job is run elsewhere if the retry policy allows.", 3),
     "cancelled": Code("The buyer cancelled the job.", "", 130),
     "platform_error": Code("The seller's machine failed the job.", "It is run elsewhere if the retry policy allows.", 125),
-    "bad_image": Code("The image is not known, or is not what its digest says.", "Use a catalog name, a .wasm file, or sha256:<digest> of a container image that a seller holds.", 125),
+    "bad_image": Code("The image is not known, or is not what its digest says.", "Use a catalog name, a .wasm or .tar file, a registry's HOST/NAME:TAG, or sha256:<digest> of an image that a seller holds.", 125),
     "bad_command": Code("The command cannot be started in this image.", "Check the command and its path inside the image.", 125),
     "bad_input": Code("An input is missing, unreadable, too large or has an unsafe name.", "Check the paths given with --in.", 2),
     "tier_unavailable": Code("The runtime is not available on this machine right now.", "Another seller is tried automatically.", 125),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 from lumaris_overlay.process_file import start_ticks
@@ -10,7 +11,12 @@ from lumaris_overlay.process_file import start_ticks
 
 def this_process() -> str:
     """This process's name, as kept in the store."""
-    return f"{os.getpid()}:{start_ticks(os.getpid())}"
+    return _name(os.getpid())
+
+
+@cache
+def _name(pid: int) -> str:
+    return f"{pid}:{start_ticks(pid)}"
 
 
 def alive(name: str) -> bool:

@@ -168,7 +168,8 @@ class Session:
 
         `note` hears of each state and of what was consumed.
         """
-        await self.ready.wait()
+        if not self.ready.is_set():  # else at once: the order leaves with what is sent now
+            await self.ready.wait()
         if self.over.is_set():
             raise RefusedError("seller_lost", f"The session ended: {self.reason}.")
         try:
@@ -278,7 +279,7 @@ class Session:
                 case LogArrived(n, stream, data):
                     self._on_log(n, stream, data)
                 case Delivered(delivery):
-                    self._in_background(self._take_delivery, delivery)
+                    self._on_delivery(delivery)
                 case SessionOver(reason):
                     self._finish(reason)
                 case _:
@@ -345,8 +346,8 @@ class Session:
             )
             self._apply(self.machine.cancel(n))
 
-    async def _take_delivery(self, delivery: Delivery) -> None:
-        """Fetch and check everything that was promised; only then is it accepted and owed."""
+    def _on_delivery(self, delivery: Delivery) -> None:
+        """Only what was promised, fetched and checked, is accepted and owed."""
         n = delivery.n
         order = self._orders.get(n)
         if order is None:
@@ -354,16 +355,32 @@ class Session:
             return
         try:
             self._check_log(order, delivery)
-            if delivery.outputs and order.folder is not None:
-                await self._fetch(order, delivery)
-        except (LumarisError, OSError) as error:
-            order.reason = error.code if isinstance(error, LumarisError) else "not_writable"
-            order.detail = str(error)
-            self._apply(self.machine.reject(n, order.reason))
+        except LumarisError as error:
+            self._refuse_delivery(order, n, error)
+            return
+        if delivery.outputs and order.folder is not None:
+            self._in_background(self._fetch_delivery, order, delivery)
         else:
-            order.reason, order.exit_status = "succeeded", delivery.exit_status
-            order.usage = delivery.usage
-            self._apply(self.machine.accept(n, now=trio.current_time()))
+            self._accept_delivery(order, delivery)
+
+    async def _fetch_delivery(self, order: _Order, delivery: Delivery) -> None:
+        try:
+            await self._fetch(order, delivery)
+        except (LumarisError, OSError) as error:
+            self._refuse_delivery(order, delivery.n, error)
+        else:
+            self._accept_delivery(order, delivery)
+
+    def _accept_delivery(self, order: _Order, delivery: Delivery) -> None:
+        order.reason, order.exit_status = "succeeded", delivery.exit_status
+        order.usage = delivery.usage
+        self._apply(self.machine.accept(delivery.n, now=trio.current_time()))
+        self._end_order(delivery.n)
+
+    def _refuse_delivery(self, order: _Order, n: int, error: LumarisError | OSError) -> None:
+        order.reason = error.code if isinstance(error, LumarisError) else "not_writable"
+        order.detail = str(error)
+        self._apply(self.machine.reject(n, order.reason))
         self._end_order(n)
 
     async def _fetch(self, order: _Order, delivery: Delivery) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import trio
 
 from lumaris import images
 from lumaris.images import Image
 from lumaris.jobs import JobResult, LogLine
+from lumaris_node.workspace import LeaseWorkspace
 from lumaris_protocol.errors import LumarisError
 from tests import market as m
 from tests.market import Market
@@ -135,6 +138,28 @@ async def test_the_whole_life_of_a_buyer_costs_few_requests(market: Market):
         assert market.requests("POST /v1/settle") == 0
         await market.assert_at_rest(buyer, cost_nanos=sum(r.cost_nanos for r in results))
     assert market.requests("POST /v1/grants") == 1
+
+
+async def test_capacity_is_free_before_the_files_are_gone(market: Market, monkeypatch):
+    """What a disk takes to remove a lease's files holds up no other buyer."""
+    removing, close = threading.Event(), LeaseWorkspace.close
+
+    def close_later(workspace: LeaseWorkspace) -> None:
+        removing.wait(30)
+        close(workspace)
+
+    monkeypatch.setattr(LeaseWorkspace, "close", close_later)
+    seller = await market.seller()
+    async with market.buyer() as buyer:
+        try:
+            assert (await buyer.run(market.request(m.HELLO))).ok
+            assert seller.node._desk.quotes.holds
+            await buyer.pool.close_all()
+            with trio.fail_after(20):
+                while seller.node._desk.quotes.holds:
+                    await trio.sleep(0.01)
+        finally:
+            removing.set()
 
 
 async def test_two_orders_at_once_are_two_sessions(market: Market):

@@ -49,6 +49,24 @@ async def test_a_message_waits_for_what_it_depends_on():
         nursery.cancel_scope.cancel()
 
 
+async def test_what_is_said_in_one_turn_leaves_in_one_write():
+    ours, theirs = memory_stream_pair()
+    outbox = Outbox(FramedStream(ours), Disk().keep)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(outbox.run)
+        await wait_all_tasks_blocked()
+        outbox.put(Send(b"first"))
+        nursery.start_soon(_put, outbox, b"second")
+        await outbox.flush()
+        written = await theirs.receive_some()
+        assert b"first" in written and b"second" in written
+        nursery.cancel_scope.cancel()
+
+
+async def _put(outbox: Outbox, data: bytes) -> None:
+    outbox.put(Send(data))
+
+
 async def test_a_write_cut_off_is_made_up_for():
     """A voucher that was being stored when the session ended is stored all the same."""
     ours, _ = memory_stream_pair()

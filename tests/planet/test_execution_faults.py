@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
@@ -17,11 +18,12 @@ import pytest
 
 from lumaris.jobs import JobResult
 from lumaris_protocol.limits import MIB, OPEN_FILES_MAX, OUTPUT_FILES_MAX
+from tests.node.executors.test_container_faults import own_engine
 from tests.planet.execution import (
-    MARK,
     NATIVE,
     QUICK,
     TIERS,
+    WAIT_S,
     WASM_IMAGE,
     Arena,
     Shelf,
@@ -142,7 +144,7 @@ def try_bomb(market: Arena, tier: str, bomb: Bomb) -> JobResult:
         job = pool.submit(market.run, tier, bomb.code, buyer="bomber", **limits)
         began, rounds = time.monotonic(), 0
         while rounds == 0 or not job.done():
-            beside = market.run("wasm", QUICK, buyer="neighbour")
+            beside = market.run("process", QUICK, buyer="neighbour")
             took_s, began = time.monotonic() - began, time.monotonic()
             assert beside.ok and beside.stdout == b"42\n", beside
             assert took_s < NEIGHBOUR_S
@@ -174,8 +176,6 @@ def test_a_native_bomb_harms_nobody(market: Arena, tier: str, name: str) -> None
 
 
 def test_a_buyer_that_does_not_read_its_log_holds_up_only_its_own_job(market: Arena) -> None:
-    market.client("slow").close()
-    del market.clients["slow"]
     flood = "import sys\nwhile True: sys.stdout.write('x' * 65536)"
     program = (
         "import os, signal, sys\nfrom lumaris import Client\nstopped = []\n"
@@ -183,6 +183,7 @@ def test_a_buyer_that_does_not_read_its_log_holds_up_only_its_own_job(market: Ar
         " if hasattr(event, 'data') and not stopped:\n"
         "  stopped.append(1); print('stopping', flush=True); os.kill(os.getpid(), signal.SIGSTOP)\n"
         "c = Client(state=sys.argv[1], coordinator=sys.argv[2], overlay_linger_s=1)\n"
+        "c.deposit_test_credit('1')\n"
         f"r = c.run({WASM_IMAGE!r}, ['python', '-c', {flood!r}], observe=stop, cpu=0.5)\n"
         "print(r.reason, r.cost_nanos, flush=True); c.close()"
     )
@@ -202,7 +203,7 @@ def test_a_buyer_that_does_not_read_its_log_holds_up_only_its_own_job(market: Ar
             assert buyer.wait(60) == 0
         finally:
             buyer.kill()
-    assert not (market.net.state / "slow" / "overlay" / "overlay.sock").exists() or True
+    market.client("slow")  # closed with the others
 
 
 def test_a_hundred_killed_jobs_leave_nothing(market: Arena, tiers: tuple[str, ...]) -> None:
@@ -249,9 +250,34 @@ def held_processes(market: Arena) -> list[int]:
     return sorted(child.pid for child in node.children(recursive=True))
 
 
-def test_the_mark_tells_guests_apart(market: Arena) -> None:
-    """The check for survivors would see one."""
-    with market.running("process", SPIN, wall_s=30, buyer="neighbour"):
-        assert any(market.mark in MARK + line or line for line in marked(market.mark))
-        market.clients.pop("neighbour").close()
-    eventually(lambda: marked(market.mark) == [], "it is gone with its session")
+def test_what_is_left_would_be_seen(market: Arena) -> None:
+    with market.running("process", SPIN, wall_s=30, buyer="seen"):
+        assert market.left().keys() >= {"processes", "groups", "mounts", "loops", "volumes"}
+        market.clients.pop("seen").close()
+    market.nothing_left()
+    market.client("seen")  # its folder goes with the others
+
+
+@pytest.mark.docker
+def test_an_engine_that_is_absent_goes_and_returns(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with own_engine() as engine:
+        monkeypatch.setenv("DOCKER_HOST", engine.url)
+        with arena(tmp_path, shelf, ("process", "container"), wait=False) as market:
+            eventually(lambda: market.offered() == {"process"}, "only what works is offered")
+            engine.up()
+            for number in (signal.SIGKILL, signal.SIGTERM):
+                eventually(lambda: "container" in market.offered(), "it is offered", why=market.log)
+                with market.running(
+                    "container", f"print('on', flush=True)\n{SPIN}", until="on"
+                ) as job:
+                    engine.signal(number)
+                    result = job.result(WAIT_S)
+                assert (result.reason, result.cost_nanos) == ("platform_error", 0), result
+                eventually(lambda: market.offered() == {"process"}, "it is withdrawn")
+                assert market.run("process", QUICK).ok
+                engine.up()
+            eventually(lambda: "container" in market.offered(), "it is offered", why=market.log)
+            assert market.run("container", QUICK).ok
+            market.settle()

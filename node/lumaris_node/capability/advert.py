@@ -119,14 +119,17 @@ class AdvertPublisher:
         await self._overlay.publish_advert(signed.data)
 
     def _sign(self, advert: Advert) -> Signed[Advert]:
-        """With as many of the images held, the first ones first, as an advert has room for."""
-        for count in range(len(advert.cached), 0, -1):
-            shorter = structs.replace(advert, cached=advert.cached[:count])
+        """With as many of its images, and then addresses, as there is room for; the first stay."""
+        while True:
             try:
-                return codec.sign(shorter, self._key, self._network)
+                return codec.sign(advert, self._key, self._network)
             except ValueError:
-                continue
-        return codec.sign(structs.replace(advert, cached=()), self._key, self._network)
+                if advert.cached:
+                    advert = structs.replace(advert, cached=advert.cached[:-1])
+                elif advert.addresses:
+                    advert = structs.replace(advert, addresses=advert.addresses[:-1])
+                else:
+                    raise
 
 
 def _differs(old: Resources, new: Resources) -> bool:

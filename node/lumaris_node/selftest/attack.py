@@ -476,6 +476,8 @@ def file_bomb(_order: dict[str, object]) -> None:
     with contextlib.suppress(OSError):
         for made in range(FILES_MAX):
             os.close(os.open(f"/out/{made}", os.O_WRONLY | os.O_CREAT, 0o600))
+            if made % 64 == 0:
+                time.sleep(BLOCK_S)
     say("file_bomb", made >= FILES_MAX - 1, f"{made} files")
     time.sleep(HOLD_S)
 

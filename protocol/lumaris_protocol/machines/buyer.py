@@ -28,6 +28,7 @@ from lumaris_protocol.keys import KeyPair
 from lumaris_protocol.limits import (
     CLOCK_SKEW_S,
     GRACE_S_DEFAULT,
+    IMAGE_S_MAX,
     PAY_WAIT_S,
     PREPARE_S_MAX,
     SILENCE_S,
@@ -256,7 +257,9 @@ class BuyerSession:
             return []
         head = self._live[min(self._live)]
         silent = now - self._heard_at > SILENCE_S
-        allowed_s = PREPARE_S_MAX + head.limits.wall_s + PAY_WAIT_S + CLOCK_SKEW_S
+        # An image may be fetched, and then compiled or unpacked, before the inputs are staged.
+        prepare_s = 2 * IMAGE_S_MAX + PREPARE_S_MAX
+        allowed_s = prepare_s + head.limits.wall_s + PAY_WAIT_S + CLOCK_SKEW_S
         over = now - self._opened_at > self._lease_s + CLOCK_SKEW_S
         if silent or over or now - self._head_at > allowed_s:
             return self.lost("lease_ended" if over else "timeout")

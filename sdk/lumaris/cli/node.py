@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ def up(settings: Settings, state: Path | None, listen: str | None, region: str |
     folder = folder_of(settings, state)
     note(f"selling from {folder}; stop with Ctrl-C or `lumaris node down`")
     level = "debug" if settings.debug else None
-    run(folder, coordinator=settings.coordinator, listen=listen, region=region, log_level=level)
+    coordinator = settings.coordinator or os.environ.get("LUMARIS_COORDINATOR_URL") or None
+    run(folder, coordinator=coordinator, listen=listen, region=region, log_level=level)
 
 
 @node.command("status")

@@ -117,9 +117,10 @@ def run(
 ) -> int:
     """Run a command on a seller's machine.
 
-    IMAGE is a catalog name such as python:3.12-wasi, a local .wasm file, or sha256:<digest>. What
-    follows it is the guest's, options too; ours stand before it. The guest's output is ours, and
-    so is its exit code when it is 1 to 124.
+    IMAGE is a catalog name such as python:3.12-wasi, a local .wasm file, a container image as a
+    local .tar, a registry's HOST/NAME:TAG, or sha256:<digest>. What follows it is the guest's,
+    options too; ours stand before it. The guest's output is ours, and so is its exit code when it
+    is 1 to 124.
 
     \b
     lumaris run python:3.12-wasi python -c 'print(6 * 7)'

@@ -250,9 +250,11 @@ def confirm() -> bool:
 
 def say_wanted(request: JobRequest) -> None:
     """The plan's first line: what is asked for."""
+    gpus = "".join(f", {gpu.count} GPU {gpu.model}".rstrip() for gpu in request.gpus)
+    network = f"network to {', '.join(request.egress)}" if request.egress else "no network"
     note(
         f"plan     {request.cpu_millis / 1000:g} cpu, {size_of(request.memory_bytes)} memory,"
-        f" {size_of(request.disk_bytes)} disk, at most {time_of(request.wall_s)}, no network"
+        f" {size_of(request.disk_bytes)} disk, at most {time_of(request.wall_s)}{gpus}, {network}"
     )
 
 

@@ -90,6 +90,32 @@ def test_nothing_of_one_job_is_seen_by_the_next(space: LeaseWorkspace):
     assert space.outputs.stat().st_mode & 0o777 == 0o777
 
 
+def test_what_the_last_job_left_clean_is_not_cleared_again(
+    space: LeaseWorkspace, monkeypatch: pytest.MonkeyPatch
+):
+    space.begin()
+    assert not space.ready, "a job uses it"
+    assert not space.keep(JOB), "it made nothing"
+    assert not space.kept(JOB).exists()
+    space.clear()
+    assert space.ready
+    with monkeypatch.context() as patch:
+        patch.setattr(space, "clear", lambda: pytest.fail("cleared again"))
+        space.begin()
+    (space.outputs / "x").write_bytes(bytes(9000))
+    assert space.disk_use() >= (9000, 1)
+
+
+def test_a_blob_that_goes_between_jobs_is_no_gain_of_the_next(space: LeaseWorkspace):
+    source = blob(space, bytes(50_000))
+    space.clear()
+    source.unlink()
+    space.touched()
+    space.begin()
+    (space.outputs / "x").write_bytes(bytes(9000))
+    assert space.disk_use() >= (9000, 1), "what the last job's input took is not this one's"
+
+
 def test_delivered_outputs_wait_apart(space: LeaseWorkspace):
     space.begin()
     (space.outputs / "d").mkdir()

@@ -134,13 +134,7 @@ class ProcessExecutor:
         """Make the whole sandbox. Raises `bad_image`, `bad_command`, `platform_error`."""
         if spec.job in self._runs:
             raise LumarisError("platform_error", f"{spec.job} is prepared already.")
-        image = contextlib.ExitStack()
-        try:
-            root, environment = await trio.to_thread.run_sync(self._pin, spec.image, image)
-        except BaseException:
-            image.close()
-            raise
-        return await self._prepare(spec, root, environment, image)
+        return await self._prepare(spec)
 
     async def start(self, handle: Handle, log: LogSink) -> None:
         """Let the command run and start its clock."""
@@ -273,14 +267,12 @@ class ProcessExecutor:
                 await self.destroy(handle)
             await self._launcher.aclose()
 
-    async def _prepare(
-        self, spec: JobSpec, root: Path, environment: dict[str, str], image: contextlib.ExitStack
-    ) -> Handle:
-        group = self._open_cgroups().group(self.prefix + spec.job)
-        run = ProcessRun(group, image)
+    async def _prepare(self, spec: JobSpec, root: Path | None = None) -> Handle:
+        """`root`: the root folder, in place of an image's."""
+        run = ProcessRun(self._open_cgroups().group(self.prefix + spec.job))
         try:
-            order = json.dumps(order_of(spec, root, environment)).encode()
-            await trio.to_thread.run_sync(self._make_group, spec)
+            # In one thread: each way there and back is a wait for a core on a busy machine.
+            order = await trio.to_thread.run_sync(self._make_ready, spec, root, run.image)
             await self._launch(run, order, spec.stdin)
             with trio.fail_after(READY_S_MAX):
                 while not run.child and await hear(run):
@@ -296,17 +288,20 @@ class ProcessExecutor:
         self._runs[spec.job] = handle
         return handle
 
-    def _pin(self, image: str, pinned: contextlib.ExitStack) -> tuple[Path, dict[str, str]]:
-        root = pinned.enter_context(self._rootfs.pin(image))
-        return root, self._rootfs.config(image).environment
-
-    def _make_group(self, spec: JobSpec) -> None:
+    def _make_ready(self, spec: JobSpec, root: Path | None, pinned: contextlib.ExitStack) -> bytes:
+        """Pin the image and make the group; what the launcher is told."""
+        environment: dict[str, str] = {}
+        if root is None:
+            root = pinned.enter_context(self._rootfs.pin(spec.image))
+            environment = self._rootfs.config(spec.image).environment
+        order = json.dumps(order_of(spec, root, environment)).encode()
         self._open_cgroups().create(
             self.prefix + spec.job,
             memory_bytes=spec.limits.memory_bytes,
             cpu_millis=spec.limits.cpu_millis,
             pids=spec.limits.pids + OWN_PIDS,
         )
+        return order
 
     async def _launch(self, run: ProcessRun, order: bytes, stdin: bool) -> None:
         with contextlib.ExitStack() as given:
@@ -407,7 +402,7 @@ class ProcessExecutor:
             job, command = folder.name.lstrip("."), ("/probe",)
             inputs, outputs = folder / "in", folder / "out"
             spec = JobSpec(job, "", command, {}, inputs, outputs, bounds)
-            handle = await self._prepare(spec, folder / "root", {}, contextlib.ExitStack())
+            handle = await self._prepare(spec, folder / "root")
             try:
                 await self.start(handle, log)
                 outcome = await self.wait(handle)

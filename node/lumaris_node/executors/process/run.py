@@ -26,7 +26,8 @@ class ProcessRun:
     """The private part of a handle: the sandbox's pipes, group and clock, and how it ended."""
 
     group: Group
-    image: contextlib.ExitStack  # keeps the image from being evicted
+    # Keeps the image from being evicted.
+    image: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     clock: RunClock = field(default_factory=RunClock)
     stdout: int = -1
     stderr: int = -1
