@@ -167,6 +167,9 @@ class SmallNode(Node):
     async def _warm_catalog(self) -> None:
         return
 
+    async def _measure(self) -> None:
+        return
+
 
 @dataclass
 class Seller:

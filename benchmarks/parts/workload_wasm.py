@@ -1,11 +1,14 @@
 """Runs a script in a compiled interpreter: `MODULES DIGEST FOLDER SCRIPT`, and nothing around it.
 
-The folder's in/ and out/ are the guest's. Settings are a node's, since its code is loaded.
+The folder's in/ and out/ are the guest's; took.json gets the run's seconds, by the clock and of the
+processor. Settings are a node's, since its code is loaded.
 """
 
 from __future__ import annotations
 
+import json
 import sys
+import time
 from pathlib import Path
 
 import wasmtime
@@ -34,7 +37,10 @@ def main() -> None:
         wasi.preopen_dir(str(path), guest)
     with code.open("rb") as file:
         module = guests.load(digest, file.fileno())
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
     facts = guests.run(module, wasi, {"memory_bytes": GIB, "fuel": FUEL, "seed": "bare"})
+    took = [time.perf_counter() - wall_s, time.process_time() - cpu_s]
+    Path(folder, "took.json").write_text(json.dumps(took))
     if "trap" in facts:
         raise SystemExit(f"{facts['trap']}: {facts.get('detail')}")
     raise SystemExit(facts.get("exit", 0))

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import trio
+from msgspec import to_builtins
 
 from lumaris_node import api, guardian
+from lumaris_node.capability import benchmark
 from lumaris_node.capability.advert import AdvertPublisher, Offer
-from lumaris_node.capability.benchmark import benchmarks
 from lumaris_node.capability.capacity import for_sale
 from lumaris_node.capability.gpu import count_gpus, find_devices
 from lumaris_node.capability.meter import Gpus
@@ -25,7 +26,6 @@ from lumaris_node.config import NodeConfig, direct_address
 from lumaris_node.coordinator_link import CoordinatorLink
 from lumaris_node.desk import Desk, Terms
 from lumaris_node.executors.port import Executor
-from lumaris_node.executors.wasm.executor import WasmExecutor
 from lumaris_node.images.manage import open_store
 from lumaris_node.images.service import ImageService
 from lumaris_node.membership import Enrolment, Standing
@@ -41,7 +41,7 @@ from lumaris_overlay.bulk.gate import BulkGate
 from lumaris_overlay.bulk.rate import make_rate
 from lumaris_overlay.links import open_links
 from lumaris_overlay.ports import Overlay
-from lumaris_overlay.private_files import load_or_create_key
+from lumaris_overlay.private_files import load_or_create_key, make_private_folder
 from lumaris_overlay.registry import policy_of
 from lumaris_overlay.shard_upkeep import keep_shards
 from lumaris_overlay.supervisor import OverlayConfig, run_overlay
@@ -117,6 +117,7 @@ class Node:
                 nursery.start_soon(self._adverts.run)
                 nursery.start_soon(self._tenders.run)
                 nursery.start_soon(self._warm_catalog)
+                nursery.start_soon(self._measure)
                 await self._serve(stack)
                 await nursery.start(self._serve_api)
                 await self._tiers.settled()
@@ -154,6 +155,11 @@ class Node:
             "peers": reach.peers,
             "uptime_s": int(self.clock() - self._started_at),
             "runtimes": [runtime.tier for runtime in self._adverts.offer.runtimes],
+            "tiers": self._tiers.report(),
+            "encryption": self._volumes.kind,
+            "images": list(self._adverts.offer.cached),
+            "gpus": to_builtins(self._quotes.total.gpus),
+            "challenges": dict(self._challenges.counts),
             "total": _plain(self._quotes.total),
             "free": _plain(free),
             "held": _plain(held),
@@ -170,6 +176,7 @@ class Node:
         state, config = self.state, self.config
         # Asked before anything that a running node may be using is touched.
         await api.check_free(state / api.SOCKET_NAME)
+        make_private_folder(self._shared)
         key = self._key = load_or_create_key(state / "node.key")
         store = self._store = Store(state / "node.db")
         stack.callback(store.close)
@@ -238,7 +245,8 @@ class Node:
             Belonging(info.network, info.coordinator),
             wasm=tiers.executors.get("wasm"),
             folder=state / "challenges",
-            free=lambda: quotes.free,
+            aside=quotes.aside,
+            selling=lambda: self._owner.selling,
             clock=self.clock,
         )
         await self._recover()
@@ -267,8 +275,7 @@ class Node:
         return make_executor(tier, self.state, self.config, self._key.peer_id)
 
     def _assurance(self) -> Assurance:
-        shared = Path(self.config.modules) if self.config.modules else None
-        return Assurance(self.state, reports=shared, clock=self.clock)
+        return Assurance(self.state, reports=self._shared, clock=self.clock)
 
     async def _guard(self, stack: AsyncExitStack) -> None:
         """From here on nothing that is made outlives this process, however it ends."""
@@ -299,10 +306,8 @@ class Node:
         )
 
     def _find_module(self, digest: str) -> Path | None:
-        executor = self._tiers.executors.get("wasm")
-        if not isinstance(executor, WasmExecutor) or not executor.modules.holds(digest):
-            return None
-        return executor.modules.path(digest)
+        wasm = self._tiers.wasm
+        return wasm.modules.path(digest) if wasm and wasm.modules.holds(digest) else None
 
     def _capacity(self, gpus: tuple[Gpu, ...]) -> Resources:
         return for_sale(
@@ -314,18 +319,31 @@ class Node:
 
     async def _offer(self, total: Resources, standing: Standing) -> Offer:
         config = self.config
-        speeds = await trio.to_thread.run_sync(benchmarks, self.state, total.cpu_millis)
         return Offer(
             region=config.region,
             total=total,
             prices=config.price.table(),
             lease_s_max=config.accept.lease_s_max,
-            benchmarks=speeds,
+            benchmarks=benchmark.kept(self._shared, total.cpu_millis) or {},
             runtimes=self._tiers.runtimes,
             cached=await self._images.cached(self._tiers.executors.values()),
             addresses=await self._addresses(),
             certificate=standing.certificate,
         )
+
+    async def _measure(self) -> None:
+        """Say how fast this machine is once it sells: nobody waits for that."""
+        await self._tiers.settled()
+        measure = partial(benchmark.benchmarks, self._shared, self._quotes.total.cpu_millis)
+        speeds = await trio.to_thread.run_sync(measure, abandon_on_cancel=True)
+        if speeds != self._adverts.offer.benchmarks:
+            self._adverts.offer.benchmarks = speeds
+            self._adverts.changed(always=True)
+
+    @property
+    def _shared(self) -> Path:
+        """Where nodes of one owner keep what is true of the whole machine."""
+        return Path(self.config.modules) if self.config.modules else self.state
 
     async def _addresses(self) -> tuple[str, ...]:
         return (await self._overlay.reachability()).addresses
@@ -355,9 +373,18 @@ class Node:
             self.state / api.SOCKET_NAME,
             status=self.status,
             stop=self.stop,
-            calls={"pause": self._owner.pause, "resume": self._owner.resume},
+            calls={
+                "pause": self._owner.pause,
+                "resume": self._owner.resume,
+                "retest": self._retest,
+            },
             task_status=task_status,
         )
+
+    async def _retest(self) -> dict[str, Any]:
+        """The owner saw something else than what is offered: look again."""
+        self._tiers.retest()
+        return {"status": "Testing every tier again."}
 
     async def _expire_holds(self) -> None:
         while True:
@@ -421,11 +448,11 @@ class Node:
                 await self._compile(entry)
 
     async def _compile(self, entry: CatalogEntry) -> None:
-        executor = self._tiers.executors.get(entry.tier)
-        if not isinstance(executor, WasmExecutor) or not await executor.has_image(entry.digest):
+        wasm = self._tiers.wasm
+        if entry.tier != "wasm" or wasm is None or not await wasm.has_image(entry.digest):
             return
         try:
-            await executor.compile(entry.digest)
+            await wasm.compile(entry.digest)
         except (LumarisError, OSError) as error:
             log.warning("not compiled image=%s error=%r", entry.name, error)
 

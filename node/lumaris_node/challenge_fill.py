@@ -14,7 +14,9 @@ import threading
 
 from nacl.pwhash import argon2id
 
-UID = 10004
+from lumaris_node.sandbox import users
+
+UID = users.CHALLENGE
 _ORDER_BYTES_MAX = 4096
 # The interpreter and its libraries beside the fill itself.
 _ROOM_BYTES = 512 * 1024 * 1024

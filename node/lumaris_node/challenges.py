@@ -13,7 +13,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import trio
 from lumaris_node.executors.port import Executor, JobLimits, JobSpec
 from lumaris_overlay.framed_stream import FramedStream
 from lumaris_overlay.ports import OverlayStream
-from lumaris_overlay.tasks import StrangerLog
+from lumaris_overlay.tasks import StrangerLog, first_of
 from lumaris_overlay.validate import TokenBuckets
 from lumaris_protocol import agreements, canary, codec
 from lumaris_protocol.codec import Signed
@@ -42,12 +43,13 @@ from lumaris_protocol.messages.challenge import Challenge, ChallengeAnswer
 
 log = logging.getLogger(__name__)
 
-# A peer gets one a minute after its first two, and all of them together four: seconds of work each.
+# A peer gets one a minute after its first two; all of them together, a tenth of the time, counted
+# in milliseconds of work.
 _PER_S_PER_PEER, _BURST_PER_PEER = 1 / 60, 2
-_PER_S, _BURST = 4 / 60, 8
+_MS_PER_S, _BURST_MS = 100, 20_000
 _PEERS_MAX = 1024
 _READ_S = 10.0
-_WORK_S = 60.0
+_WORK_S = 5.0  # those who ask size their work so that it takes less than half of this
 _SEEN_MAX = 4096
 _LANE_BYTES = 64 * MIB
 _TAG_CHARS = 64
@@ -71,16 +73,21 @@ class Challenges:
         *,
         wasm: Executor | None,
         folder: Path,
-        free: Callable[[], Resources],
+        aside: Callable[[Resources], AbstractContextManager[None]],
+        selling: Callable[[], bool],
         clock: Callable[[], float],
     ) -> None:
-        """`wasm` is None where that tier is not offered: then no cores can be proven."""
+        """`wasm` is None where that tier is not offered: then no cores can be proven.
+
+        `aside` keeps what the work takes from being sold meanwhile, or raises `no_capacity`.
+        """
         self._key, self._belonging, self._wasm = key, belonging, wasm
-        self._folder, self._free, self._clock = folder, free, clock
+        self._folder, self._aside, self._clock = folder, aside, clock
+        self._selling = selling
         self._each = TokenBuckets(
             per_s=_PER_S_PER_PEER, burst=_BURST_PER_PEER, names_max=_PEERS_MAX
         )
-        self._all = TokenBuckets(per_s=_PER_S, burst=_BURST, names_max=1)
+        self._all = TokenBuckets(per_s=_MS_PER_S, burst=_BURST_MS, names_max=1)
         self._seen: dict[str, float] = {}
         self._working = False
         self._strangers = StrangerLog(log)
@@ -108,6 +115,8 @@ class Challenges:
     def _open(self, data: bytes, peer: str) -> Signed[Challenge]:
         """The challenge, when it is a new one from a member for us. Raises LumarisError."""
         now, network = self._clock(), self._belonging.network
+        if not self._selling():
+            raise RefusedError("not_accepting", "The owner sells nothing now.")
         if not self._each.take(peer, time.monotonic()):
             raise RefusedError("not_accepting", "One challenge a minute.")
         signed = codec.open_signed(data, Challenge, network=network, signer=peer)
@@ -141,19 +150,15 @@ class Challenges:
 
     async def _answer(self, asked: Signed[Challenge]) -> Signed[ChallengeAnswer]:
         message = asked.message
-        self._check_room(message)
-        if self._working or not self._all.take("", time.monotonic()):
-            raise RefusedError("not_accepting", "Other challenges come first; try later.")
-        self._working = True
+        takes = self._takes(message)
         began = trio.current_time()
-        try:
-            with trio.fail_after(_WORK_S):
-                work = self._cores if message.kind == "cores" else self._memory
-                states, fuel = await work(message)
-        except trio.TooSlowError:
-            raise RefusedError("challenge_failed", "The work did not end in time.") from None
-        finally:
-            self._working = False
+        with self._aside(takes), self._charged():
+            try:
+                with trio.fail_after(_WORK_S):
+                    work = self._cores if message.kind == "cores" else self._memory
+                    states, fuel = await work(message)
+            except trio.TooSlowError:
+                raise RefusedError("challenge_failed", "The work did not end in time.") from None
         answer = ChallengeAnswer(
             challenge_hash=asked.hash,
             seller=self._key.peer_id,
@@ -164,23 +169,37 @@ class Challenges:
         )
         return codec.sign(answer, self._key, self._belonging.network)
 
-    def _check_room(self, asked: Challenge) -> None:
-        free = self._free()
+    @contextmanager
+    def _charged(self) -> Iterator[None]:
+        """One at a time, and what it took of the time for all. Raises RefusedError."""
+        most_ms, began = int(_WORK_S * 1000), time.monotonic()
+        if self._working or not self._all.take("", began, most_ms):
+            raise RefusedError("not_accepting", "Other challenges come first; try later.")
+        self._working = True
+        try:
+            yield
+        finally:
+            self._working = False
+            now = time.monotonic()
+            used_ms = min(most_ms, int((now - began) * 1000))
+            self._all.take("", now, used_ms - most_ms)  # gives the rest back
+
+    def _takes(self, asked: Challenge) -> Resources:
+        """What the work needs. Raises LumarisError for work that no challenge asks for."""
         if asked.kind == "cores":
             pieces = canary.stretches(asked.parallel)
             if self._wasm is None:
                 raise RefusedError("tier_unavailable", "Cores are proven on the wasm tier.")
             if not asked.rounds or asked.rounds % pieces or pieces >= CHALLENGE_STATES_MAX:
                 raise EnvelopeError("malformed", f"The rounds are no multiple of {pieces}.")
-            cpu_millis, memory_bytes = asked.parallel * 1000, asked.parallel * _LANE_BYTES
+            memory_bytes = asked.parallel * _LANE_BYTES
         else:
             if not asked.memory_bytes:
                 raise EnvelopeError("malformed", "The challenge asks for no memory.")
             if asked.parallel > CHALLENGE_FILLS_MAX:
                 raise EnvelopeError("malformed", f"At most {CHALLENGE_FILLS_MAX} fills at once.")
-            cpu_millis, memory_bytes = 1000, asked.parallel * asked.memory_bytes
-        if cpu_millis > free.cpu_millis or memory_bytes > free.memory_bytes:
-            raise RefusedError("no_capacity", "That much is not free now.")
+            memory_bytes = asked.parallel * asked.memory_bytes
+        return Resources(cpu_millis=asked.parallel * 1000, memory_bytes=memory_bytes)
 
     async def _cores(self, asked: Challenge) -> tuple[tuple[tuple[str, ...], ...], int]:
         """The lanes' states, and the fuel that they took together."""
@@ -309,17 +328,12 @@ def _folders(root: Path) -> tuple[Path, Path]:
 
 async def _each(work: Callable[[int], Awaitable[None]], count: int) -> None:
     """Run the lanes together; the first LumarisError alone ends them all."""
-    failure: LumarisError | None = None
+    failure: BaseException | None = None
     try:
         async with trio.open_nursery() as nursery:
             for lane in range(count):
                 nursery.start_soon(work, lane)
     except* LumarisError as group:
-        failure = _first(group)
+        failure = first_of(group)
     if failure is not None:
         raise failure
-
-
-def _first(group: BaseExceptionGroup[LumarisError]) -> LumarisError:
-    error = group.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error

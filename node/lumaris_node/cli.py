@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import trio
 from lumaris_node import api, config
 from lumaris_node.agent import Node
 from lumaris_overlay.private_files import make_private_folder
+from lumaris_overlay.tasks import first_of
 from lumaris_protocol.errors import LumarisError
+from lumaris_protocol.messages.advert import Tier
 
 _DOWN_S = 30
 
@@ -45,7 +48,7 @@ def run(state: Path, **flags: Any) -> None:
     try:
         trio.run(main)
     except* LumarisError as group:
-        raise _first(group) from None
+        raise first_of(group) from None
 
 
 def status(state: Path) -> dict[str, Any]:
@@ -53,11 +56,25 @@ def status(state: Path) -> dict[str, Any]:
     return trio.run(api.call, state / api.SOCKET_NAME, "status")
 
 
-def selftest(state: Path, tier: str | None = None) -> list[dict[str, Any]]:
-    """Attack this machine's tiers and say what held; the node need not run."""
+def selftest(state: Path, tier: Tier | None = None) -> list[dict[str, Any]]:
+    """Attack this machine's tiers and say what held; the node need not run.
+
+    `node_offers` is None unless a node that runs offers something else than what was seen; then it
+    is asked to test again.
+    """
     from lumaris_node.selftest import command
 
-    return command.run(state, tier=tier)
+    found: list[dict[str, Any]] = command.run(state, tier=tier)
+    offered: dict[str, bool] = {}
+    with suppress(LumarisError):  # none runs
+        offered = {said["tier"]: said["offered"] for said in status(state).get("tiers", ())}
+    for record in found:
+        says = offered.get(record["tier"])
+        record["node_offers"] = None if says == bool(record["held"]) else says
+    if any(record["node_offers"] is not None for record in found):
+        with suppress(LumarisError):
+            trio.run(api.call, state / api.SOCKET_NAME, "retest")
+    return found
 
 
 def down(state: Path) -> None:
@@ -91,11 +108,6 @@ async def _stop_on_signal(node: Node) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for _ in signals:
             node.stop()
-
-
-def _first(group: BaseExceptionGroup[LumarisError]) -> LumarisError:
-    error = group.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -23,9 +23,12 @@ from lumaris_protocol.keys import KeyPair
 from lumaris_protocol.limits import CLOCK_SKEW_S, QUOTE_HOLD_S_MAX, REPLY_BY_S_MAX
 from lumaris_protocol.machines.desk import GRANT_WAIT_S, Hold, QuoteDesk
 from lumaris_protocol.messages.advert import Advert
-from lumaris_protocol.messages.negotiation import Agreement, QuoteRequest
+from lumaris_protocol.messages.negotiation import Agreement, Quote, QuoteRequest
 
 log = logging.getLogger(__name__)
+
+# A lease that is over gives its capacity back within milliseconds, when its sandbox ends at once.
+_ENDING_S_MAX = 0.5
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Desk:
         self._advert, self._clock, self._changed = advert, clock, changed
         self._egress = egress
         self._session_keys: dict[str, KeyPair] = {}  # by quote hash, for live holds
+        self._ending: set[str] = set()  # quote hashes of sessions that are over
+        self._released = trio.Event()
         self._strangers = StrangerLog(log)
         self.counts: dict[str, int] = {}  # how requests ended, for "why do no jobs come"
 
@@ -112,9 +117,16 @@ class Desk:
                 return hold
         raise RefusedError("quote_unknown", "No agreement waits for this session.")
 
+    def ending(self, hold: Hold) -> None:
+        """A session is over, and will soon be released."""
+        self._ending.add(hold.quote.hash)
+
     def release(self, hold: Hold) -> None:
-        """A session is over."""
+        """A session is over, and nothing of it runs."""
         self.quotes.release(hold)
+        self._ending.discard(hold.quote.hash)
+        self._released.set()
+        self._released = trio.Event()
         self._session_keys.pop(hold.quote.hash, None)
         self._changed()
 
@@ -149,15 +161,30 @@ class Desk:
         )
         self._check_egress(message.requirements.egress)
         session_key = KeyPair(os.urandom(32))
-        offer = self.quotes.offer(
-            request, self._advert(), seller_session_key=session_key.peer_id, now=now
-        )
+        offer = await self._offer(request, session_key)
         quote = codec.sign(offer, self._key, network)
         hold = self.quotes.hold(request, quote)
         self._session_keys[quote.hash] = session_key
         self._changed()
         await framed.send(Kind.ENVELOPE, quote.data)
         return hold
+
+    async def _offer(self, request: Signed[QuoteRequest], session_key: KeyPair) -> Quote:
+        """A buyer asks again as soon as its session is over; the sandbox is just being ended."""
+        with trio.move_on_after(_ENDING_S_MAX):
+            while True:
+                try:
+                    return self._offer_now(request, session_key)
+                except RefusedError as error:
+                    if error.code != "no_capacity" or not self._ending:
+                        raise
+                await self._released.wait()
+        return self._offer_now(request, session_key)
+
+    def _offer_now(self, request: Signed[QuoteRequest], session_key: KeyPair) -> Quote:
+        return self.quotes.offer(
+            request, self._advert(), seller_session_key=session_key.peer_id, now=self._clock()
+        )
 
     def _check_egress(self, rules: Sequence[str]) -> None:
         for rule in rules:

@@ -120,7 +120,9 @@ class LiveDesk:
             raise RefusedError("busy", "Too many streams to orders are open.")
         key = header.session, header.op
         if header.op == "stdin" and self._streams[key]:
-            raise RefusedError("not_attached", "Another stream has its standard input.")
+            raise RefusedError(
+                "not_attached", "Another stream has its standard input.", hint="End that one first."
+            )
         self._streams[key] += 1
         try:
             yield
@@ -135,14 +137,22 @@ class LiveDesk:
                 await _with_client(framed, _send_log, run, header.offset, framed)
             return
         if header.op == "stdin" and not run.order.stdin:
-            raise RefusedError("not_attached", "The order was sent without standard input.")
+            raise RefusedError(
+                "not_attached",
+                "The order was sent without standard input.",
+                hint="Start the job with `lumaris run --stdin-later`.",
+            )
         handle = run.live_handle()
         tasks = {"stdin": self._stdin, "exec": self._exec, "forward": self._forward}
         async with trio.open_nursery() as nursery:
 
             async def end_with_order() -> None:
                 await run.ended.wait()
-                raise RefusedError("not_attached", "The order has ended.")
+                raise RefusedError(
+                    "not_attached",
+                    "The order has ended.",
+                    hint="`lumaris job logs JOB` shows its output.",
+                )
 
             nursery.start_soon(end_with_order)
             await tasks[header.op](run.executor, handle, header, framed)
@@ -203,6 +213,9 @@ class LiveDesk:
         self, executor: Executor, handle: Handle, header: AttachHeader, framed: FramedStream
     ) -> None:
         pid = await executor.network_pid(handle)
+        if not header.port:  # asks only whether the job has ports
+            await _say(framed, AttachReply(state="ready"))
+            return
         inner = await self._connect(pid, header.port)
         try:
             await _say(framed, AttachReply(state="ready"))

@@ -159,8 +159,9 @@ class OrderRun:
     def live_handle(self) -> Handle:
         """The handle of the run. Raises RefusedError `not_attached` when it does not run."""
         if self.machine.state != "running" or self._handle is None:
-            text = "The order is frozen." if self.machine.state == "paused" else ""
-            raise RefusedError("not_attached", text)
+            frozen = self.machine.state == "paused"
+            text = "The order is frozen." if frozen else "The order does not run at the moment."
+            raise RefusedError("not_attached", text, hint="Try again in a moment.")
         return self._handle
 
     def delivered_path(self, sha256: str) -> Path | None:
@@ -344,6 +345,8 @@ class OrderRun:
     async def _deliver(self, outcome: Outcome) -> None:
         order, session = self.order, self._session
         await self._destroy()  # nothing of it may touch what is collected
+        if not self._destroyed:
+            raise LumarisError("platform_error", "The sandbox did not end.")
         outputs = await trio.to_thread.run_sync(self._collect)
         self.kept_files = len(outputs)
         self._delivered = {file.sha256: file.path for file in outputs}
@@ -381,7 +384,9 @@ class OrderRun:
         if not self.machine.done:  # it is when telling the end is what failed
             self.machine.take(self._fact_of(reason))
         states: dict[str, WorkState] = {"failed": "failed", "killed": "killed"}
-        exit_status = outcome.exit_status if outcome is not None else None
+        # Only of a run that ended by itself for this reason: one whose outputs are refused did not.
+        own = outcome is not None and outcome.reason == reason
+        exit_status = outcome.exit_status if outcome is not None and own else None
         session.apply(
             session.machine.failed(
                 self.order.n,

@@ -93,11 +93,7 @@ class SessionHost:
         self.pids_max = pids_max
         self.images = images
         self._gpus = gpus or Gpus(())
-        wanted = agreement.resources.gpus
-        self.surroundings = Surroundings(
-            egress=agreement.egress,
-            gpus=self._gpus.take(self.session, wanted) if wanted else (),
-        )
+        self.surroundings = Surroundings(egress=agreement.egress)
         self._stream, self._store, self._executor = stream, store, executor
         self._clock = clock
         self._outbox = Outbox(stream, self._keep)
@@ -116,6 +112,7 @@ class SessionHost:
         self._gate_changed = trio.Event()
         self._wiping: trio.Nursery | None = None
         self._over = trio.Event()
+        self._ending: Callable[[], None] = lambda: None
         self._freed: Callable[[], None] = lambda: None
         self._reason = ""
 
@@ -123,12 +120,13 @@ class SessionHost:
         """Take the buyer's first word. Raises LumarisError when its grant does not hold."""
         self.apply(self.machine.receive(opening, now=self.now()))
 
-    async def run(self, *, freed: Callable[[], None]) -> str:
+    async def run(self, *, ending: Callable[[], None], freed: Callable[[], None]) -> str:
         """Until the session is over; the reason. Never raises for what fails here.
 
-        `freed` is called once nothing of the lease runs, before its files are removed.
+        `ending` is called when it is over, `freed` once nothing of the lease runs, before its files
+        are removed.
         """
-        self._freed = freed
+        self._ending, self._freed = ending, freed
         try:
             await self._run_tasks()
         except* Exception as group:
@@ -143,6 +141,8 @@ class SessionHost:
         return self._reason
 
     async def _run_tasks(self) -> None:
+        if self.resources.gpus:  # not before: what never ran has no end that gives them back
+            self.surroundings.gpus = self._gpus.take(self.session, self.resources.gpus)
         await trio.to_thread.run_sync(self.workspace.open)
         async with trio.open_nursery() as nursery:
             self._wiping = nursery
@@ -226,7 +226,9 @@ class SessionHost:
     def find_live(self, n: int) -> OrderRun:
         """The order that is worked on, if that is its number. Raises RefusedError."""
         if self._run is None or self._run.order.n != n:
-            raise RefusedError("not_attached")
+            raise RefusedError(
+                "not_attached", "The order waits or has ended.", hint="`lumaris job show JOB` says."
+            )
         return self._run
 
     # --- files ---
@@ -360,6 +362,7 @@ class SessionHost:
         if not self._over.is_set():
             self._reason = reason
             self._over.set()
+            self._ending()
 
     def _forget_answered(self) -> None:
         """Outputs are kept only until the buyer accepted or rejected them."""

@@ -154,7 +154,9 @@ class Sessions:
         session, reason = host.session, "platform_error"
         self._hosts[session] = host
         try:
-            reason = await host.run(freed=partial(self._desk.release, hold))
+            reason = await host.run(
+                ending=partial(self._desk.ending, hold), freed=partial(self._desk.release, hold)
+            )
         finally:
             del self._hosts[session]
             self._desk.release(hold)  # where it did not come so far

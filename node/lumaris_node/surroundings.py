@@ -20,6 +20,7 @@ class Surroundings:
     def __init__(self, *, egress: tuple[str, ...] = (), gpus: tuple[str, ...] = ()) -> None:
         self.egress, self.gpus = egress, gpus
         self.gpu_use = GpuUse()
+        self._policy = EgressPolicy(egress, own=own_addresses)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -43,8 +44,7 @@ class Surroundings:
             listener = await netns.listen(pid, proxy.PORT)
         async with trio.open_nursery() as nursery:
             if listener is not None:
-                policy = EgressPolicy(self.egress, own=own_addresses)
-                nursery.start_soon(proxy.EgressProxy(policy).serve, listener)
+                nursery.start_soon(proxy.EgressProxy(self._policy).serve, listener)
             if self.gpus:
                 meter = GpuMeter(self.gpus)
                 self.gpu_use = meter.use

@@ -10,10 +10,10 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import trio
-from msgspec import structs
+from msgspec import structs, to_builtins
 
 from lumaris_node.config import NodeConfig
 from lumaris_node.executors.container.executor import ContainerExecutor
@@ -58,7 +58,25 @@ class Tiers:
         self.executors: dict[Tier, Executor] = {}
         self.runtimes: tuple[Runtime, ...] = ()
         self._found: dict[Tier, Runtime] = {}
-        self._settled = trio.Event()
+        self._why_not: dict[Tier, str] = {}  # of tiers that did not answer, or cannot be sold
+        self._settled, self._again = trio.Event(), trio.Event()
+
+    @property
+    def wasm(self) -> WasmExecutor | None:
+        """The executor of tier `wasm` for what only it can do, if its owner wants the tier."""
+        executor = self.executors.get("wasm")
+        return executor if isinstance(executor, WasmExecutor) else None
+
+    def report(self) -> list[dict[str, Any]]:
+        """Each wanted tier, for the owner: whether it is offered and for what, or why not."""
+        return [self._record(tier) for tier in self.executors]
+
+    def retest(self) -> None:
+        """Attack every tier again now; what was seen before stands until then."""
+        for tier in self.executors:
+            self._assurance.retest(tier)
+        self._again.set()
+        self._again = trio.Event()
 
     async def open(self, stack: AsyncExitStack) -> None:
         """Make the executors; what a killed predecessor left of them is gone then.
@@ -74,7 +92,7 @@ class Tiers:
                 log.warning("reaped orphans tier=%s count=%d", tier, reaped)
         working = [tier for tier in self.executors if await self._look(tier, test=False)]
         for tier in self.executors.keys() - set(working):
-            log.warning("tier not offered: its probe failed tier=%s", tier)
+            log.warning("tier not offered tier=%s why=%s", tier, self._why_not.get(tier))
         if not working:
             wanted = ", ".join(self.executors)
             raise LumarisError(
@@ -110,7 +128,8 @@ class Tiers:
 
     async def _watch(self, tier: Tier, changed: Callable[[], None]) -> None:
         while True:
-            await trio.sleep(_LOOK_S[tier])
+            with trio.move_on_after(_LOOK_S[tier]):
+                await self._again.wait()
             await self._look(tier, test=True)
             if self._offer():
                 changed()
@@ -120,11 +139,18 @@ class Tiers:
         executor, runtime = self.executors[tier], None
         with trio.move_on_after(_PROBE_S):
             runtime = await executor.probe()
-        if runtime is None or not self._sellable(runtime):
+        why = why_not_sold(runtime, executor)
+        if runtime is None or why:
             if self._found.pop(tier, None) is not None:
-                log.warning("tier withdrawn: it does not answer tier=%s", tier)
+                log.warning("tier withdrawn tier=%s why=%s", tier, why)
+            self._why_not[tier] = why
             self._assurance.lost(tier)
             return False
+        self._why_not.pop(tier, None)
+        with trio.move_on_after(_PROBE_S):
+            left = await executor.reap_left()
+            if left:
+                log.warning("ended what was left tier=%s count=%d", tier, left)
         checked = (
             await self._assurance.check(executor, runtime)
             if test
@@ -136,9 +162,12 @@ class Tiers:
             self._found[tier] = self._trimmed(checked)
         return True
 
-    def _sellable(self, runtime: Runtime) -> bool:
-        """An emulated machine is for tests: it would sell a tenth of a processor as a whole one."""
-        return runtime.assurance != "vm-emulated"
+    def _record(self, tier: Tier) -> dict[str, Any]:
+        runtime = self._found.get(tier)
+        if runtime is not None:
+            return {"offered": True, "why_not": "", **to_builtins(runtime)}
+        why = self._why_not.get(tier) or self._assurance.why_not(tier)
+        return {"tier": tier, "offered": False, "why_not": why}
 
     def _trimmed(self, runtime: Runtime) -> Runtime:
         """Without the features that the owner or this machine does not allow."""
@@ -157,6 +186,16 @@ class Tiers:
             tuple(self._found[tier] for tier in self.executors if tier in self._found),
         )
         return before != self.runtimes
+
+
+def why_not_sold(runtime: Runtime | None, executor: Executor) -> str:
+    """Why what a probe found may not be offered, whatever its self-test says; "" if it may."""
+    if runtime is None:
+        return executor.why_not or f"Its probe took over {_PROBE_S:.0f} s."
+    if runtime.assurance == "vm-emulated":
+        # It would sell a tenth of a processor as a whole one.
+        return "Without KVM its machines are emulated, which is too slow to be sold."
+    return ""
 
 
 def make_executor(tier: Tier, state: Path, config: NodeConfig, node: str) -> Executor:

@@ -12,7 +12,7 @@ import json
 import platform
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,9 @@ _MEMBERS_MAX = 16 * LAYERS_MAX  # each layer comes with a folder and two small f
 _RATIO_MAX = 200
 _RATIO_FREE_BYTES = 64 * MIB
 _CHUNK_BYTES = 1 * MIB
+# Smaller, because what is not used of one is copied at each step.
+_ZIPPED_BYTES = 64 * 1024
+_GZIP_MEMBER_COST = 4096  # bytes charged for each, as one may hold nothing
 _LINKS_MAX = 8
 _ROOT_MEMBERS_MAX = 1_000_000
 _DESCRIPTIONS = ("manifest.json", "index.json")
@@ -93,6 +96,25 @@ def check_digest(text: object) -> str:
     return text
 
 
+class Allowance:
+    """What reading an image may still cost, over all its layers. It is charged before it is spent.
+
+    `check` is called often, in the thread that reads, and raises when nobody wants the image.
+    """
+
+    def __init__(
+        self, *, bytes_max: int = IMAGE_BYTES_MAX, check: Callable[[], object] = lambda: None
+    ) -> None:
+        self._left, self._check = bytes_max, check
+
+    def take(self, size: int) -> None:
+        """Charge bytes of a layer's tar. Raises LumarisError `unsafe_archive`."""
+        self._check()
+        self._left -= size
+        if self._left < 0:
+            raise unsafe("unpacks to more bytes than an image may have")
+
+
 @dataclass(frozen=True)
 class ArchiveLayer:
     """Where a layer's bytes are in the archive's file, and the hash of its tar."""
@@ -128,13 +150,15 @@ class ImageArchive:
         )
 
     @contextmanager
-    def open_layer(self, layer: ArchiveLayer) -> Iterator[LayerReader]:
+    def open_layer(
+        self, layer: ArchiveLayer, allowance: Allowance | None = None
+    ) -> Iterator[LayerReader]:
         """A layer's uncompressed tar; at the end its hash is checked.
 
         Raises LumarisError `bad_image` when it is not what the configuration says.
         """
         with self.path.open("rb") as file:
-            reader = LayerReader(file, layer)
+            reader = LayerReader(file, layer, allowance or Allowance())
             yield reader
             reader.finish()
 
@@ -180,8 +204,9 @@ class ImageArchive:
 class LayerReader:
     """A layer's tar, uncompressed and hashed as it is read."""
 
-    def __init__(self, file: BinaryIO, layer: ArchiveLayer) -> None:
+    def __init__(self, file: BinaryIO, layer: ArchiveLayer, allowance: Allowance) -> None:
         self._file, self._layer, self._left = file, layer, layer.size
+        self._allowance = allowance
         self._hash, self._out, self._waiting = hashlib.sha256(), 0, b""
         file.seek(layer.offset)
         magic = file.read(4)
@@ -196,6 +221,7 @@ class LayerReader:
         if self._unzip is None:
             self._left -= len(found)
         self._out += len(found)
+        self._allowance.take(len(found))
         self._hash.update(found)
         return found
 
@@ -214,8 +240,9 @@ class LayerReader:
                 if not self._waiting and not self._left:
                     return b""
                 self._unzip = zlib.decompressobj(_GZIP)
+                self._allowance.take(_GZIP_MEMBER_COST)
             if not self._waiting:
-                self._waiting = self._file.read(min(_CHUNK_BYTES, self._left))
+                self._waiting = self._file.read(min(_ZIPPED_BYTES, self._left))
                 self._left -= len(self._waiting)
             if not self._waiting:
                 raise bad_image("has a layer that is cut off")

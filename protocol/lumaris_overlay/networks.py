@@ -1,10 +1,29 @@
-"""IP texts: the network around an address, and IP:PORT settings. Pure functions."""
+"""IP texts: the network around an address, whose it is, and IP:PORT settings. Pure functions."""
 
 from __future__ import annotations
 
 import ipaddress
 
 from lumaris_protocol.errors import LumarisError
+
+# Global to some versions of `ipaddress`, and yet not the public network: protocol assignments
+# (Oracle's metadata among them), relays, test networks, Azure's host service, and IPv6 addresses
+# that carry an IPv4 address inside them and reach it through a translator.
+_NEVER = tuple(
+    ipaddress.ip_network(text)
+    for text in (
+        "192.0.0.0/24",
+        "192.88.99.0/24",
+        "198.18.0.0/15",
+        "168.63.129.16/32",
+        "::/96",
+        "64:ff9b::/96",
+        "64:ff9b:1::/48",
+        "2001::/32",
+        "2002::/16",
+        "fec0::/10",
+    )
+)
 
 
 def network_of(ip: str, bits: tuple[int, int] = (32, 64)) -> str:
@@ -22,6 +41,19 @@ def network_of(ip: str, bits: tuple[int, int] = (32, 64)) -> str:
     if length == address.max_prefixlen:
         return str(address)
     return str(ipaddress.ip_network((int(address), length), strict=False))
+
+
+def is_public(ip: str) -> bool:
+    """Whether an IP belongs to the public network and to no machine's own surroundings."""
+    try:
+        address = ipaddress.ip_address(ip.partition("%")[0])
+    except ValueError:
+        return False
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    if not address.is_global or address.is_multicast or address.is_reserved:
+        return False
+    return not any(address in network for network in _NEVER)
 
 
 def ip_and_port(name: str, text: str) -> tuple[str, int]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import re
-import socket
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import aclosing, asynccontextmanager, suppress
@@ -33,6 +32,8 @@ from lumaris_overlay.image_archive import (
     parse_config,
     parse_json,
 )
+from lumaris_overlay.networks import is_public
+from lumaris_overlay.resolver import Resolver
 from lumaris_protocol import ids
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.limits import IMAGE_BYTES_MAX, LAYERS_MAX, MIB
@@ -168,7 +169,8 @@ class Registry:
         scheme = "http" if self._private and _is_loopback(api) else "https"
         self._base = httpx.URL(f"{scheme}://{api}/v2/{reference.repository}/")
         self._token = ""
-        self._addresses: dict[str, str] = {}
+        self._addresses: dict[tuple[str, str, int], str] = {}
+        self._resolve = Resolver()
         self._client: httpx.AsyncClient | None = None
 
     async def __aenter__(self) -> Registry:
@@ -331,19 +333,21 @@ class Registry:
                 await answer.aclose()
 
     async def _address(self, url: httpx.URL) -> str:
-        """The address that a host's name stands for; the same one for this client's life."""
-        host = url.host
-        if host in self._addresses:
-            return self._addresses[host]
-        port = url.port or {"http": 80, "https": 443}[url.scheme]
+        """The address that a host's name stands for; the same one for this client's life.
+
+        It is kept for each port: only the owner's own registry may be at a private address.
+        """
+        host, port = url.host, url.port or {"http": 80, "https": 443}[url.scheme]
+        place = (url.scheme, host, port)
+        if place in self._addresses:
+            return self._addresses[place]
         try:
-            found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            addresses = await self._resolve(host, port)
         except OSError as error:
             raise self._unreachable(error) from None
-        addresses = [str(item[4][0]) for item in found]
         if not (self._private and self._is_own(url)) and not all(map(is_public, addresses)):
             raise LumarisError("image_refused", f"{host} is at an address of a private network.")
-        self._addresses[host] = addresses[0]
+        self._addresses[place] = addresses[0]
         return addresses[0]
 
     def _is_own(self, url: httpx.URL) -> bool:
@@ -400,16 +404,6 @@ class Registry:
 
     def _unreachable(self, error: object) -> LumarisError:
         return LumarisError("unreachable", f"{self.reference.host} cannot be reached: {error}.")
-
-
-def is_public(address: str) -> bool:
-    """Whether an address belongs to the Internet, and to nobody's own network."""
-    try:
-        found = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return False
-    mapped = getattr(found, "ipv4_mapped", None) or getattr(found, "sixtofour", None)
-    return found.is_global and not found.is_multicast and (mapped is None or mapped.is_global)
 
 
 def _is_loopback(netloc: str) -> bool:

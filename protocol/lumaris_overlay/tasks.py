@@ -30,9 +30,16 @@ async def background() -> AsyncGenerator[trio.Nursery]:
     except BaseExceptionGroup as group:
         if len(group.exceptions) != 1:
             raise
-        failure = group.exceptions[0]
+        failure = first_of(group)
     if failure is not None:
         raise failure
+
+
+def first_of(error: BaseException) -> BaseException:
+    """The first error in a group, however deep; an error that is no group is itself."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def shielded(seconds: float) -> trio.CancelScope:

@@ -105,6 +105,7 @@ CODES: dict[str, Code] = {
     "unsafe_archive": Code("The archive holds a name, link or size that is not accepted.", "Nothing was unpacked. Pack plain files, folders and links that stay inside.", 2),
     "volume_failed": Code("The machine could not make an encrypted, bounded workspace.", "Another seller is tried automatically.", 125),
     "challenge_failed": Code("The seller did not prove what it claims.", "Choose another seller.", 9),
+    "challenge_slow": Code("The seller did less in the time than it claims.", "It may be busy now: try again later, or choose another seller.", 9),
     "prepare_timeout": Code("Preparing the job took too long.", "Try again, or use fewer inputs.", 8),
     "output_mismatch": Code("A delivered output does not match its hash.", "It was rejected and not paid.", 9),
     "rejected": Code("The buyer rejected the delivery.", "", 9),

@@ -62,7 +62,8 @@ class AttachHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     `log` gets the order's log from `offset` on and follows it (DATA frames, each a stream byte and
     its bytes; END after the last). `stdin` sends its standard input (DATA; END closes it). `exec`
     runs another command in its sandbox, with a terminal if `tty`; its output is framed like a log.
-    `forward` joins a port inside: DATA both ways, END from each side that has no more.
+    `forward` joins a port inside: DATA both ways, END from each side that has no more. Port 0 joins
+    nothing: the answer says whether the order has ports.
     """
 
     session: Id

@@ -21,7 +21,8 @@ from msgspec import structs
 from lumaris import artifacts, images, live, membership, processes
 from lumaris.coordinator import CoordinatorLink
 from lumaris.images import Image
-from lumaris.jobs import JobRequest, JobResult, JobUpdate, Observer, Source, ignore
+from lumaris.job_logs import JobLogs
+from lumaris.jobs import JobRequest, JobResult, JobUpdate, LogLine, Observer, Source, ignore
 from lumaris.market import BuyerTerms, Market, SellerError
 from lumaris.membership import Standing
 from lumaris.pool import LEASE_S, Approve, Pool, plan_of_session
@@ -124,6 +125,7 @@ class Buyer:
         self._running: dict[str, tuple[Session, int]] = {}  # with the order's number
         self._cancelled: set[str] = set()
         self._rows: dict[str, dict[str, Any]] = {}
+        self._logs = JobLogs(profile.jobs)
 
     # --- work ---
 
@@ -263,12 +265,18 @@ class Buyer:
         folder = self.profile.jobs / job / "out"
         if attempt > 1:  # nothing of a failed attempt is taken for a result
             await trio.to_thread.run_sync(shutil.rmtree, folder, True)
+            await self._logs.forget(job)
         self._note(job, session, request, attempt)
         observe(JobUpdate(job, "ordered", session.seller))
         feeding = trio.CancelScope()
         starts = trio.Event()
         if stdin is not None:
             self._nursery.start_soon(self._feed, job, stdin, starts, feeding)
+
+        def watch(event: JobUpdate | LogLine) -> None:
+            if isinstance(event, LogLine):
+                self._logs.add(replace(event, job=job))  # an attempt has an id of its own
+            observe(event)
 
         def note(n: int, state: str, usage: Usage) -> None:
             self._running[job] = session, n
@@ -287,7 +295,7 @@ class Buyer:
                 inputs=inputs,
                 files=files,
                 folder=folder,
-                observe=observe,
+                observe=watch,
                 note=note,
             )
         except (trio.Cancelled, LumarisError) as error:
@@ -352,8 +360,8 @@ class Buyer:
 
     async def _note_result(self, result: JobResult) -> None:
         self._cancelled.discard(result.job)
-        if result.stdout or result.stderr:  # before the row says that there is no more
-            await trio.to_thread.run_sync(self._write_log, result)
+        # Before the row says that there is no more.
+        await self._logs.finish(result.job, result.stdout, result.stderr)
         row = self._rows.setdefault(result.job, {"job": result.job})
         row |= {
             "state": "succeeded" if result.ok else "failed",
@@ -369,14 +377,8 @@ class Buyer:
             "ended_at": int(time.time()),
         }
 
-    def _write_log(self, result: JobResult) -> None:
-        folder = self.profile.jobs / result.job
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "stdout").write_bytes(result.stdout)
-        (folder / "stderr").write_bytes(result.stderr)
-
     async def write_rows(self) -> None:
-        """Write job rows behind, in batches, for as long as the client lives."""
+        """Write job rows and logs behind, in batches, for as long as the client lives."""
         while True:
             await trio.sleep(_JOB_WRITE_S)
             await self.flush_rows()
@@ -396,7 +398,8 @@ class Buyer:
         return await self._link.call(coordinator_api.shards())
 
     async def flush_rows(self) -> None:
-        """Write the job rows that changed."""
+        """Write the job rows that changed, and the logs that grew."""
+        await self._logs.flush()
         rows = list(self._rows.values())
         self._rows = {job: row for job, row in self._rows.items() if "ended_at" not in row}
         if rows:

@@ -393,14 +393,15 @@ def make_request(
         pids=pids,
         tier=tier,
         assurances=tuple(assurances),
-        egress=_checked_egress(egress),
-        gpus=tuple(_gpu(text) for text in gpus),
+        egress=parse_egress(egress),
+        gpus=tuple(parse_gpu(text) for text in gpus),
         regions=tuple(regions),
         attempts=attempts,
     )
 
 
-def _checked_egress(rules: Sequence[str]) -> tuple[str, ...]:
+def parse_egress(rules: Sequence[str]) -> tuple[str, ...]:
+    """Checked `host:port` rules. Raises LumarisError `usage`."""
     try:
         return msgspec.convert([rule.lower() for rule in rules], EgressRules)
     except msgspec.ValidationError:
@@ -410,14 +411,17 @@ def _checked_egress(rules: Sequence[str]) -> tuple[str, ...]:
         ) from None
 
 
-def _gpu(text: str) -> Gpu:
-    model, _, count = text.rpartition(":")
-    if not count.isdecimal():
+def parse_gpu(text: str) -> Gpu:
+    """Wanted GPUs, from text such as `2`, `NVIDIA L4` or `NVIDIA L4:1`. Raises `usage`."""
+    model, colon, count = text.rpartition(":")
+    if not colon and not count.isdecimal():
         model, count = text, "1"
     try:
         return msgspec.convert({"model": model, "vram_bytes": 0, "count": int(count)}, Gpu)
     except (msgspec.ValidationError, ValueError):
-        raise LumarisError("usage", f"--gpu takes COUNT or MODEL:COUNT, not {text!r}.") from None
+        raise LumarisError(
+            "usage", f"--gpu takes COUNT, MODEL or MODEL:COUNT, not {text!r}."
+        ) from None
 
 
 def parse_amount(text: str, name: str) -> int:

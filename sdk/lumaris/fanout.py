@@ -18,6 +18,7 @@ from lumaris.session import Session
 from lumaris_overlay.tasks import background
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.messages.execution import File
+from lumaris_protocol.messages.negotiation import Requirements
 from lumaris_protocol.money import Nanos
 
 # Orders in flight for each session. More hide the round trip of short jobs; but what waits at a
@@ -62,6 +63,7 @@ class FanOut:
         self._results: list[JobResult | None] = [None] * len(requests)
         self._left = len(requests)
         self._active: dict[str, Session] = {}
+        self._paid_before: dict[str, int] = {}  # in an active session, and not by this map
         self._bought = 0
         self._failed: set[str] = set()
         self._spent_nanos = 0  # by sessions that are over
@@ -86,10 +88,16 @@ class FanOut:
         return [result for result in self._results if result is not None]
 
     async def _recruit(self, nursery: trio.Nursery) -> None:
-        missing = self._wanted - len(self._active)
         needs = self._buyer.pool.needs(self._shape, self._image)
-        busy = tuple(session.seller for session in self._active.values())
-        needs = structs.replace(needs, excluded=(*self._failed, *busy))
+        while (missing := self._wanted - len(self._active)) > 0:
+            busy = tuple(session.seller for session in self._active.values())
+            needs = structs.replace(needs, excluded=(*self._failed, *busy))
+            session = self._find_idle(needs)
+            if session is None:
+                break
+            self._begin(session, nursery)
+        if not missing:
+            return
         try:
             sessions = await self._buyer.pool.buy(
                 needs, cap_nanos=self._cap_of_one(missing), count=missing
@@ -97,18 +105,41 @@ class FanOut:
         except LumarisError as error:
             self._on_no_seller(error)
             return
-        self._bought += len(sessions)
         for session in sessions:
-            self._active[session.session] = session
-            nursery.start_soon(self._drive, session)
+            self._begin(session, nursery)
+
+    def _find_idle(self, needs: Requirements) -> Session | None:
+        """A session that was bought before and cannot cost more than is left of the budget."""
+        shape, left = self._shape, self._budget_nanos - self._spent_nanos - self._held_nanos
+        while True:
+            session = self._buyer.pool.find_idle(
+                needs, wall_s=shape.wall_s, cost_nanos_max=shape.max_cost_nanos
+            )
+            if session is None or session.remaining_nanos <= left:
+                return session
+            needs = structs.replace(needs, excluded=(*needs.excluded, session.seller))
+
+    def _begin(self, session: Session, nursery: trio.Nursery) -> None:
+        self._bought += 1
+        self._active[session.session] = session
+        self._paid_before[session.session] = session.machine.tab.vouchered_nanos
+        nursery.start_soon(self._drive, session)
+
+    @property
+    def _held_nanos(self) -> int:
+        """What the active sessions may still cost and have cost this map."""
+        return sum(
+            session.machine.terms.cap_nanos - self._paid_before[name]
+            for name, session in self._active.items()
+        )
 
     def _cap_of_one(self, missing: int) -> int:
         """The cap of each new session; one share stays back for replacements.
 
         Raises LumarisError `budget_exceeded` when nothing is left to buy with.
         """
-        held = sum(session.machine.terms.cap_nanos for session in self._active.values())
-        cap_nanos = (self._budget_nanos - self._spent_nanos - held) // (missing + 1)
+        left = self._budget_nanos - self._spent_nanos - self._held_nanos
+        cap_nanos = left // (missing + 1)
         if cap_nanos <= 0 or self._bought >= _SESSIONS_SHARE * self._wanted:
             raise LumarisError("budget_exceeded")
         return cap_nanos
@@ -139,7 +170,8 @@ class FanOut:
                     nursery.start_soon(self._draw, session)
         finally:
             del self._active[session.session]
-            self._spent_nanos += session.machine.tab.vouchered_nanos
+            before = self._paid_before.pop(session.session)
+            self._spent_nanos += session.machine.tab.vouchered_nanos - before
             self._changed.set()
 
     async def _draw(self, session: Session) -> None:

@@ -14,7 +14,7 @@ import platformdirs
 import trio
 
 from lumaris import artifacts
-from lumaris_overlay.image_archive import ArchiveLayer, ImageArchive
+from lumaris_overlay.image_archive import ArchiveLayer, ImageArchive, holds_image
 from lumaris_overlay.private_files import make_private_folder
 from lumaris_protocol.catalog import CATALOG
 from lumaris_protocol.errors import LumarisError
@@ -108,7 +108,17 @@ async def _in_registry(name: str) -> Image:
 
 def _local_archive(path: Path) -> Image:
     """An archive's parts as files: sellers ask for the configuration, then for layers by hash."""
-    image = ImageArchive(path)
+    try:
+        image = ImageArchive(path)
+    except LumarisError:
+        if not _is_root_folder(path):
+            raise
+        raise LumarisError(
+            "bad_image",
+            f"{path} is the tar of a folder, not of an image.",
+            hint="A seller makes an image of it with `lumaris node image import FILE`, which prints"
+            " the sha256:<digest> to run.",
+        ) from None
     folder = Path(platformdirs.user_cache_dir("lumaris")) / "layers"
     make_private_folder(folder)
     files = {image.digest: _cached(folder, image.digest, lambda: [image.raw_config])}
@@ -118,6 +128,13 @@ def _local_archive(path: Path) -> Image:
         raise LumarisError("bad_image", f"{path} is too large to send; put it into a registry.")
     _trim(folder, keep={file.name for file in files.values()})
     return Image("container", image.digest, files)
+
+
+def _is_root_folder(path: Path) -> bool:
+    try:
+        return not holds_image(path)
+    except (LumarisError, OSError):
+        return False
 
 
 def _layer(image: ImageArchive, layer: ArchiveLayer) -> Iterator[bytes]:

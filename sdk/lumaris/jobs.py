@@ -118,12 +118,18 @@ def not_run(job: str, error: LumarisError) -> JobResult:
 
 @dataclass(frozen=True)
 class JobUpdate:
-    """A change of a job while it is under way."""
+    """A change of a job while it is under way.
+
+    While an image is fetched or unpacked, `detail` says what is, and `done` of `total` bytes how
+    far that is (0 of 0 when not known).
+    """
 
     job: str
     state: str
     seller: str = ""
     detail: str = ""
+    done: int = 0
+    total: int = 0
 
 
 @dataclass(frozen=True)

@@ -70,10 +70,17 @@ async def find_place(store: Store, job: str) -> Place:
     if row is None:
         raise LumarisError("not_found", f"There is no job {job} here.")
     if row["ended_at"] is not None:
-        raise LumarisError("not_attached", f"The job has ended: {row['reason'] or row['state']}.")
+        raise _ended(job, str(row["reason"] or row["state"]))
     if not row["n"]:
-        raise LumarisError("not_attached", "The job does not run yet.")
+        raise LumarisError(
+            "not_attached", "The job does not run yet.", hint="Try again in a moment."
+        )
     return Place(job, seller=row["seller"], session=row["session"], n=row["n"])
+
+
+def _ended(job: str, why: str = "") -> LumarisError:
+    text = f"The job has ended: {why}." if why else "The job has ended."
+    return LumarisError("not_attached", text, hint=f"`lumaris job logs {job}` shows its output.")
 
 
 async def wait_until_ended(store: Store, job: str) -> dict[str, object]:
@@ -98,7 +105,7 @@ async def cancel(store: Store, job: str, *, grace_s: int = 0) -> dict[str, objec
     if row is None:
         raise LumarisError("not_found", f"There is no job {job} here.")
     if row["ended_at"] is not None:
-        raise LumarisError("not_attached", f"The job has ended: {row['reason'] or row['state']}.")
+        raise _ended(job, str(row["reason"] or row["state"]))
     await store.ask_cancel(job, grace_s, now=time.time())
     with trio.move_on_after(grace_s + _CANCEL_S):
         return await wait_until_ended(store, job)
@@ -168,7 +175,7 @@ async def send_stdin(overlay: Overlay, place: Place, source: Source) -> None:
         nursery.cancel_scope.cancel()
     if failure is not None:
         if failure.code == "truncated":
-            raise LumarisError("not_attached", "The order has ended.")
+            raise _ended(place.job)
         raise failure
 
 
@@ -188,8 +195,8 @@ async def _feed(framed: FramedStream, source: Source) -> None:
 class Command:
     """A further command in a job's sandbox. Made by `open_command`; leaving that kills it."""
 
-    def __init__(self, framed: FramedStream) -> None:
-        self._framed = framed
+    def __init__(self, framed: FramedStream, job: str) -> None:
+        self._framed, self._job = framed, job
         self.exit_status: int | None = None
 
     async def send(self, data: bytes) -> None:
@@ -216,7 +223,7 @@ class Command:
         except _LOST:
             raise LumarisError("unreachable", "The seller went away.") from None
         if frame is None:
-            raise LumarisError("not_attached", "The job has ended.")
+            raise _ended(self._job)
         if frame.kind == Kind.HEADER:
             self.exit_status = _exit_status(frame.body)
             return None
@@ -240,7 +247,7 @@ async def open_command(
     async with _attached(
         overlay, place, op="exec", command=command, tty=tty, rows=rows, columns=columns
     ) as framed:
-        yield Command(framed)
+        yield Command(framed, place.job)
 
 
 # --- ports ---
@@ -257,9 +264,11 @@ async def forward(
 ) -> None:
     """Listen locally and join each connection to `port` inside the job, until cancelled.
 
-    `ready` gets the local port; `report` why a connection was not made. Returns when a connection
-    finds that the job has ended or has no ports. Raises LumarisError `port_in_use`.
+    `ready` gets the local port, once the seller has shown that the job has ports; `report` why a
+    connection was not made. Returns when a connection finds that the job has ended. Raises
+    LumarisError `port_in_use`, or why the job's ports cannot be reached at all.
     """
+    await _ask_for_ports(overlay, place)
     try:
         listeners = await trio.open_tcp_listeners(local[1], host=local[0])
     except OSError as error:
@@ -290,6 +299,15 @@ async def forward(
         ready(listeners[0].socket.getsockname()[1])
         await over.wait()
         nursery.cancel_scope.cancel()
+
+
+async def _ask_for_ports(overlay: Overlay, place: Place) -> None:
+    """Raises LumarisError when this job has no ports for us.
+
+    Port 0 connects to nothing: a server in the guest may well wait for one connection only.
+    """
+    async with _attached(overlay, place, op="forward", port=0):
+        return
 
 
 async def _join(overlay: Overlay, place: Place, port: int, client: trio.SocketStream) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +16,7 @@ from lumaris.demands import Demands
 from lumaris.quoting import REPLY_S, Asker, Offered, Round, Wish
 from lumaris_overlay.ports import AdvertEvent, Overlay
 from lumaris_overlay.validate import AdvertGate
-from lumaris_protocol import agreements, codec
+from lumaris_protocol import agreements, codec, matching
 from lumaris_protocol.agreements import Contract
 from lumaris_protocol.codec import Signed
 from lumaris_protocol.errors import LumarisError, RefusedError
@@ -114,7 +114,7 @@ class Market:
         if not report.matches and await self._ask_everybody(needs, lease_s):
             report = self._find(needs, lease_s, count)
         if not report.matches:
-            raise no_match(report)
+            raise no_match(report.seen, report.excluded, matching.needed_features(needs))
         return report
 
     async def change(self, timeout_s: float) -> None:
@@ -241,10 +241,11 @@ class Market:
         self._changed = trio.Event()
 
 
-def no_match(report: MatchReport) -> LumarisError:
-    """Why nobody fits, with the constraint that excludes most first."""
-    if not report.seen:
+def no_match(seen: int, excluded: Mapping[str, int], features: Collection[str]) -> LumarisError:
+    """Why nobody fits, with the constraint that excludes most first and the features asked for."""
+    if not seen:
         return LumarisError("no_sellers")
-    counts = sorted(report.excluded.items(), key=lambda item: -item[1])
-    reasons = ", ".join(f"{code} {count}" for code, count in counts)
-    return LumarisError("no_offers", f"None of {report.seen} sellers fits ({reasons}).")
+    counts = sorted(excluded.items(), key=lambda item: -item[1])
+    words = {"feature_missing": f" of {', '.join(sorted(features))}"}
+    reasons = ", ".join(f"{code}{words.get(code, '')} {count}" for code, count in counts)
+    return LumarisError("no_offers", f"None of {seen} sellers fits ({reasons}).")

@@ -293,7 +293,10 @@ class Session:
             return
         order.state = event.state
         order.note(event.n, event.state, order.usage)
-        order.observe(JobUpdate(order.job, event.state, self.seller, event.reason))
+        detail = event.reason or (event.detail if event.state == "preparing" else "")
+        order.observe(
+            JobUpdate(order.job, event.state, self.seller, detail, event.done, event.total)
+        )
         wanted = tuple(sha256 for sha256 in event.missing if sha256 not in order.asked)
         if wanted:  # what was asked for before it has, or will
             order.asked.update(wanted)

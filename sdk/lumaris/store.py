@@ -264,13 +264,22 @@ class Store:
         return taken
 
     async def end_orphan_jobs(self, *, now: float) -> None:
-        """Jobs still marked as running whose program is gone were lost with it."""
-        rows = await self._rows("SELECT job, owner FROM job WHERE ended_at IS NULL", ())
+        """Jobs still marked as running whose program is gone were lost with it.
+
+        What was vouchered in their session and is no other job's cost was theirs: the one that ran
+        is the oldest without an end, for a session's orders run one after another.
+        """
+        rows = await self._rows(
+            "SELECT job, owner FROM job WHERE ended_at IS NULL ORDER BY n, created_at", ()
+        )
         for row in rows:
             if not processes.alive(row["owner"] or ""):
                 await self._write(
-                    "UPDATE job SET state = 'failed', reason = 'buyer_lost', ended_at = ?"
-                    " WHERE job = ? AND ended_at IS NULL",
+                    "UPDATE job SET state = 'failed', reason = 'buyer_lost', ended_at = ?,"
+                    " cost_nanos = MAX(0, IFNULL((SELECT total_nanos FROM session"
+                    " WHERE session.session = job.session), 0) - IFNULL((SELECT SUM(cost_nanos)"
+                    " FROM job AS other WHERE other.session = job.session"
+                    " AND other.job != job.job), 0)) WHERE job = ? AND ended_at IS NULL",
                     (int(now), row["job"]),
                 )
 

@@ -75,6 +75,7 @@ class Puppet:
     """Implements the executor port."""
 
     tier = "wasm"
+    why_not = ""
 
     def __init__(self) -> None:
         self.released: list[str] = []
@@ -155,6 +156,9 @@ class Puppet:
         self.released.append(lease)
 
     async def reap_orphans(self) -> int:
+        return 0
+
+    async def reap_left(self) -> int:
         return 0
 
     async def aclose(self) -> None:

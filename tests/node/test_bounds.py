@@ -168,7 +168,7 @@ async def test_a_buyer_that_does_not_read_is_not_heard_and_left(
     with trio.fail_after(m.WAIT_S):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(flood)
-            reason = await session.run()
+            reason = await session.run(ending=lambda: None, freed=lambda: None)
             nursery.cancel_scope.cancel()
     assert reason == "buyer_lost"
     assert rows.reasons == ["buyer_lost"]
@@ -192,7 +192,7 @@ async def test_a_broken_store_ends_the_session_with_a_code(
     reasons: list[str] = []
 
     async def run() -> None:
-        reasons.append(await session.run())
+        reasons.append(await session.run(ending=lambda: None, freed=lambda: None))
 
     with trio.fail_after(m.WAIT_S):
         async with trio.open_nursery() as nursery:

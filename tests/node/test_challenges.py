@@ -25,6 +25,7 @@ from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.frames import Kind
 from lumaris_protocol.keys import KeyPair
 from lumaris_protocol.limits import GIB, MIB
+from lumaris_protocol.machines.desk import QuoteDesk
 from lumaris_protocol.messages.advert import Advert, MembershipCertificate, PriceTable, Resources
 from lumaris_protocol.messages.challenge import Challenge, ChallengeAnswer
 from lumaris_protocol.protocols import CHALLENGE
@@ -73,7 +74,8 @@ class Pair:
     prober: Prober
     buyer: SimulatedOverlay
     seller: SimulatedOverlay
-    free: list[Resources]
+    quotes: QuoteDesk
+    closed: list[str]  # by the owner
 
     async def answer_with(
         self, stack: AsyncExitStack, lie: Callable[[Challenge, ChallengeAnswer], ChallengeAnswer]
@@ -92,13 +94,14 @@ class Pair:
 @asynccontextmanager
 async def opened(folder: Path, modules: Path) -> AsyncIterator[Pair]:
     wasm = WasmExecutor.open(modules)
-    free = [Resources(cpu_millis=4000, memory_bytes=GIB)]
+    quotes, closed = QuoteDesk(Resources(cpu_millis=4000, memory_bytes=GIB)), list[str]()
     challenges = Challenges(
         SELLER,
         Belonging(NETWORK, COORDINATOR.peer_id),
         wasm=wasm,
         folder=folder / "challenges",
-        free=lambda: free[0],
+        aside=quotes.aside,
+        selling=lambda: not closed,
         clock=time.time,
     )
     try:
@@ -108,7 +111,7 @@ async def opened(folder: Path, modules: Path) -> AsyncIterator[Pair]:
             await buyer.present(certificate(BUYER))
             await buyer.connect([seller.address])
             prober = Prober(buyer, BUYER, NETWORK, lambda: certificate(BUYER))
-            yield Pair(challenges, prober, buyer, seller, free)
+            yield Pair(challenges, prober, buyer, seller, quotes, closed)
     finally:
         await wasm.aclose()
 
@@ -191,9 +194,9 @@ async def test_a_claim_beyond_what_was_done_in_time_fails(pair: Pair):
             return answer, 1e6
 
         pair.prober._ask = slowly  # type: ignore[method-assign]
-        with pytest.raises(LumarisError, match="of the work") as caught:
+        with pytest.raises(LumarisError, match="too slow: the seller claims") as caught:
             await pair.prober.cores(boast, parallel=1)
-    assert caught.value.code == "challenge_failed"
+    assert caught.value.code == "challenge_slow"
 
 
 @pytest.mark.slow
@@ -262,6 +265,52 @@ async def test_without_the_wasm_tier_no_cores(pair: Pair):
     pair.challenges._wasm = None
     async with pair.seller.serve(CHALLENGE, pair.challenges.serve):
         assert await refusal(pair, altered(pair)) == "tier_unavailable"
+
+
+async def test_while_the_owner_does_not_sell_nothing_is_proven(pair: Pair):
+    pair.closed.append("paused")
+    async with pair.seller.serve(CHALLENGE, pair.challenges.serve):
+        for _ in range(4):  # and nothing is charged
+            assert await refusal(pair, altered(pair)) == "not_accepting"
+        pair.closed.clear()
+        assert await refusal(pair, altered(pair, rounds=65)) == "malformed"
+
+
+async def test_the_work_ends_in_time_and_nothing_of_it_is_sold_meanwhile(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+):
+    total, seen = pair.quotes.total, []
+
+    async def endless(asked: Challenge) -> None:
+        seen.append(pair.quotes.free.cpu_millis)
+        with pytest.raises(LumarisError, match="no_capacity"), pair.quotes.aside(total):
+            pass
+        await trio.sleep_forever()
+
+    monkeypatch.setattr("lumaris_node.challenges._WORK_S", 0.05)
+    pair.challenges._cores = endless  # type: ignore[method-assign, assignment]
+    async with pair.seller.serve(CHALLENGE, pair.challenges.serve):
+        assert await refusal(pair, altered(pair, parallel=3)) == "challenge_failed"
+    assert seen == [1000]
+    assert pair.quotes.free == total
+
+
+async def test_all_together_are_charged_by_what_they_took(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("lumaris_node.challenges._WORK_S", 20.0)
+    for _ in range(10):  # each could take all there is, and takes nothing
+        with pair.challenges._charged():
+            pass
+    now = [time.monotonic()]
+    monkeypatch.setattr("lumaris_node.challenges.time.monotonic", lambda: now[0])
+    with pair.challenges._charged():
+        now[0] += 10
+    with pytest.raises(LumarisError, match="come first"), pair.challenges._charged():
+        pass
+    now[0] += 101
+    with pair.challenges._charged():
+        pass
 
 
 async def test_a_silent_seller_is_no_proof(pair: Pair, monkeypatch: pytest.MonkeyPatch):
@@ -342,7 +391,7 @@ def test_the_command_shows_claim_and_proof(
     if as_json:
         cores, memory = json.loads(said)["proofs"]
         assert (cores["claimed_fuel_s"], cores["proven_fuel_s"]) == (10**10, 9 * 10**9)
-        assert memory["proven_bytes"] == 3 * GIB
+        assert memory["proven_bytes"] == memory["asked_bytes"] == 3 * GIB
     else:
         assert "9.00 Gfuel/s (90%)" in said
         assert "3 GiB" in said

@@ -150,7 +150,7 @@ async def test_a_job_that_reaches_its_cap_ends_there(market: Market, short_expos
 async def test_a_job_that_passes_its_cap_between_two_meterings(market: Market, monkeypatch):
     """The buyer must not take an honest seller for one that overcharges."""
     await market.seller(price=DEAR)
-    monkeypatch.setattr("lumaris_node.orders._METER_S", 30)
+    monkeypatch.setattr("lumaris_node.session._METER_S", 30)
     async with market.buyer() as buyer:
         request = market.request(m.after(m.HELLO, 5), max_cost_nanos=20_000)
         result = await buyer.run(request)

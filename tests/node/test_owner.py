@@ -177,7 +177,6 @@ async def running(
     market: Market, monkeypatch: pytest.MonkeyPatch, **changes: int
 ) -> AsyncIterator[Scene]:
     monkeypatch.setattr("tests.market.SmallNode", PuppetNode)
-    monkeypatch.setattr("lumaris_node.agent.benchmarks", lambda *_: {})
     seller = await market.seller()
     node = seller.node
     assert isinstance(node, PuppetNode)

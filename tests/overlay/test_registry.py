@@ -9,20 +9,20 @@ from pathlib import Path
 
 import httpx
 import pytest
-import trio
 
 from lumaris_node.images.archive import build_archive
 from lumaris_overlay import registry as registries
 from lumaris_overlay.image_archive import architecture
+from lumaris_overlay.networks import is_public
 from lumaris_overlay.registry import (
     ANY_REGISTRY,
     Blob,
     Policy,
     Reference,
     Registry,
-    is_public,
     parse_reference,
 )
+from lumaris_overlay.resolver import Resolver
 from lumaris_protocol import ids
 from lumaris_protocol.errors import LumarisError
 from tests.overlay.registries import Pusher, run_registry
@@ -76,6 +76,12 @@ def test_what_is_no_reference(text: str) -> None:
         ("::ffff:10.0.0.1", False),
         ("::ffff:8.8.8.8", True),
         ("2002:0a00:0001::", False),
+        ("168.63.129.16", False),
+        ("192.0.0.192", False),
+        ("64:ff9b::a9fe:a9fe", False),
+        ("64:ff9b:1::a9fe:a9fe", False),
+        ("::7f00:1", False),
+        ("fec0::1", False),
         ("nonsense", False),
     ],
 )
@@ -149,7 +155,8 @@ def answering(answer: Answer, policy: Policy = ANY_REGISTRY, *, digest: str = ""
     found = Registry(
         Reference(HOST, "a/b", digest=digest), policy, transport=httpx.MockTransport(answer)
     )
-    found._addresses = {HOST: "192.0.2.1", "cdn.test": "192.0.2.2", "auth.test": "192.0.2.3"}
+    hosts = {HOST: "192.0.2.1", "cdn.test": "192.0.2.2", "auth.test": "192.0.2.3"}
+    found._addresses = {("https", host, 443): address for host, address in hosts.items()}
     return found
 
 
@@ -235,10 +242,10 @@ async def test_answers_without_an_end_are_cut(monkeypatch: pytest.MonkeyPatch) -
 async def test_redirects_that_are_not_followed(
     location: str, code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def look_up(host: str, *_: object, **__: object) -> list[object]:
-        return [(0, 0, 0, "", ("169.254.169.254", 80))]
+    async def look_up(_: Resolver, host: str, port: int) -> list[str]:
+        return ["169.254.169.254"]
 
-    monkeypatch.setattr(trio.socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(Resolver, "__call__", look_up)
     client = answering(lambda _: httpx.Response(307, headers={"location": location}))
     assert await refusal(client) == code
 
@@ -292,10 +299,10 @@ async def test_the_owner_says_which_registries(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(LumarisError, match="are not taken"):
         Registry(Reference("evil.test", "a"), Policy())
 
-    async def look_up(host: str, *_: object, **__: object) -> list[object]:
-        return [(0, 0, 0, "", ("8.8.8.8", 80)), (0, 0, 0, "", ("10.0.0.1", 80))]
+    async def look_up(_: Resolver, host: str, port: int) -> list[str]:
+        return ["8.8.8.8", "10.0.0.1"]
 
-    monkeypatch.setattr(trio.socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(Resolver, "__call__", look_up)
     policy = Policy(hosts=frozenset({HOST}))
     client = Registry(
         Reference(HOST, "a"), policy, transport=httpx.MockTransport(serving(manifest()))
@@ -306,6 +313,22 @@ async def test_the_owner_says_which_registries(monkeypatch: pytest.MonkeyPatch) 
         Reference(HOST, "a"), own, transport=httpx.MockTransport(serving(manifest()))
     ) as client:
         await client.find()
+
+
+async def test_what_is_allowed_for_one_port_is_not_for_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def look_up(_: Resolver, host: str, port: int) -> list[str]:
+        return ["10.0.0.1"]
+
+    monkeypatch.setattr(Resolver, "__call__", look_up)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(307, headers={"location": f"https://{HOST}:8443/x"})
+
+    own = Policy(hosts=frozenset({HOST}), own=frozenset({HOST}))
+    client = Registry(Reference(HOST, "a"), own, transport=httpx.MockTransport(answer))
+    assert await refusal(client) == "image_refused"
 
 
 async def test_a_blob_is_never_more_than_it_says(tmp_path: Path) -> None:

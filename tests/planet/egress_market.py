@@ -30,10 +30,13 @@ for host in {TARGETS!r}:
     try:
         with socket.create_connection(('127.0.0.1', 3128), 10) as s:
             s.sendall(f'CONNECT {{host}}:{PORT} HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n'.encode())
-            head = s.recv(4096)
+            text = b''
+            while part := s.recv(4096):
+                text += part
+            head, _, body = text.partition(b'\\r\\n\\r\\n')
             said.append(head.split(b' ', 2)[1].decode())
             if said == ['200']:
-                said.append(s.recv(64).decode())
+                said.append(body.decode())
     except OSError:
         said.append('no proxy')
     try:

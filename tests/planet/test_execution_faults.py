@@ -37,6 +37,8 @@ pytestmark = [pytest.mark.planet, pytest.mark.slow]
 # A job beside a bomb on a crowded machine; alone it takes well under a second.
 NEIGHBOUR_S = 20.0
 RSS_MAX = 96 * MIB
+# A run that is over sooner was never paid for in advance.
+VOUCHER_MS = 1000
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ BOMBS = {
         {"memory_bytes": 64 * MIB},
     ),
     "disk": Bomb(
-        "f = open('/out/x', 'wb', buffering=0)\n"
-        "try:\n while True: f.write(bytes(1 << 20))\n"
+        # Several files: one alone meets the limit of a file first, an error that it sees.
+        "try:\n for n in range(64): open(f'/out/{n}', 'wb').write(bytes(1 << 20))\n"
         f"except OSError: pass\n{SPIN}",
         "killed_disk",
         {"disk_bytes": 16 * MIB},
@@ -83,7 +85,7 @@ BOMBS = {
     ),
     "log": Bomb("while True: print('x' * 65536)", "killed_log", {"log_bytes": 65536}),
     "late": Bomb("while True: pass", "killed_deadline", {"wall_s": 1}),
-    "links": Bomb("import os; os.symlink('/etc/passwd', '/out/x')", "killed_output", {}),
+    "links": Bomb("import os; os.symlink('y', '/out/x')", "killed_output", {}),
     "sparse": Bomb("open('/out/x', 'wb').truncate(8 << 20)", "killed_output", {}),
 }
 NATIVE_BOMBS = {
@@ -138,8 +140,8 @@ def tier(request: pytest.FixtureRequest) -> str:
 
 def try_bomb(market: Arena, tier: str, bomb: Bomb) -> JobResult:
     """Run it beside a neighbour's job, and one more in its own lease afterwards."""
-    before = market.client("bomber").account()
     limits = {"memory_bytes": 256 * MIB} | bomb.limits
+    market.client("bomber").settle()  # idle sessions of other tiers hold the seller's cores
     with ThreadPoolExecutor(1) as pool:
         job = pool.submit(market.run, tier, bomb.code, buyer="bomber", **limits)
         began, rounds = time.monotonic(), 0
@@ -152,12 +154,13 @@ def try_bomb(market: Arena, tier: str, bomb: Bomb) -> JobResult:
         result = job.result()
     assert result.reason == bomb.reason, result
     if result.reason != "succeeded":
-        assert result.cost_nanos == 0 and result.exit_status is None, result
+        assert result.exit_status is None, result
+        # Vouchers that were given while it ran stay given, and nothing else is owed.
+        assert result.cost_nanos == 0 or result.wall_ms > VOUCHER_MS, result
     assert result.artifacts == {}
     assert marked(market.mark) == []
     after = market.run(tier, QUICK, buyer="bomber", **limits)
     assert after.ok and after.stdout == b"42\n", after
-    assert market.client("bomber").account().free_nanos <= before.free_nanos
     return result
 
 
@@ -226,7 +229,8 @@ def test_a_hundred_killed_jobs_leave_nothing(market: Arena, tiers: tuple[str, ..
             tier, bomb = tiers[number % len(tiers)], BOMBS[KILLERS[number % len(KILLERS)]]
             limits = {"memory_bytes": 64 * MIB} | bomb.limits
             result = market.run(tier, bomb.code, buyer=name, **limits)
-            assert result.reason == bomb.reason and result.cost_nanos == 0, result
+            assert result.reason == bomb.reason, result
+            assert result.cost_nanos == 0 or result.wall_ms > VOUCHER_MS, result
             killed[number] = result.reason
 
     with ThreadPoolExecutor(len(names)) as pool:

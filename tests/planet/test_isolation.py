@@ -31,7 +31,8 @@ tcp = socket.socket(); tcp.bind(('127.0.0.1', 4242)); tcp.listen()
 unix = socket.socket(socket.AF_UNIX); unix.bind('\\0{SECRET}'); unix.listen()
 if os.fork() == 0:
     os.setsid()
-print('on', flush=True)
+else:
+    print('on', flush=True)
 while True: time.sleep(1)
 """
 WASM_FIRST = f"""
@@ -59,13 +60,12 @@ NATIVE_SECOND = (
 import socket
 for name in os.listdir('/proc'):
     if name.isdigit() and int(name) != os.getpid():
-        for file in ('environ', 'cmdline'):
-            try:
-                text = open('/proc/' + name + '/' + file, 'rb').read()
-            except OSError:
-                continue
-            if b'sesame' in text:
-                found.append(name + ' ' + file)
+        try:
+            text = open('/proc/' + name + '/environ', 'rb').read()
+        except OSError:
+            continue
+        if b'sesame' in text:
+            found.append(name)
 for family, address in ((socket.AF_INET, ('127.0.0.1', 4242)), (socket.AF_UNIX, '\\0{SECRET}')):
     with socket.socket(family) as stream:
         try:

@@ -21,6 +21,7 @@ from lumaris_protocol.keys import KeyPair
 from lumaris_protocol.limits import (
     CLOCK_SKEW_S,
     IDLE_S_MAX,
+    IMAGE_S_MAX,
     KEEPALIVE_S,
     PAY_WAIT_S,
     PREPARE_S_MAX,
@@ -959,13 +960,14 @@ def test_a_seller_that_only_says_it_lives_is_given_up_in_the_end() -> None:
     pair = Pair().open()
     pair.order()
     pair.pump()
-    limit = pair.now + PREPARE_S_MAX + p.LIMITS.wall_s + PAY_WAIT_S + CLOCK_SKEW_S
+    limit = pair.now + 2 * IMAGE_S_MAX + PREPARE_S_MAX + p.LIMITS.wall_s + PAY_WAIT_S + CLOCK_SKEW_S
     while pair.now <= limit:
         assert pair.buyer.tick(now=pair.now) == []
         pair.now += KEEPALIVE_S
         pair.by_seller(pair.seller.tick(now=pair.now))
         pair.pump()
-    assert pair.buyer.tick(now=pair.now) != []
+    pair.by_buyer(pair.buyer.tick(now=pair.now))
+    assert pair.buyer.machine.done  # at the latest with its lease
 
 
 def test_a_session_without_orders_gives_its_capacity_back() -> None:

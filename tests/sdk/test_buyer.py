@@ -61,6 +61,25 @@ async def test_a_map_outlives_one_of_its_sellers(market: Market):
         await market.assert_at_rest(buyer, cost_nanos=vouchered, lost_nanos=vouchered)
 
 
+async def test_a_second_map_uses_the_session_that_the_first_left(market: Market):
+    request = market.request(m.HELLO)
+    whole = Resources(
+        cpu_millis=request.cpu_millis,
+        memory_bytes=request.memory_bytes,
+        disk_bytes=request.disk_bytes,
+    )
+    await market.seller(total=whole)  # room for one session
+    async with market.buyer() as buyer:
+        maps = [await buyer.map([request] * 3, budget_nanos=CREDIT // 10) for _ in range(2)]
+        results = [result for results in maps for result in results]
+        assert [result.reason for result in results] == ["succeeded"] * 6
+        assert len({result.session for result in results}) == 1
+        with pytest.raises(LumarisError):  # what is left of its cap could cost more than this
+            await buyer.map([request], budget_nanos=1)
+        cost_nanos = sum(result.cost_nanos for result in results)
+        await market.assert_at_rest(buyer, cost_nanos=cost_nanos)
+
+
 async def test_a_map_with_nobody_to_run_it(market: Market):
     await market.seller()
     async with market.buyer() as buyer:
@@ -312,6 +331,8 @@ async def test_jobs_are_written_behind_and_orphans_are_named(market: Market, mon
             nursery.cancel_scope.cancel()
         [row] = await buyer.store.jobs(10)
         assert (row["state"], row["reason"]) == ("failed", "buyer_lost")
+        await buyer.flush_rows()
+        assert (buyer.profile.jobs / row["job"] / "stdout").read_bytes(), "what came is kept"
         await buyer.flush_rows()
         [row] = await buyer.store.jobs(10)
         assert (row["state"], row["reason"]) == ("failed", "cancelled")

@@ -58,6 +58,15 @@ async def test_old_layers_leave_the_cache(
     assert {path.name for path in cache.iterdir()} == {path.name for path in found.files.values()}
 
 
+async def test_the_tar_of_a_folder_is_named_as_such(tmp_path: Path, cache: Path) -> None:
+    tar = tmp_path / "root.tar"
+    tar.write_bytes(pack(file("etc/x", b"1")))
+    with pytest.raises(LumarisError, match="tar of a folder") as caught:
+        await images.resolve(str(tar))
+    assert caught.value.code == "bad_image"
+    assert "lumaris node image import" in caught.value.hint
+
+
 async def test_the_tier_is_chosen(tmp_path: Path, cache: Path) -> None:
     digest = ids.digest(b"image")
     assert await images.resolve(digest, tier="process") == Image("process", digest)

@@ -105,7 +105,6 @@ async def place_of(store: Store) -> Place | None:
 @pytest.fixture(autouse=True)
 def puppets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.market.SmallNode", PuppetNode)
-    monkeypatch.setattr("lumaris_node.agent.benchmarks", lambda *_: {})
 
 
 async def code_of(awaitable: Any) -> str:
@@ -372,6 +371,24 @@ async def test_a_port_inside(market: Market):
                 assert await client.receive_some() == b""
         assert reports == ["unreachable"]
         nursery.cancel_scope.cancel()
+
+
+async def test_ports_are_not_announced_where_a_job_has_none(
+    market: Market, monkeypatch: pytest.MonkeyPatch
+):
+    async def none(*_: Any) -> int:
+        raise LumarisError("not_supported")
+
+    async with running(market) as scene:
+        ready: list[int] = []
+        (run,) = [host._run for host in scene.seller.node._sessions.hosts if host._run]
+        monkeypatch.setattr(run.executor, "network_pid", none)
+        joined = live.forward(
+            scene.buyer.overlay, scene.place, 80, ready=ready.append, report=lambda _: None
+        )
+        with trio.fail_after(WAIT_S):
+            assert await code_of(joined) == "not_supported"
+        assert ready == []
 
 
 # --- usage and cancelling ---

@@ -8,10 +8,10 @@ bandwidth are not in it: others' use of them is seen by every slice, and they ca
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -19,9 +19,11 @@ from importlib import metadata
 from pathlib import Path
 
 from lumaris_node.capability.probe import boot_id
+from lumaris_overlay.private_files import write_private_file
 from lumaris_protocol import canary
 
 FILE = "benchmarks.json"
+_LOCK = "benchmarks.lock"
 # What a virtual machine with two threads of an AMD EPYC of 2023 does: its index is 100 throughout.
 REFERENCE = {
     "sha256_all_mb_s": 3_360,
@@ -42,25 +44,37 @@ _FUEL = 1 << 60
 Work = Callable[[], int]
 
 
-def benchmarks(state: Path, cpu_millis: int | None = None) -> dict[str, int]:
-    """Measured speed, kept in `state` until the next boot, version or share. Blocks up to 3 s.
+def benchmarks(folder: Path, cpu_millis: int | None = None) -> dict[str, int]:
+    """Measured speed, kept in `folder` until the next boot, version or share. Blocks up to 3 s.
 
     `cpu_millis` is what is offered: the numbers of all cores are of that much, and of one core at
-    most of one.
+    most of one. Nodes that share the folder take turns, and all but the first read.
     """
-    offered = cpu_millis or 1000 * (os.cpu_count() or 1)
-    key = f"{metadata.version('lumaris')} {boot_id()} {offered}"
-    file = state / FILE
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        if kept["key"] == key:
-            return {str(name): int(value) for name, value in kept["values"].items()}
-    values = measure(offered)
-    handle, name = tempfile.mkstemp(dir=state)
-    with os.fdopen(handle, "w", encoding="utf-8") as writer:
-        json.dump({"key": key, "values": values}, writer)
-    Path(name).replace(file)
+    with (folder / _LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        values = kept(folder, cpu_millis)
+        if values is None:
+            values = measure(_offered(cpu_millis))
+            text = json.dumps({"key": _key(cpu_millis), "values": values})
+            write_private_file(folder / FILE, text.encode())
     return values
+
+
+def kept(folder: Path, cpu_millis: int | None = None) -> dict[str, int] | None:
+    """What an earlier measurement of the same machine and share found, if there was one."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        if found["key"] == _key(cpu_millis):
+            return {str(name): int(value) for name, value in found["values"].items()}
+    return None
+
+
+def _offered(cpu_millis: int | None) -> int:
+    return cpu_millis or 1000 * (os.cpu_count() or 1)
+
+
+def _key(cpu_millis: int | None) -> str:
+    return f"{metadata.version('lumaris')} {boot_id()} {_offered(cpu_millis)}"
 
 
 def measure(cpu_millis: int) -> dict[str, int]:

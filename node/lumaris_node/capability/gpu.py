@@ -76,11 +76,6 @@ class Nvml:
             nvml.nvmlShutdown()
 
 
-def probe_gpus(source: GpuSource | None = None) -> tuple[Gpu, ...]:
-    """The GPUs of this machine, equal ones counted together, within the advert's bounds."""
-    return count_gpus(find_devices(source))
-
-
 def find_devices(source: GpuSource | None = None) -> tuple[Device, ...]:
     """The GPUs of this machine one by one, none without a driver. Blocks."""
     try:

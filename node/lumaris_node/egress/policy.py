@@ -15,37 +15,16 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import trio
 
+from lumaris_overlay.networks import is_public
+from lumaris_overlay.resolver import Resolver
 from lumaris_protocol.errors import LumarisError
 
 _RESOLVE_S = 10
 # A name with more is not a better one; each is tried in turn.
 _ADDRESSES_MAX = 4
 _OWNER_PATTERN = re.compile(r"(\*|(\*\.)?[a-z0-9]([a-z0-9.-]*[a-z0-9])?):(\*|[0-9]{1,5})")
-# Global to some versions of `ipaddress`, and yet not the public network: protocol assignments
-# (Oracle's metadata among them), relays, test networks, Azure's host service, and IPv6 addresses
-# that carry an IPv4 address inside them and reach it through a translator.
-_NEVER = tuple(
-    ipaddress.ip_network(text)
-    for text in (
-        "192.0.0.0/24",
-        "192.88.99.0/24",
-        "198.18.0.0/15",
-        "168.63.129.16/32",
-        "::/96",
-        "64:ff9b::/96",
-        "2001::/32",
-        "2002::/16",
-        "fec0::/10",
-    )
-)
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
-
-
-async def resolve(host: str, port: int) -> Sequence[str]:
-    """The IPs of a name by this machine's resolver. Raises OSError."""
-    found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return tuple(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
 def check_patterns(patterns: Iterable[str]) -> None:
@@ -68,19 +47,6 @@ def covers(patterns: Iterable[str], rule: str) -> bool:
     )
 
 
-def is_public(ip: str) -> bool:
-    """Whether an IP belongs to the public network and to no machine's own surroundings."""
-    try:
-        address = ipaddress.ip_address(ip)
-    except ValueError:
-        return False
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-        address = address.ipv4_mapped
-    if not address.is_global or address.is_multicast or address.is_reserved:
-        return False
-    return not any(address in network for network in _NEVER)
-
-
 class EgressPolicy:
     """The rules of one agreement, on this machine. `own` gives this machine's addresses."""
 
@@ -89,9 +55,9 @@ class EgressPolicy:
         rules: Iterable[str],
         *,
         own: Callable[[], Iterable[str]],
-        resolve: Resolve = resolve,
+        resolve: Resolve | None = None,
     ) -> None:
-        self._rules, self._own, self._resolve = tuple(rules), own, resolve
+        self._rules, self._own, self._resolve = tuple(rules), own, resolve or Resolver()
 
     def allows(self, host: str, port: int) -> bool:
         """Whether a rule names this host and port."""

@@ -131,6 +131,8 @@ class Executor(Protocol):
     """A tier. All methods are called from trio; blocking work goes to threads or processes."""
 
     tier: str
+    # Why the last probe returned None, for the owner; "" while it returned a runtime.
+    why_not: str
 
     async def probe(self) -> Runtime | None:
         """The runtime to advertise after really running something, or None when unavailable."""
@@ -225,6 +227,13 @@ class Executor(Protocol):
 
     async def reap_orphans(self) -> int:
         """Destroy what a killed predecessor of this node left behind; how many there were."""
+        ...
+
+    async def reap_left(self) -> int:
+        """Destroy what an engine that went away kept of jobs that are over; how many there were.
+
+        Unlike `reap_orphans` it may be called while jobs run.
+        """
         ...
 
     async def aclose(self) -> None:

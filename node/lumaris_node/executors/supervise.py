@@ -16,6 +16,8 @@ from lumaris_protocol import limits
 DISK_POLL_S = 0.05
 # Folders are scanned at most a tenth of the time, however many files they hold.
 DISK_POLL_SHARE = 10
+# And yet at least so often: a look that the machine's load made slow must not blind us for minutes.
+DISK_POLL_S_MAX = 2.0
 End = Callable[[str], Awaitable[None]]
 
 
@@ -117,7 +119,8 @@ async def enforce_disk(
         if reason:
             await end(reason)
             return
-        pause_s = max(DISK_POLL_S, DISK_POLL_SHARE * (trio.current_time() - began))
+        share_s = DISK_POLL_SHARE * (trio.current_time() - began)
+        pause_s = min(max(DISK_POLL_S, share_s), DISK_POLL_S_MAX)
 
 
 def disk_reason(spec: JobSpec) -> str:

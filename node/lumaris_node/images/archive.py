@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lumaris_overlay.image_archive import ImageArchive, architecture
 from lumaris_protocol import ids
@@ -32,9 +32,17 @@ def build_archive(target: Path, config: Mapping[str, Any], layers: Sequence[Path
 
 
 def write_archive(
-    target: Path, config: bytes, layers: Sequence[Path], diff_ids: Sequence[str]
+    target: Path,
+    config: bytes,
+    layers: Sequence[Path],
+    diff_ids: Sequence[str],
+    *,
+    check: Callable[[], object] = lambda: None,
 ) -> str:
-    """Write a docker-archive around a configuration as it is; the image's digest. Blocks."""
+    """Write a docker-archive around a configuration as it is; the image's digest. Blocks.
+
+    `check` is called often and raises to stop the work.
+    """
     digest = ids.digest(config)
     config_name = f"{digest.removeprefix('sha256:')}.json"
     names = [f"{diff_id.removeprefix('sha256:')}/layer.tar" for diff_id in diff_ids]
@@ -42,7 +50,7 @@ def write_archive(
     with tarfile.open(target, "w", format=tarfile.PAX_FORMAT) as tar:
         for name, layer in dict(zip(names, layers, strict=True)).items():
             with layer.open("rb") as file:
-                tar.addfile(_member(name, layer.stat().st_size), file)
+                tar.addfile(_member(name, layer.stat().st_size), _Checked(file, check))
         for name, raw in ((config_name, config), ("manifest.json", json.dumps(manifest).encode())):
             tar.addfile(_member(name, len(raw)), BytesIO(raw))
     return digest
@@ -84,6 +92,19 @@ def pack_folder(folder: Path, target: Path) -> None:
         for path in sorted(folder.rglob("*")):
             name = str(path.relative_to(folder))
             tar.add(path, arcname=name, recursive=False, filter=plain)
+
+
+class _Checked(BytesIO):
+    """A layer's file, as `tarfile` copies it."""
+
+    def __init__(self, file: IO[bytes], check: Callable[[], object]) -> None:
+        super().__init__()
+        self._file, self._check = file, check
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """The next bytes of the file."""
+        self._check()
+        return self._file.read(-1 if size is None else size)
 
 
 def _member(name: str, size: int) -> tarfile.TarInfo:

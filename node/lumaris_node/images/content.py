@@ -15,7 +15,7 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -109,9 +109,24 @@ class ContentStore:
         """Where a download of it grows, and is found again after a stop."""
         return self._parts / check_digest(digest).removeprefix("sha256:")
 
-    def finish(self, digest: str) -> None:
-        """A download is whole and its hash was checked."""
-        self.part(digest).replace(self.path(digest))
+    def finish(self, digest: str, *, check: Callable[[], object] = lambda: None) -> None:
+        """Keep a whole download. Its file is hashed: what was written may not be what is there.
+
+        `check` is called often and raises to stop the work. Raises LumarisError `bad_image`; the
+        download is gone then.
+        """
+        part = self.part(digest)
+        if _hash(part, check) != digest:
+            part.unlink(missing_ok=True)
+            raise LumarisError("bad_image", "A part of the image does not match its hash.")
+        part.replace(self.path(digest))
+
+    def drop_wrong(self, record: ImageRecord) -> bool:
+        """Remove the parts of an image whose bytes are not those of their hash; whether any was."""
+        wrong = [part for part in set(record.parts) if self._is_wrong(part.digest)]
+        for part in wrong:
+            self.path(part.digest).unlink(missing_ok=True)
+        return bool(wrong)
 
     def add(self, data: bytes) -> str:
         """Keep a small part; its digest."""
@@ -136,25 +151,25 @@ class ContentStore:
     def make_room(self, size: int) -> None:
         """Drop what was used longest ago until so many more bytes fit.
 
-        Raises LumarisError `disk_short`.
+        Raises LumarisError `disk_short`, and drops nothing then.
         """
         with self._lock:
             kept = {
                 part.digest for record in self.records() if record.keep for part in record.parts
             }
-            files = sorted(self._files(), key=_used_at)
-            total = sum(_size(file) for file in files)
+            files = [(file, _size(file)) for file in sorted(self._files(), key=_used_at)]
             free = shutil.disk_usage(self.directory).free - _SPARE_BYTES
-            for file in files:
-                if total + size <= self._bytes_max and size <= free:
-                    return
+            short = max(sum(held for _, held in files) + size - self._bytes_max, size - free)
+            dropped = []
+            for file, held in files:
                 digest = f"sha256:{file.name}"
-                if digest not in kept and not self._pins[digest]:
-                    dropped = _size(file)
-                    total, free = total - dropped, free + dropped
-                    file.unlink(missing_ok=True)
-            if total + size > self._bytes_max or size > free:
+                if short > 0 and digest not in kept and not self._pins[digest]:
+                    dropped.append(file)
+                    short -= held
+            if short > 0:
                 raise LumarisError("disk_short", "There is no room for the image.")
+            for file in dropped:
+                file.unlink(missing_ok=True)
 
     # --- images ---
 
@@ -202,14 +217,19 @@ class ContentStore:
                     self.path(part.digest).unlink(missing_ok=True)
             return True
 
-    def assemble(self, record: ImageRecord, target: Path) -> None:
-        """Write an image's archive from its parts. Raises LumarisError `bad_image`."""
+    def assemble(
+        self, record: ImageRecord, target: Path, *, check: Callable[[], object] = lambda: None
+    ) -> None:
+        """Write an image's archive from its parts. Raises LumarisError `bad_image`.
+
+        `check` is called often and raises to stop the work.
+        """
         config = self.path(record.image).read_bytes()
         diff_ids = parse_config(config).diff_ids
         if len(diff_ids) != len(record.layers):
             raise LumarisError("bad_image", "The image lacks layers.")
         layers = [self.path(layer.digest) for layer in record.layers]
-        write_archive(target, config, layers, diff_ids)
+        write_archive(target, config, layers, diff_ids, check=check)
 
     def take_archive(self, archive: Path, *, share: bool) -> ImageRecord:
         """Keep an image that its owner has as a file; every layer's hash is checked.
@@ -241,6 +261,12 @@ class ContentStore:
             self.save(record)
         return record
 
+    def _is_wrong(self, digest: str) -> bool:
+        try:
+            return _hash(self.path(digest)) != digest
+        except FileNotFoundError:
+            return False
+
     def _record(self, image: str) -> Path:
         return self._images / f"{check_digest(image).removeprefix('sha256:')}.json"
 
@@ -270,6 +296,16 @@ def _copy_range(source: Path, target: Path, offset: int, size: int) -> str:
             seen.update(piece)
             writer.write(piece)
             size -= len(piece)
+    return f"sha256:{seen.hexdigest()}"
+
+
+def _hash(path: Path, check: Callable[[], object] = lambda: None) -> str:
+    """The digest of a file."""
+    seen = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(MIB):
+            check()
+            seen.update(piece)
     return f"sha256:{seen.hexdigest()}"
 
 

@@ -20,6 +20,8 @@ from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.ids import DIGEST_PATTERN
 
 FOLDER: Final = "images"
+# Fewer are more likely a slip than a name.
+_DIGITS_MIN: Final = 6
 
 
 def open_store(state: Path, *, bytes_max: int = CONTENT_BYTES_DEFAULT) -> ContentStore:
@@ -32,8 +34,17 @@ def open_store(state: Path, *, bytes_max: int = CONTENT_BYTES_DEFAULT) -> Conten
 
 
 def list_images(state: Path) -> list[dict[str, Any]]:
-    """The images kept, the one used last first."""
+    """The images kept, the one used last first. Raises LumarisError `not_found`."""
+    check_folder(state)
     return [_plain(record) for record in open_store(state).records()]
+
+
+def check_folder(state: Path) -> None:
+    """Raises LumarisError `not_found` when no node was ever here: looking makes no folder."""
+    if not state.is_dir():
+        raise LumarisError(
+            "not_found", f"There is no node in {state}.", hint="`lumaris node up` makes one."
+        )
 
 
 def import_image(state: Path, file: Path, *, share: bool = False) -> dict[str, Any]:
@@ -55,7 +66,11 @@ def import_image(state: Path, file: Path, *, share: bool = False) -> dict[str, A
 
 
 def remove_image(state: Path, image: str) -> dict[str, Any]:
-    """Forget an image; its digest may be cut short. Raises LumarisError `not_found`."""
+    """Forget an image; its digest may be cut short.
+
+    Raises LumarisError `not_found`, or `usage` for the beginning of several.
+    """
+    check_folder(state)
     store = open_store(state)
     word = image.removeprefix("sha256:")
     found = [
@@ -65,12 +80,14 @@ def remove_image(state: Path, image: str) -> dict[str, Any]:
     ]
     if re.fullmatch(DIGEST_PATTERN, image):
         found = [image] if store.remove(image) else []
-    elif len(found) == 1 and len(word) >= 6:
+    elif len(word) < _DIGITS_MIN:
+        raise LumarisError("usage", f"Write at least {_DIGITS_MIN} digits of the digest.")
+    elif len(found) > 1:
+        raise LumarisError("usage", f"{len(found)} images begin with {image[:80]!r}: write more.")
+    elif found:
         store.remove(found[0])
-    else:
-        found = []
     if not found:
-        raise LumarisError("not_found", f"No image {image[:80]!r} is kept here, or several are.")
+        raise LumarisError("not_found", f"No image {image[:80]!r} is kept here.")
     return {"removed": found[0]}
 
 

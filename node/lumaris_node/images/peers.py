@@ -19,7 +19,7 @@ from lumaris_overlay.bulk.fetch import fetch_file
 from lumaris_overlay.bulk.rate import Rate
 from lumaris_overlay.bulk.serve import give_file
 from lumaris_overlay.framed_stream import FramedStream
-from lumaris_overlay.image_archive import CONFIG_BYTES_MAX
+from lumaris_overlay.image_archive import CONFIG_BYTES_MAX, parse_config
 from lumaris_overlay.ports import Overlay, OverlayStream
 from lumaris_protocol.errors import EnvelopeError, LumarisError, RefusedError, RemoteError
 from lumaris_protocol.frames import Kind
@@ -44,8 +44,9 @@ _HEADER_S = 10.0
 _ANSWER_S = 20.0
 # One image of 128 layers from this seller, several times over; then two questions a second.
 _ASKS_BURST, _ASKS_PER_S = 500.0, 2.0
-# The largest image at once, then 1 GiB a minute: a fleet shares, nobody is drained.
-_GIVEN_BURST, _GIVEN_PER_S = float(IMAGE_BYTES_MAX), GIB / 60
+# The largest image at once, then 1 GiB a minute: a fleet shares, nobody is drained. Twice, since
+# who takes a file from several asks each for the list of its hashes first, and then for ranges.
+_GIVEN_BURST, _GIVEN_PER_S = 2.0 * IMAGE_BYTES_MAX, 2 * GIB / 60
 _PEERS_MAX = 1024
 # The directory's first adverts come at once; this long after the last one they are all there.
 _QUIET_S, _LOOK_S = 0.2, 2.0
@@ -85,7 +86,7 @@ class ContentDesk:
         try:
             with trio.fail_after(_HEADER_S):
                 header = await framed.expect_header(ContentHeader)
-            size = header.size_bytes if header.op == "get" and not header.listed else 0
+            size = header.size_bytes if header.op == "get" else 0
             if not self._budget(stream.peer).take(size, trio.current_time()):
                 raise RefusedError("busy", "This seller has given you much; try again later.")
             if header.op == "parts":
@@ -194,11 +195,11 @@ async def fetch_image(
 ) -> ImageRecord:
     """Fetch an image's parts from peers that say they hold it, into the store.
 
-    That the layers are the image's is known when it is unpacked. Raises LumarisError: RemoteError
-    when no peer gave it, `disk_short`.
+    That the layers are the image's is known when it is unpacked. Room is made for each part when
+    it is its turn, so that peers who name much and give nothing take the room of one. Raises
+    LumarisError: RemoteError when no peer gave it, `disk_short`.
     """
-    agreed = await _agreed_parts(overlay, peers, image)
-    parts, sources = agreed
+    parts, sources = await _agreed_parts(overlay, peers, image)
     if len(parts) < 2 or parts[0].size > CONFIG_BYTES_MAX:
         raise EnvelopeError("malformed", "The peers name parts that no image has.")
     missing = [part for part in dict.fromkeys(parts) if not store.has(part.digest)]
@@ -207,16 +208,24 @@ async def fetch_image(
     total = sum(part.size for part in parts)
     done = total - sum(part.size for part in missing)
     with store.pin(part.digest for part in parts):
-        await trio.to_thread.run_sync(store.make_room, total - done)
         for part in missing:
             progress(done, total)
+            await trio.to_thread.run_sync(store.make_room, part.size)
             await fetch_file(
                 sources, store.path(part.digest), sha256=part.digest, size_bytes=part.size
             )
             done += part.size
+            if part.digest == image:
+                await trio.to_thread.run_sync(_check_layers, store.path(image), len(parts) - 1)
         record = ImageRecord(image=image, config_bytes=parts[0].size, layers=parts[1:], share=True)
         await trio.to_thread.run_sync(store.save, record)
     return record
+
+
+def _check_layers(config: Path, count: int) -> None:
+    """The image's own configuration says how many layers it has."""
+    if len(parse_config(config.read_bytes()).diff_ids) != count:
+        raise EnvelopeError("malformed", "The peers name parts that the image does not have.")
 
 
 async def fetch_module(overlay: Overlay, peers: Sequence[str], digest: str, target: Path) -> None:

@@ -10,11 +10,17 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lumaris_node.images.unpack import Unpacker
-from lumaris_overlay.image_archive import ImageArchive, ImageConfig, check_here, parse_config
+from lumaris_overlay.image_archive import (
+    Allowance,
+    ImageArchive,
+    ImageConfig,
+    check_here,
+    parse_config,
+)
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.ids import DIGEST_PATTERN
 
@@ -43,10 +49,11 @@ class RootfsStore:
         for left in directory.glob(f"{_DRAFT}*"):
             shutil.rmtree(left, ignore_errors=True)
 
-    def add(self, archive: Path, image: str) -> None:
+    def add(self, archive: Path, image: str, *, check: Callable[[], object] = lambda: None) -> None:
         """Unpack an image from its archive, checking every layer's hash.
 
-        Raises LumarisError `bad_image`, `unsafe_archive`, `disk_short`.
+        `check` is called often and raises to stop the work. Raises LumarisError `bad_image`,
+        `unsafe_archive`, `disk_short`.
         """
         target = self._folder(image)
         if self.has(image):
@@ -60,9 +67,9 @@ class RootfsStore:
             raise LumarisError("disk_short", "There is no room to unpack the image.")
         draft = Path(tempfile.mkdtemp(prefix=_DRAFT, dir=self.directory))
         try:
-            size = self._unpack(found, draft / _ROOT, min(free, self._bytes_max))
+            unpacker = self._unpack(found, draft / _ROOT, min(free, self._bytes_max), check)
             (draft / _CONFIG).write_bytes(found.raw_config)
-            (draft / _BYTES).write_text(str(size))
+            (draft / _BYTES).write_text(str(unpacker.bytes))
             draft.chmod(0o755)
             with self._lock:
                 if not target.exists():
@@ -113,18 +120,20 @@ class RootfsStore:
                 if not self._pins[image]:
                     del self._pins[image]
 
-    def _unpack(self, archive: ImageArchive, root: Path, bytes_max: int) -> int:
+    def _unpack(
+        self, archive: ImageArchive, root: Path, bytes_max: int, check: Callable[[], object]
+    ) -> Unpacker:
         root.mkdir(mode=0o755)
         root.chmod(0o755)
         descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            unpacker = Unpacker(descriptor, bytes_max=bytes_max)
+            unpacker, allowance = Unpacker(descriptor, bytes_max=bytes_max), Allowance(check=check)
             for layer in archive.layers:
-                with archive.open_layer(layer) as reader:
+                with archive.open_layer(layer, allowance) as reader:
                     unpacker.add_layer(reader)
         finally:
             os.close(descriptor)
-        return unpacker.bytes
+        return unpacker
 
     def _make_room(self, keep: str) -> None:
         """Drop the images used longest ago, but for those in use, until the rest fits."""

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequenc
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import trio
 
@@ -21,16 +22,18 @@ from lumaris_node.executors.port import Executor, Progress
 from lumaris_node.images.archive import write_archive
 from lumaris_node.images.content import ContentStore, ImageRecord, pieces_of
 from lumaris_node.images.peers import ContentDesk, FindModule, fetch_image, fetch_module, holders
+from lumaris_node.images.turns import Turns
 from lumaris_overlay.bulk.rate import Rate
 from lumaris_overlay.image_archive import check_here, parse_config
 from lumaris_overlay.ports import Overlay
 from lumaris_overlay.registry import FoundImage, Policy, Registry, parse_reference
 from lumaris_protocol import ids
 from lumaris_protocol.catalog import CATALOG
-from lumaris_protocol.errors import LumarisError
+from lumaris_protocol.errors import LumarisError, RemoteError
 from lumaris_protocol.limits import CACHED_DIGESTS_MAX, IMAGE_S_MAX
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Images fetched at once; each may take the whole line.
 _FETCHES_MAX = 4
@@ -39,22 +42,14 @@ _ARCHIVE = ".archive-"
 _PUBLIC_MODULES = frozenset(entry.digest for entry in CATALOG.values())
 # An image with no other place to come from is asked for from peers again and again; others wait.
 _PEERS_S_MAX = 900.0
-# What may be wrong with one place, and right at the next.
+# What we find ourselves in what peers gave, and may be right at the next place. Whatever peers say
+# is theirs; and where there is another place, what they name may have needed more room than it.
 _NEXT_CODES = frozenset(
-    {
-        "unreachable",
-        "not_found",
-        "bad_image",
-        "unsafe_archive",
-        "oversize",
-        "output_mismatch",
-        "malformed",
-        "truncated",
-        "busy",
-        "internal",
-        "image_timeout",
-    }
+    {"bad_image", "unsafe_archive", "disk_short", "output_mismatch", "unreachable"}
 )
+
+_WRONG_CODES = frozenset({"bad_image", "unsafe_archive"})
+_SHORT = "disk_short"
 
 OpenRegistry = Callable[[str], Registry]
 
@@ -85,7 +80,7 @@ class ImageService:
         self.desk = ContentDesk(store, module=_catalog_only(module), rate=rate)
         for left in store.directory.glob(f"{_ARCHIVE}*"):
             shutil.rmtree(left, ignore_errors=True)  # of a node that was killed
-        self._turns: dict[str, trio.Lock] = {}
+        self._turns, self._downloads = Turns(), Turns()  # by image, by part
         self._fetches = trio.CapacityLimiter(_FETCHES_MAX)
         self._listeners: dict[str, list[Progress]] = {}
         self._used: dict[str, None] = {}  # digests that orders asked for, the last one last
@@ -133,12 +128,17 @@ class ImageService:
     async def install(self, executor: Executor, config: bytes, layers: Sequence[Path]) -> None:
         """Hand an image of a buyer's own to a tier; its parts are not kept nor given to others.
 
-        Raises LumarisError `bad_image`, `unsafe_archive`, `disk_short`.
+        Raises LumarisError `bad_image`, `unsafe_archive`, `disk_short`, `image_timeout`.
         """
         diff_ids = parse_config(config).diff_ids
-        async with self._archive() as archive:
-            await trio.to_thread.run_sync(partial(write_archive, archive, config, layers, diff_ids))
-            await executor.add_image(ids.digest(config), archive)
+        write = partial(write_archive, config=config, layers=layers, diff_ids=diff_ids)
+        try:
+            with trio.fail_after(IMAGE_S_MAX):
+                async with self._archive() as archive:
+                    await _stoppable(partial(write, archive))
+                    await executor.add_image(ids.digest(config), archive)
+        except trio.TooSlowError:
+            raise LumarisError("image_timeout") from None
 
     # --- one image ---
 
@@ -155,7 +155,14 @@ class ImageService:
             return True
         if not source:
             return False
-        await self._install(await self._from_registry(image, source), executor)
+        record = await self._from_registry(image, source)
+        try:
+            await self._install(record, executor)
+        except LumarisError as error:
+            # What was kept of it may have gone bad on this disk; then it is fetched anew, once.
+            if error.code not in _WRONG_CODES or not await self._drop_wrong(record):
+                raise
+            await self._install(await self._from_registry(image, source), executor)
         return True
 
     async def _module_from_peers(self, image: str, executor: Executor) -> bool:
@@ -167,8 +174,8 @@ class ImageService:
                 with self.store.pin([image]):
                     await fetch_module(self._peers_overlay, peers, image, target)
                     await executor.add_image(image, target)
-            except LumarisError as error:
-                if error.code not in _NEXT_CODES:
+            except LumarisError as error:  # its buyer may send it
+                if not isinstance(error, RemoteError) and error.code not in _NEXT_CODES:
                     raise
                 log.info("module not had from peers image=%s code=%s", image, error.code)
             else:
@@ -189,11 +196,13 @@ class ImageService:
                         self.store,
                         progress=lambda done, total: self._tell(image, "peers", done, total),
                     )
-            except (LumarisError, trio.TooSlowError) as error:
-                code = error.code if isinstance(error, LumarisError) else "image_timeout"
-                if code not in _NEXT_CODES:
+            except trio.TooSlowError:
+                log.info("image not had from peers in time image=%s", image)
+            except LumarisError as error:
+                ours = not isinstance(error, RemoteError)
+                if ours and (error.code not in _NEXT_CODES or (error.code == _SHORT and not other)):
                     raise
-                log.info("image not had from peers image=%s code=%s", image, code)
+                log.info("image not had from peers image=%s code=%s", image, error.code)
         return None
 
     async def _from_registry(self, image: str, source: str) -> ImageRecord:
@@ -216,19 +225,20 @@ class ImageService:
 
     async def _download(self, registry: Registry, found: FoundImage) -> None:
         store, image = self.store, found.config.digest
-        missing = [item for item in dict.fromkeys(found.layers) if not store.has(item.digest)]
-        await trio.to_thread.run_sync(store.make_room, sum(layer.size for layer in missing))
-        total = sum(layer.size for layer in dict.fromkeys(found.layers))
-        done = total - sum(layer.size for layer in missing)
+        layers = tuple(dict.fromkeys(found.layers))
+        total, done = sum(layer.size for layer in layers), 0
         await trio.to_thread.run_sync(store.add, found.raw_config)
-        for layer in missing:
-            before = done
+        for layer in layers:
 
-            def tell(size: int, before: int = before) -> None:
+            def tell(size: int, before: int = done) -> None:
                 self._tell(image, registry.reference.host, before + size, total)
 
-            await registry.download(layer, store.part(layer.digest), progress=tell)
-            await trio.to_thread.run_sync(store.finish, layer.digest)
+            async with self._downloads.of(layer.digest):  # images share layers
+                if not store.has(layer.digest):
+                    part = store.part(layer.digest)
+                    await trio.to_thread.run_sync(store.make_room, layer.size)
+                    await registry.download(layer, part, progress=tell)
+                    await _stoppable(partial(store.finish, layer.digest))
             done += layer.size
 
     async def _installed(self, record: ImageRecord, executor: Executor) -> bool:
@@ -236,19 +246,24 @@ class ImageService:
         try:
             await self._install(record, executor)
         except LumarisError as error:
-            if record.keep or error.code not in ("bad_image", "unsafe_archive"):
+            if record.keep or error.code not in _WRONG_CODES:
                 raise
+            await self._drop_wrong(record)
             log.warning("image not what it should be image=%s why=%s", record.image, error.message)
             await trio.to_thread.run_sync(self.store.remove, record.image)
             return False
         return True
+
+    async def _drop_wrong(self, record: ImageRecord) -> bool:
+        """Whether parts had gone bad here; other images that have them must not keep them."""
+        return await trio.to_thread.run_sync(self.store.drop_wrong, record)
 
     async def _install(self, record: ImageRecord, executor: Executor) -> None:
         """Hand an image to its tier, as an archive made of its parts for the time of that."""
         self._tell(record.image, "unpacking", 0, 0)
         with self.store.pin(part.digest for part in record.parts):
             async with self._archive() as archive:
-                await trio.to_thread.run_sync(self.store.assemble, record, archive)
+                await _stoppable(partial(self.store.assemble, record, archive))
                 await executor.add_image(record.image, archive)
 
     @asynccontextmanager
@@ -278,13 +293,8 @@ class ImageService:
     @asynccontextmanager
     async def _turn(self, image: str) -> AsyncIterator[None]:
         """One fetch for an image, and a few of all."""
-        lock = self._turns.setdefault(image, trio.Lock())
-        try:
-            async with lock, self._fetches:
-                yield
-        finally:
-            if not lock.locked() and not lock.statistics().tasks_waiting:
-                self._turns.pop(image, None)
+        async with self._turns.of(image), self._fetches:
+            yield
 
     @contextmanager
     def _told(self, image: str, progress: Progress) -> Iterator[None]:
@@ -301,6 +311,12 @@ class ImageService:
     def _tell(self, image: str, what: str, done: int, total: int) -> None:
         for listener in self._listeners.get(image, ()):
             listener(what, done, total)
+
+
+async def _stoppable(work: Callable[..., T]) -> T:
+    """Run work in a thread that asks whether it is cancelled, by its argument `check`."""
+    check = trio.from_thread.check_cancelled
+    return await trio.to_thread.run_sync(partial(work, check=check))
 
 
 def _catalog_only(find: FindModule) -> FindModule:

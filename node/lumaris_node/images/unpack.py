@@ -11,6 +11,7 @@ import os
 import shutil
 import stat
 from collections import deque
+from collections.abc import Set
 from typing import Final
 
 from lumaris_overlay.tar import Member, Reader, TarReader, unsafe
@@ -38,13 +39,14 @@ class Unpacker:
         self._root, self._left, self._entries = root, bytes_max, 0
         self._followed = 0
         self._made: dict[int, set[str]] = {}  # names this layer made, by their folder's inode
+        self._cleared: set[int] = set()  # folders that have nothing of lower layers any more
         self._at: tuple[str, ...] | None = None  # the folder that `_folder` is open on
         self._folder = -1
         self.bytes = 0  # what it takes on the disk, about
 
     def add_layer(self, source: Reader) -> None:
         """Lay a layer's tar over what is here."""
-        self._made = {}
+        self._made, self._cleared = {}, set()
         tar = TarReader(source, members_max=ENTRIES_MAX)
         try:
             for member in tar:
@@ -137,10 +139,10 @@ class Unpacker:
             hidden = name.removeprefix(_WHITEOUT)
             if hidden in ("", ".", ".."):
                 raise unsafe("has a name that leads out of it")
-            self._hide(folder, hidden)
+            self._hide(folder, hidden, self._made.get(os.fstat(folder).st_ino, set()))
 
-    def _hide(self, folder: int, name: str) -> None:
-        if name not in self._made.get(os.fstat(folder).st_ino, ()):
+    def _hide(self, folder: int, name: str, made: Set[str]) -> None:
+        if name not in made:
             self._remove(folder, name)
         elif stat.S_ISDIR(_stat(folder, name).st_mode):
             inner = os.open(name, _FOLDER, dir_fd=folder)
@@ -150,9 +152,17 @@ class Unpacker:
                 os.close(inner)
 
     def _hide_lower(self, folder: int) -> None:
-        """Leave of a folder only what this layer made; as deep as `_open` lets folders be."""
+        """Leave of a folder only what this layer made; as deep as `_open` lets folders be.
+
+        Once for each folder and layer: what comes into it later is this layer's own.
+        """
+        inode = os.fstat(folder).st_ino
+        if inode in self._cleared:
+            return
+        self._cleared.add(inode)
+        made = self._made.get(inode, set())
         for name in os.listdir(folder):
-            self._hide(folder, name)
+            self._hide(folder, name, made)
 
     def _remove(self, folder: int, name: str) -> None:
         status = _status(folder, name)

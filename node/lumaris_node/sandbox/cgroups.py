@@ -22,6 +22,8 @@ QUOTA_US_MIN = 1000
 # A killed group of thousands is reaped by the kernel in well under a second.
 TRIES = 400
 TRY_S = 0.005
+# Thousands of tasks freeze in some milliseconds; one that the disk keeps is not waited for.
+FREEZE_TRIES = 10
 V1_CONTROLLERS = ("memory", "pids", "cpu", "cpuacct", "freezer")
 V2_CONTROLLERS = ("cpu", "memory", "pids")
 
@@ -87,20 +89,30 @@ class Group:
                 except FileNotFoundError:
                     break
                 except OSError:  # a member died a moment ago and is still counted, or came late
-                    self._kill_once()
+                    self._kill_once(0)
                     time.sleep(TRY_S)
             else:
                 return False
         return True
 
-    def kill(self) -> bool:
-        """Kill every member, frozen or not; False when some live after a second of trying."""
-        for _ in range(TRIES):
-            if not self.pids():
-                return True
-            self._kill_once()
-            time.sleep(TRY_S)
-        return not self.pids()
+    def kill(self, *, spare: int = 0) -> bool:
+        """Kill every member, frozen or not, but `spare`; False when some live after seconds of it.
+
+        The limit on processor time is lifted meanwhile: what is throttled neither freezes nor dies.
+        """
+        if self._only(spare):
+            return True
+        quota = self._lift_quota()
+        try:
+            for _ in range(TRIES):
+                self._kill_once(spare)
+                if self._only(spare):
+                    return True
+                time.sleep(TRY_S)
+            return self._only(spare)
+        finally:
+            if spare:
+                self._restore_quota(quota)
 
     def facts(self) -> Facts:
         """What it used and which limits it met; zeros once it is gone."""
@@ -117,13 +129,42 @@ class Group:
     def _limit(self, *, memory_bytes: int, cpu_millis: int, pids: int) -> None:
         raise NotImplementedError
 
-    def _kill_once(self) -> None:
+    def quota_file(self) -> tuple[Path, str]:
+        """Where the limit on processor time stands, and the word for none."""
+        raise NotImplementedError
+
+    def _frozen(self) -> bool:
+        raise NotImplementedError
+
+    def _only(self, spare: int) -> bool:
+        return all(pid == spare for pid in self.pids())
+
+    def _lift_quota(self) -> str:
+        path, unlimited = self.quota_file()
+        try:
+            found = path.read_text().strip()
+            _write(path, unlimited)
+        except OSError:
+            return ""
+        return found
+
+    def _restore_quota(self, quota: str) -> None:
+        if quota:
+            with contextlib.suppress(OSError):
+                _write(self.quota_file()[0], quota)
+
+    def _kill_once(self, spare: int) -> None:
         """Freeze, so that nobody forks away between the list and the signals."""
         with contextlib.suppress(OSError):
             self.freeze()
+            for _ in range(FREEZE_TRIES):
+                if self._frozen():
+                    break
+                time.sleep(TRY_S)
         for pid in self.pids():
-            if pid > 1:  # 0 is a process outside our pid namespace, -1 would be everybody
-                with contextlib.suppress(ProcessLookupError):
+            # 0 is a process outside our pid namespace, -1 would be everybody
+            if pid > 1 and pid != spare:
+                with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(OSError):
             self.thaw()
@@ -153,6 +194,12 @@ class GroupV1(Group):
     def thaw(self) -> None:
         _write(self._five()[4] / "freezer.state", "THAWED")
 
+    def _frozen(self) -> bool:
+        return (self._five()[4] / "freezer.state").read_text().strip() == "FROZEN"
+
+    def quota_file(self) -> tuple[Path, str]:
+        return self._five()[2] / "cpu.cfs_quota_us", "-1"
+
     def _five(self) -> tuple[Path, Path, Path, Path, Path]:
         memory, pids, cpu, cpuacct, freezer = self.folders
         return memory, pids, cpu, cpuacct, freezer
@@ -163,6 +210,7 @@ class GroupV1(Group):
         swap = memory / "memory.memsw.limit_in_bytes"  # memory and swap together; absent without
         if swap.exists():
             _write(swap, str(memory_bytes))
+        limit_sockets(memory, memory_bytes)
         _write(cpu / "cpu.cfs_period_us", str(PERIOD_US))
         _write(cpu / "cpu.cfs_quota_us", str(_quota_us(cpu_millis)))
         _write(processes / "pids.max", str(pids))
@@ -187,6 +235,12 @@ class GroupV2(Group):
     def thaw(self) -> None:
         _write(self.folders[0] / "cgroup.freeze", "0")
 
+    def _frozen(self) -> bool:
+        return _keyed(self.folders[0] / "cgroup.events").get("frozen", 1) == 1
+
+    def quota_file(self) -> tuple[Path, str]:
+        return self.folders[0] / "cpu.max", "max"
+
     def _limit(self, *, memory_bytes: int, cpu_millis: int, pids: int) -> None:
         folder = self.folders[0]
         _write(folder / "memory.max", str(memory_bytes))
@@ -197,10 +251,10 @@ class GroupV2(Group):
         _write(folder / "cpu.max", f"{_quota_us(cpu_millis)} {PERIOD_US}")
         _write(folder / "pids.max", str(pids))
 
-    def _kill_once(self) -> None:
+    def _kill_once(self, spare: int) -> None:
         kill = self.folders[0] / "cgroup.kill"  # since Linux 5.14
-        if not kill.exists():
-            super()._kill_once()
+        if spare or not kill.exists():
+            super()._kill_once(spare)
             return
         with contextlib.suppress(OSError):
             _write(kill, "1")
@@ -255,6 +309,16 @@ class Cgroups:
         """Kill and remove every group whose name starts so; how many are gone."""
         groups = [self.group(name) for name in self.names(prefix)]
         return sum(group.remove() for group in groups)
+
+
+def limit_sockets(memory: Path, memory_bytes: int) -> None:
+    """Bound the TCP buffers of a group of version 1, which its memory limit does not count.
+
+    `memory` is its folder in that hierarchy. Raises OSError. Version 2 counts them by itself.
+    """
+    path = memory / "memory.kmem.tcp.limit_in_bytes"
+    if path.exists():  # a kernel without socket accounting has none
+        _write(path, str(memory_bytes))
 
 
 def unavailable(root: Path = ROOT) -> str:

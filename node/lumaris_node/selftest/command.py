@@ -11,40 +11,42 @@ import trio
 from msgspec import structs, to_builtins
 
 from lumaris_node import config
-from lumaris_node.executors.container.executor import ContainerExecutor
 from lumaris_node.executors.port import Executor
-from lumaris_node.executors.process.executor import ProcessExecutor
-from lumaris_node.executors.wasm.executor import WasmExecutor
-from lumaris_node.images.rootfs import RootfsStore
+from lumaris_node.images.manage import check_folder
 from lumaris_node.selftest import suite
 from lumaris_node.selftest.suite import Report
-from lumaris_overlay.private_files import make_private_folder
+from lumaris_node.tiers import make_executor, why_not_sold
 from lumaris_protocol.errors import LumarisError
-from lumaris_protocol.limits import GIB
+from lumaris_protocol.messages.advert import Tier
 
 # Marks what is ours while it is attacked; a node that runs meanwhile has another name.
 _NAME = "selftest"
 
 
-def run(state: Path, *, tier: str | None = None) -> list[dict[str, Any]]:
+def run(state: Path, *, tier: Tier | None = None) -> list[dict[str, Any]]:
     """Attack the tiers that `node.toml` accepts, or one; see `attack`. Needs no running node.
 
-    Raises LumarisError `config_invalid`, `usage`.
+    Raises LumarisError `config_invalid`, `not_found`, `usage`.
     """
-    make_private_folder(state)
-    accepted = config.load(state).accept.runtimes
-    tiers = accepted if tier is None else (tier,)
-    return trio.run(_attack_all, state, tiers)
+    check_folder(state)
+    settings = config.load(state)
+    # What was compiled once is not compiled again; everything else is made for this alone.
+    settings = structs.replace(settings, modules=settings.modules or str(state / "wasm"))
+    return trio.run(_attack_all, state, settings, settings.accept.runtimes if not tier else (tier,))
 
 
-async def _attack_all(state: Path, tiers: tuple[str, ...]) -> list[dict[str, Any]]:
+async def _attack_all(
+    state: Path, settings: config.NodeConfig, wanted: tuple[Tier, ...]
+) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(dir=state, prefix="selftest-") as made:
         folder = Path(made)
         folder.chmod(0o711)
         executors: dict[str, Executor] = {}
         try:
-            for tier in tiers:
-                executors[tier] = _open(tier, state, folder)
+            for tier in wanted:
+                executors[tier] = await trio.to_thread.run_sync(
+                    make_executor, tier, folder, settings, _NAME
+                )
             return await attack(executors, folder)
         finally:
             with trio.CancelScope(shield=True):
@@ -52,23 +54,14 @@ async def _attack_all(state: Path, tiers: tuple[str, ...]) -> list[dict[str, Any
                     await executor.aclose()
 
 
-def _open(tier: str, state: Path, folder: Path) -> Executor:
-    if tier == "wasm":
-        return WasmExecutor.open(state / "wasm")
-    if tier == "process":
-        return ProcessExecutor(_NAME, RootfsStore(folder / "rootfs", bytes_max=GIB))
-    if tier == "container":
-        return ContainerExecutor(_NAME)
-    raise LumarisError("usage", f"The tier {tier} is not tested by this command.")
-
-
 async def attack(executors: Mapping[str, Executor], folder: Path) -> list[dict[str, Any]]:
     """A record for each tier: `held`, the rows, or why it was not attacked. Leaves no files."""
     found = []
     for tier, executor in executors.items():
         runtime = await executor.probe()
-        if runtime is None:
-            found.append(_absent(tier, "tier_unavailable", "Its probe failed."))
+        why = why_not_sold(runtime, executor)
+        if runtime is None or why:
+            found.append(_absent(tier, "tier_unavailable", why))
             continue
         with tempfile.TemporaryDirectory(dir=folder, prefix="selftest-") as made:
             Path(made).chmod(0o711)

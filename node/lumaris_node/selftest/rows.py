@@ -38,17 +38,21 @@ _VM = _OWN_KERNEL | {
 
 @dataclass(frozen=True)
 class Row:
-    """One attack: whether it was held off, and whether that counts at this level."""
+    """One attack: whether it was held off, and whether that counts at this level.
+
+    One that is not `shown` was neither held off nor seen to succeed: the machine was too slow.
+    """
 
     name: str
     held: bool
     counts: bool = True
     detail: str = ""
+    shown: bool = True
 
     @property
     def failed(self) -> bool:
         """Whether the tier may not be offered because of it."""
-        return self.counts and not self.held
+        return self.counts and self.shown and not self.held
 
 
 def tolerated(assurance: str) -> frozenset[str]:
@@ -68,3 +72,9 @@ def has_own_kernel(assurance: str) -> bool:
 def judge(name: str, *, held: bool, assurance: str, detail: str = "") -> Row:
     """A row as it counts at a level."""
     return Row(name, held, name not in tolerated(assurance), detail[:200])
+
+
+def unshown(name: str, *, assurance: str, detail: str = "") -> Row:
+    """A row of an attack that neither succeeded nor was held off."""
+    counts = name not in tolerated(assurance)
+    return Row(name, held=False, counts=counts, detail=detail[:200], shown=False)

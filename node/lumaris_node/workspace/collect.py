@@ -11,6 +11,7 @@ from pathlib import Path
 from lumaris_node.workspace.tree import (
     BLOCK_BYTES,
     Entry,
+    TreeClosedError,
     TreeTooDeepError,
     opened,
     walk,
@@ -58,6 +59,8 @@ def collect_outputs(
                 if entry.status.st_size > file_bytes_max:
                     raise _refused(entry, f"is larger than {file_bytes_max} bytes")
                 found.append(_read(entry))
+    except TreeClosedError as error:
+        raise LumarisError("killed_output", "An output folder cannot be read.") from error
     except TreeTooDeepError as error:
         raise LumarisError("killed_output", "The output folders are nested too deep.") from error
     return tuple(sorted(found, key=lambda file: file.path))

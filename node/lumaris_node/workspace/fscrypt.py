@@ -6,9 +6,11 @@ The key is handed to the kernel and kept nowhere else. Source of the numbers and
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
+import time
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +22,9 @@ _IDENTIFIER: Final = 2  # the specifier of a version 2 key: it is named by a has
 _AES_256_XTS: Final = 1
 _AES_256_CTS: Final = 4
 _PAD_32: Final = 3  # names are padded to 32 bytes
+_STATUS_AT: Final = 40  # removal_status_flags, behind the specifier
+_FILES_BUSY: Final = 1
+_REMOVE_TRIES, _REMOVE_TRY_S = 20, 0.05
 _ADD_HEAD: Final = struct.Struct("=II32sII32s")
 _POLICY: Final = struct.Struct("=BBBB4s16s")
 _REMOVE: Final = struct.Struct("=II32sI20s")
@@ -45,10 +50,24 @@ def encrypt_folder(folder: Path) -> bytes:
 
 
 def forget_key(file_system: Path, identifier: bytes) -> None:
-    """Have the kernel drop the key: what is not open becomes unreadable at once. Raises OSError."""
+    """Have the kernel drop the key: what is not open becomes unreadable at once.
+
+    Files that are open a moment longer are waited for. Raises OSError, also when some stay open.
+    """
     fd = os.open(file_system, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         request = _REMOVE.pack(_IDENTIFIER, 0, identifier.ljust(32, b"\0"), 0, b"")
-        fcntl.ioctl(fd, _REMOVE_KEY, bytearray(request), True)
+        for attempt in range(_REMOVE_TRIES):
+            answer = bytearray(request)
+            try:
+                fcntl.ioctl(fd, _REMOVE_KEY, answer, True)
+            except OSError as error:
+                if attempt and error.errno == errno.ENOKEY:  # the last file was closed meanwhile
+                    return
+                raise
+            if not struct.unpack_from("=I", answer, _STATUS_AT)[0] & _FILES_BUSY:
+                return
+            time.sleep(_REMOVE_TRY_S)
+        raise OSError(errno.EBUSY, "files of an encrypted folder are still open")
     finally:
         os.close(fd)

@@ -31,6 +31,10 @@ class TreeTooDeepError(Exception):
     """The tree has more levels than are walked."""
 
 
+class TreeClosedError(TreeTooDeepError):
+    """The tree has a folder that may not be read, as a guest of this process's user can make."""
+
+
 @contextmanager
 def opened(root: Path) -> Iterator[int]:
     """The root's descriptor; the root itself is ours and may be a path."""
@@ -42,7 +46,7 @@ def opened(root: Path) -> Iterator[int]:
 
 
 def walk(root: int) -> Iterator[Entry]:
-    """Every entry below, folders before their contents. Raises TreeTooDeepError.
+    """Every entry below, folders before their contents. Raises TreeTooDeepError, TreeClosedError.
 
     `folder` of an entry is open only until the next one is asked for.
     """
@@ -63,6 +67,8 @@ def _walk(folder: int, prefix: str, depth: int) -> Iterator[Entry]:
             if stat.S_ISDIR(status.st_mode):
                 try:
                     inner = open_folder(item.name, folder)
+                except PermissionError as error:  # what is not seen would count as nothing
+                    raise TreeClosedError from error
                 except OSError:
                     continue  # gone, or swapped for a link since
                 try:
@@ -80,7 +86,7 @@ def open_folder(name: str, folder: int) -> int:
 def disk_use(root: Path, *, files_max: int = limits.SCRATCH_FILES_MAX) -> tuple[int, int]:
     """Bytes of disk and number of entries below `root`; counting stops above `files_max`.
 
-    A tree too deep to walk counts as too many files.
+    A tree that is too deep to walk, or closed to us, counts as too many files.
     """
     size = count = 0
     try:

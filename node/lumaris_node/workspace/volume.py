@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -12,6 +13,8 @@ from lumaris_node.workspace.mounts import unmount
 from lumaris_node.workspace.tree import disk_use
 from lumaris_node.workspace.wipe import wipe
 from lumaris_protocol.errors import LumarisError
+
+log = logging.getLogger(__name__)
 
 
 class Volume(ABC):
@@ -45,8 +48,10 @@ class Volume(ABC):
 
     def close(self) -> None:
         """Drop its key and remove it. Idempotent; what resists is left to the next `reap`."""
-        with contextlib.suppress(OSError):
+        try:
             self._unmake()
+        except OSError as error:
+            log.warning("a volume resists its end: %s: %s", self.folder.name, error)
         with contextlib.suppress(OSError):
             remove(self.folder)
 

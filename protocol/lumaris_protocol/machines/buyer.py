@@ -6,6 +6,7 @@ over the time that really passed here, never above the cap, never for an order t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -29,6 +30,8 @@ from lumaris_protocol.limits import (
     CLOCK_SKEW_S,
     GRACE_S_DEFAULT,
     IMAGE_S_MAX,
+    LINK_DEAD_S,
+    LINK_RESUME_S,
     PAY_WAIT_S,
     PREPARE_S_MAX,
     SILENCE_S,
@@ -89,6 +92,10 @@ BUYER_SESSION: Final = Table(
 _TERMINAL: Final = ("failed", "killed", "error")
 # An amount is checked against our own clock; both clocks tick within this part of each other.
 _CLOCK_TOLERANCE: Final = 1.01
+# A word of the seller may reach us this late, and the next one at once: a broken link is noticed
+# and resumed within that. So what it says of beginnings and pauses is only so exact.
+_LATE_S: Final = LINK_DEAD_S + LINK_RESUME_S
+_PROGRESS_S: Final = 0.2  # between two words on how far a preparation is; others are passed over
 
 
 @dataclass
@@ -98,9 +105,35 @@ class _Order:
     offsets: dict[str, int] = field(default_factory=lambda: {"stdout": 0, "stderr": 0})
     delivery: Delivery | None = None
     state: str = ""
-    running: bool = False
+    progress: tuple[str, int, int] = ("", 0, 0)
+    progress_at: float = -math.inf
+    running_at: float | None = None
+    paused_at: float | None = None
+    ended_at: float | None = None
+    paused_s: float = 0.0  # for certain
     claimed_nanos: int = 0  # the most the seller asked for it
     metered_nanos: int = 0  # the part of that on the tab
+
+    def note_state(self, state: str, now: float) -> None:
+        """The seller says that it is in this state."""
+        if state == "running":
+            if self.running_at is None:
+                self.running_at = now
+            self.paused_s += self._pause_s(now)
+            self.paused_at = None
+        elif state == "paused" and self.running_at is not None and self.paused_at is None:
+            self.paused_at = now
+
+    def ran_s(self, now: float, *, since: float) -> float:
+        """How long it can have run after `since`, by what was heard until `now`."""
+        if self.running_at is None:
+            return 0.0
+        end = now if self.ended_at is None else self.ended_at
+        began = max(self.sent_at, self.running_at - _LATE_S, since)
+        return max(0.0, end - began - self.paused_s - self._pause_s(end))
+
+    def _pause_s(self, now: float) -> float:
+        return 0.0 if self.paused_at is None else max(0.0, now - self.paused_at - _LATE_S)
 
 
 class BuyerSession:
@@ -125,6 +158,8 @@ class BuyerSession:
         self._lease_s = agreement.ends_at - agreement.issued_at
         self._orders_sent = 0
         self._live: dict[int, _Order] = {}
+        # How long the ended orders can have run, one at a time, and when the last of them ended.
+        self._ran_s, self._ran_until = 0.0, now
         self._our_close = b""
 
     @property
@@ -275,7 +310,7 @@ class BuyerSession:
         if isinstance(message, Close):
             return self._on_close(message, data, closing=state == "closing")
         if isinstance(message, JobEvent):
-            return self._on_event(message)
+            return self._on_event(message, now)
         if isinstance(message, LogChunk):
             return self._on_log(message)
         if isinstance(message, Meter):
@@ -283,16 +318,21 @@ class BuyerSession:
         assert isinstance(message, Delivery)
         return self._on_delivery(message, now)
 
-    def _on_event(self, message: JobEvent) -> list[Effect]:
+    def _on_event(self, message: JobEvent, now: float) -> list[Effect]:
         order = self._live.get(message.n)
         if order is None:
             return []  # an order we gave up on: its end was on the way
         repeated = message.state == order.state and not message.missing
         order.state = message.state
-        order.running = order.running or message.state == "running"
+        order.note_state(message.state, now)
+        progress = message.detail, message.done, message.total
         if repeated:
-            return []  # a sign of life
+            early = now - order.progress_at < _PROGRESS_S
+            if early or progress in (("", 0, 0), order.progress):
+                return []  # a sign of life
+        order.progress, order.progress_at = progress, now
         if message.state in _TERMINAL:
+            self._count_ended(order, now)
             del self._live[message.n]
             self.costs[message.n] = self.tab.strike(message.n)
         return [OrderChanged(message)]
@@ -336,6 +376,7 @@ class BuyerSession:
         except LumarisError as error:
             raise ViolationError("output_mismatch", error.message) from None
         order.delivery = message
+        self._count_ended(order, now)
         return [Delivered(message)]
 
     def _on_close(self, message: Close, data: bytes, *, closing: bool) -> list[Effect]:
@@ -357,11 +398,11 @@ class BuyerSession:
         """Orders of a session run one at a time, so time bounds each order and their sum."""
         rate, start = self.terms.rate_nanos_per_s * _CLOCK_TOLERANCE, self.terms.start_nanos
         order = self._live[n]
-        if not order.running:
+        if order.running_at is None:
             raise ViolationError("out_of_sequence", f"Order {n} costs before it runs.")
-        ran_s = min(now - order.sent_at, order.limits.wall_s + GRACE_S_DEFAULT)
+        ran_s = min(order.ran_s(now, since=-math.inf), order.limits.wall_s + GRACE_S_DEFAULT)
         order_max = start + rate * ran_s
-        session_max = start * self._orders_sent + rate * (now - self._opened_at)
+        session_max = start * self._orders_sent + rate * self._session_ran_s(now)
         order.claimed_nanos = max(order.claimed_nanos, amount_nanos)
         # Deliveries that wait for our word are not on the tab yet, but their time has passed.
         waiting = sum(live.claimed_nanos - live.metered_nanos for live in self._live.values())
@@ -370,6 +411,19 @@ class BuyerSession:
             raise ViolationError("overcharged")
         if amount_nanos > (order.limits.cost_nanos or self.terms.cap_nanos):
             raise ViolationError("over_cap")
+
+    def _session_ran_s(self, now: float) -> float:
+        """How long its orders can have run together, one at a time."""
+        going = [live for live in self._live.values() if live.ended_at is None]
+        return self._ran_s + max(
+            (live.ran_s(now, since=self._ran_until) for live in going), default=0
+        )
+
+    def _count_ended(self, order: _Order, now: float) -> None:
+        if order.ended_at is None and order.running_at is not None:
+            order.ended_at = now
+            self._ran_s += order.ran_s(now, since=self._ran_until)
+            self._ran_until = now
 
     def _voucher(self, total_nanos: int) -> list[Effect]:
         total = min(total_nanos, self.terms.cap_nanos)

@@ -6,6 +6,8 @@ at `ends_at`. Capacity is derived from the holds that exist, so it cannot leak.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -75,6 +77,7 @@ class QuoteDesk:
         self._holds: dict[str, Hold] = {}  # by quote hash
         self._used: dict[str, float] = {}  # request hashes answered, until they expire
         self._overdue: list[Hold] = []  # sessions past their end, until the caller has heard of it
+        self._aside: list[Resources] = []
 
     @property
     def holds(self) -> tuple[Hold, ...]:
@@ -85,11 +88,23 @@ class QuoteDesk:
     def free(self) -> Resources:
         """The capacity nobody holds."""
         free = self.total
-        for hold in self._holds.values():
-            rest = matching.subtract(free, hold.resources)
+        held = [hold.resources for hold in self._holds.values()]
+        for resources in (*held, *self._aside):
+            rest = matching.subtract(free, resources)
             assert rest is not None, "holds never exceed the total"
             free = rest
         return free
+
+    @contextmanager
+    def aside(self, resources: Resources) -> Iterator[None]:
+        """Sell none of this until the block ends. Raises RefusedError `no_capacity`."""
+        if matching.subtract(self.free, resources) is None:
+            raise RefusedError("no_capacity", "That much is not free now.")
+        self._aside.append(resources)
+        try:
+            yield
+        finally:
+            self._aside.remove(resources)
 
     def offer(
         self,

@@ -51,7 +51,7 @@ async def _prove(profile: Any, name: str, cores: int | None, memory: int | None)
         if cores is not None:
             proofs.append(await prober.cores(advert, parallel=cores))
         if memory is not None:
-            fills = min(-(-memory // GIB), CHALLENGE_FILLS_MAX)
+            fills = min(-(-memory // (2 * GIB)), CHALLENGE_FILLS_MAX)
             if not fills:
                 raise LumarisError("usage", "--memory is more than nothing.")
             proofs.append(await prober.memory(advert, memory_bytes=memory // fills, parallel=fills))
@@ -59,13 +59,13 @@ async def _prove(profile: Any, name: str, cores: int | None, memory: int | None)
 
 
 def _plain(proof: Proof) -> dict[str, Any]:
-    unit = "fuel_s" if proof.kind == "cores" else "bytes"
+    unit, said = ("fuel_s", "claimed") if proof.kind == "cores" else ("bytes", "asked")
     return {
         "seller": proof.seller,
         "kind": proof.kind,
         "parallel": proof.parallel,
         "elapsed_s": proof.elapsed_s,
-        f"claimed_{unit}": proof.claimed,
+        f"{said}_{unit}": proof.claimed,
         f"proven_{unit}": proof.proven,
         "checked": proof.checked,
     }
@@ -80,6 +80,6 @@ def _lines(proof: Proof) -> list[tuple[str, object]]:
     return [
         ("seller", peer_of(proof.seller)),
         (proof.kind, f"{proof.parallel} at once in {proof.elapsed_s:.2f} s"),
-        ("claimed", claimed),
+        ("claimed" if proof.kind == "cores" else "asked", claimed),
         ("proven", f"{proven}{share}"),
     ]

@@ -30,14 +30,36 @@ def devnet() -> None:
 
 @devnet.command("up")
 @click.option("--sellers", type=click.IntRange(1, 32), default=3, show_default=True)
+@click.option(
+    "--tier",
+    "tiers",
+    multiple=True,
+    type=click.Choice(("wasm", "process", "container", "vm")),
+    help="What sellers offer; repeatable.  [default: all that work here]",
+)
+@click.option(
+    "--egress",
+    multiple=True,
+    metavar="HOST:PORT",
+    help="What sellers let jobs connect to, also *.DOMAIN:PORT or *:PORT; repeatable.",
+)
 @_state
 @plain_options
 @click.pass_obj
-def up(settings: Settings, sellers: int, state: Path | None) -> None:
-    """Start it; it runs on when this command is done."""
+def up(
+    settings: Settings,
+    sellers: int,
+    tiers: tuple[str, ...],
+    egress: tuple[str, ...],
+    state: Path | None,
+) -> None:
+    """Start it; it runs on when this command is done.
+
+    Sellers attack their own sandboxes before they offer them, which takes a while.
+    """
     folder = _folder(settings, state)
     with terminable():
-        found = load(f"{_PART}:up")(folder, sellers)
+        found = load(f"{_PART}:up")(folder, sellers, tiers=tiers, egress=egress)
     if settings.json:
         emit(found)
         return

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -27,6 +28,9 @@ from lumaris.cli.output import (
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.ids import ID_PATTERN
 
+if TYPE_CHECKING:
+    from lumaris.store import Store
+
 _COLUMNS_MAX = 10_000
 _READ_BYTES = 65_536
 
@@ -44,7 +48,11 @@ def list_jobs(settings: Settings, count: int) -> None:
     """List jobs, the newest first."""
     from lumaris.cli.local import read_store, state_folder
 
-    rows = read_store(state_folder(settings), lambda store: store.jobs(count)) or []
+    async def read(store: Store) -> list[dict[str, Any]]:
+        await store.end_orphan_jobs(now=time.time())
+        return await store.jobs(count)
+
+    rows = read_store(state_folder(settings), read) or []
     if settings.json:
         emit({"items": [_job_json(row) for row in rows]})
         return
@@ -119,7 +127,7 @@ def show(settings: Settings, job_id: str) -> None:
 def logs(settings: Settings, job_id: str, follow: bool) -> None:
     """Print what a job printed: its stdout on ours, its stderr on ours.
 
-    Without -f nobody is contacted, and a running job has printed nothing yet.
+    Without -f nobody is contacted: of a running job it is what has arrived so far.
     """
     row = _find(settings, job_id)
     folder = _folder(settings, row["job"])
@@ -150,10 +158,14 @@ for command in (live.exec_command, live.shell, live.forward, live.stdin, live.ca
 def _find(settings: Settings, job_id: str) -> dict[str, Any]:
     from lumaris.cli.local import read_store, state_folder
 
+    async def read(store: Store) -> dict[str, Any] | None:
+        await store.end_orphan_jobs(now=time.time())
+        return await store.job(job_id)
+
     row = None
     # The id becomes a path for the logs, so it must be one of ours before anything else.
     if re.match(ID_PATTERN, job_id) and job_id.startswith("job_"):
-        row = read_store(state_folder(settings), lambda store: store.job(job_id))
+        row = read_store(state_folder(settings), read)
     if row is None:
         raise LumarisError("not_found", f"There is no job {clean(job_id[:80])!r} here.")
     return row

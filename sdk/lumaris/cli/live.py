@@ -16,6 +16,7 @@ from lumaris.cli.options import CONTEXT, SECONDS, Settings, buyer_options, local
 from lumaris.cli.output import GuestOutput, credits_of, emit, note
 from lumaris.cli.work import GUEST_CONTEXT, guest_command
 from lumaris_protocol.errors import LumarisError
+from lumaris_protocol.limits import GRACE_S_MAX
 
 if TYPE_CHECKING:
     from lumaris.live import Command, Place
@@ -31,7 +32,6 @@ _SHOWN_BYTES_MAX: Final = 8 << 20
 # After the end of its order a job's records are written within this.
 _RECORDS_S: Final = 30
 _RETRY_S: Final = 0.5
-_GRACE_S_MAX: Final = 30
 
 Work = Callable[["Overlay", "Place", "Store"], Awaitable[T]]
 
@@ -275,8 +275,13 @@ def forward(settings: Settings, job_id: str, ports: tuple[int, int]) -> None:
             )
             nursery.cancel_scope.cancel()
 
-    reach(settings, job_id, work)
-    note(f"{job_id} has ended")
+    ended = True
+    try:
+        reach(settings, job_id, work)
+    except* KeyboardInterrupt:
+        ended = False  # the usual end
+    if ended:
+        note(f"{job_id} has ended")
 
 
 @click.command("stdin", context_settings=CONTEXT)
@@ -323,8 +328,8 @@ def cancel(settings: Settings, job_id: str, grace: int) -> None:
 
     from lumaris import live
 
-    if grace > _GRACE_S_MAX:
-        raise LumarisError("usage", f"--grace is at most {_GRACE_S_MAX} s.")
+    if grace > GRACE_S_MAX:
+        raise LumarisError("usage", f"--grace is at most {GRACE_S_MAX} s.")
 
     async def main() -> dict[str, Any]:
         async with opened(settings) as store:
@@ -346,7 +351,10 @@ def follow(settings: Settings, job_id: str, folder: Path) -> None:
     """Print what a running job prints until its end, also when it moves to another seller."""
     import trio
 
-    trio.run(_Follow(settings, job_id, folder).run)
+    try:
+        trio.run(_Follow(settings, job_id, folder).run)
+    except* KeyboardInterrupt:
+        pass  # the reader has seen enough; the job goes on
 
 
 def wait(settings: Settings, job_id: str) -> None:

@@ -41,6 +41,26 @@ _S_PER_HOUR = 3600
     type=click.Choice(("egress", "exec", "forward", "gpu", "stdin", "warm")),
     help="Only sellers whose tier offers it; repeatable.",
 )
+@click.option(
+    "--assurance",
+    "assurances",
+    multiple=True,
+    metavar="NAME",
+    help="Only isolation of this kind; repeatable.",
+)
+@click.option(
+    "--egress",
+    multiple=True,
+    metavar="HOST:PORT",
+    help="Only sellers whose jobs may connect somewhere; repeatable.",
+)
+@click.option(
+    "--gpu",
+    "gpus",
+    multiple=True,
+    metavar="[MODEL:]COUNT",
+    help="Whole GPUs; repeatable.",
+)
 @click.option("--why", is_flag=True, help="Show the others too, and count what excludes them.")
 @buyer_options
 @click.pass_obj
@@ -54,6 +74,9 @@ def offers(
     regions: tuple[str, ...],
     tier: Tier | None,
     features: tuple[Feature, ...],
+    assurances: tuple[str, ...],
+    egress: tuple[str, ...],
+    gpus: tuple[str, ...],
     why: bool,
 ) -> int:
     """List sellers with their capacity and prices.
@@ -61,37 +84,50 @@ def offers(
     The price is for one hour of the resources asked for, in credits.
     """
     import trio
+    from msgspec import structs
 
     from lumaris import images
+    from lumaris.client import parse_egress, parse_gpu
+    from lumaris.market import no_match
+    from lumaris_protocol import matching
     from lumaris_protocol.messages.advert import Resources
     from lumaris_protocol.messages.negotiation import Requirements
 
     if not 0.001 <= cpu <= 1024:
         raise LumarisError("usage", "--cpu is 0.001 to 1024.")
-    wanted = Resources(cpu_millis=int(cpu * 1000), memory_bytes=memory, disk_bytes=disk)
+    wanted = Resources(
+        cpu_millis=int(cpu * 1000),
+        memory_bytes=memory,
+        disk_bytes=disk,
+        gpus=tuple(parse_gpu(text) for text in gpus),
+    )
     resolved = trio.run(partial(images.resolve, image, tier=tier)) if image else None
     tier = resolved.tier if resolved else tier
+    needs = Requirements(
+        resources=wanted,
+        tier=tier or "wasm",
+        assurances=assurances,
+        egress=parse_egress(egress),
+        image=resolved.digest if resolved and resolved.tier != "wasm" else None,
+        image_fetched=bool(resolved and resolved.fetched),
+        features=features,
+        regions=regions,
+        currency="",
+    )
     with open_client(settings) as client:
         adverts = [signed.message for signed in client.offers()]
     items = []
     for advert in adverts:
         # Without a word on it any tier will do.
-        any_tier: Tier = advert.runtimes[0].tier if advert.runtimes else "wasm"
-        needs = Requirements(
-            resources=wanted,
-            tier=tier or any_tier,
-            image=resolved.digest if resolved and resolved.tier != "wasm" else None,
-            image_fetched=bool(resolved and resolved.fetched),
-            features=features,
-            regions=regions,
-            currency=advert.prices.currency,
-        )
-        items.append(_item(advert, needs, duration))
+        tiers = (tier,) if tier else tuple(runtime.tier for runtime in advert.runtimes) or ("wasm",)
+        currency = advert.prices.currency
+        asked = [structs.replace(needs, tier=each, currency=currency) for each in tiers]
+        items.append(_item(advert, asked, duration))
     items.sort(key=lambda item: (bool(item["excluded_by"]), item["hour_nanos"], item["seller"]))
     excluded = Counter(code for item in items for code in item["excluded_by"])
     fitting = [item for item in items if not item["excluded_by"]]
     if not fitting and not why:
-        raise _nobody(len(items), excluded)
+        raise no_match(len(items), excluded, matching.needed_features(needs))
     shown = items if why else fitting
     if settings.json:
         emit({"items": shown, "seen": len(items), "excluded": dict(excluded)})
@@ -104,10 +140,12 @@ def offers(
     return 0
 
 
-def _item(advert: Advert, needs: Requirements, lease_s: int) -> dict[str, Any]:
+def _item(advert: Advert, asked: Sequence[Requirements], lease_s: int) -> dict[str, Any]:
+    """A seller, excluded only by what keeps each of the ways it was asked from fitting."""
     from lumaris_protocol import matching, pricing
 
-    rate = pricing.rate_nanos_per_s(advert.prices, needs.resources)
+    rate = pricing.rate_nanos_per_s(advert.prices, asked[0].resources)
+    excluded = min((matching.explain(needs, advert, lease_s=lease_s) for needs in asked), key=len)
     return {
         "seller": advert.seller,
         "region": advert.region,
@@ -122,7 +160,7 @@ def _item(advert: Advert, needs: Requirements, lease_s: int) -> dict[str, Any]:
         "hour_nanos": rate * _S_PER_HOUR,
         "lease_s_max": advert.lease_s_max,
         "expires_at": advert.expires_at,
-        "excluded_by": list(matching.explain(needs, advert, lease_s=lease_s)),
+        "excluded_by": list(excluded),
     }
 
 
@@ -153,13 +191,6 @@ def _resources(resources: Resources) -> dict[str, Any]:
 def _shown(tier: str, assurance: str) -> str:
     """A tier, with its isolation where that is not the usual one of its kind."""
     return tier if assurance == tier else f"{tier} ({assurance})"
-
-
-def _nobody(seen: int, excluded: Counter[str]) -> LumarisError:
-    if not seen:
-        return LumarisError("no_sellers")
-    reasons = ", ".join(f"{code} {count}" for code, count in excluded.most_common())
-    return LumarisError("no_offers", f"None of {seen} sellers fits ({reasons}).")
 
 
 def _print(items: Sequence[dict[str, Any]], *, why: bool) -> None:

@@ -21,6 +21,7 @@ from lumaris.cli.output import (
     note,
     peer_of,
     shape,
+    size_of,
     time_of,
 )
 from lumaris.cli.work import (
@@ -151,6 +152,15 @@ def walk_inputs(values: Sequence[str]) -> dict[str, Path]:
     return found
 
 
+def _news(event: JobUpdate, *, moving: bool) -> str:
+    if event.state == "preparing" and event.detail:
+        share = f" {size_of(event.done)} of {size_of(event.total)}" if event.total else ""
+        detail = f": {event.detail}{share if moving else ''}"
+    else:
+        detail = f" ({event.detail})" if event.detail else ""
+    return f"{event.job} {event.state}{detail} at {peer_of(event.seller)}"
+
+
 def _split(value: str) -> tuple[str, Path]:
     guest, equals, source = value.partition("=")
     if not equals or Path(value).exists():
@@ -205,6 +215,7 @@ class _Run:
     guest: GuestOutput = field(default_factory=GuestOutput)
     progress: Progress = field(default_factory=Progress)
     background: Background = field(default_factory=Background)
+    _prepared: tuple[str, str] = ("", "")
 
     def go(self) -> int:
         result, receipt = None, None
@@ -280,8 +291,10 @@ class _Run:
         from lumaris.jobs import LogLine
 
         if not isinstance(event, LogLine):
-            detail = f" ({event.detail})" if event.detail else ""
-            self.progress.say(f"{event.job} {event.state}{detail} at {peer_of(event.seller)}")
+            # Where no line moves, what is prepared is named once.
+            known, self._prepared = self._prepared, (event.state, event.detail)
+            if self.progress.moving or event.state != "preparing" or known != self._prepared:
+                self.progress.say(_news(event, moving=self.progress.moving))
         elif not self.settings.json:
             self.progress.pause()
             self.guest.write(event.stream, event.data)

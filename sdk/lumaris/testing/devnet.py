@@ -31,6 +31,8 @@ from lumaris_protocol.errors import LumarisError
 NETWORK = "devnet"
 BUYER_CREDIT = "100"
 _READY_S = 60.0
+# A node that offers no wasm attacks its other tiers first, and its neighbours do at the same time.
+_TESTED_READY_S = 300.0
 _STOP_S = 15.0
 _POLL_S = 0.02
 _LINGER_S = 2  # the buyer's overlay outlives a client only long enough for the next one
@@ -71,13 +73,14 @@ class Devnet:
     """A running devnet. As a context manager it ends everything and removes its folder.
 
     `sellers` is the number of nodes, `keep` leaves the folder for a look afterwards, `tiers` are
-    what they offer: all that work here when empty.
+    what they offer: all that work here when empty. `egress` is what their jobs may connect to.
     """
 
     state: Path
     sellers: int = 3
     keep: bool = False
     tiers: tuple[str, ...] = ()
+    egress: tuple[str, ...] = ()
     coordinator: Program | None = None
     nodes: list[Program] = field(default_factory=list)
     # Every process from the moment it exists, so that an interrupted start leaves none behind.
@@ -140,15 +143,18 @@ class Devnet:
         folder = self.state / name
         modules = self.state / "modules"
         make_private_folder(modules)
-        if self.tiers:
+        accepted = {"runtimes": self.tiers, "egress": self.egress}
+        lines = [f"{key} = {json.dumps(words)}\n" for key, words in accepted.items() if words]
+        if lines:
             make_private_folder(folder)
-            (folder / "node.toml").write_text(f"[accept]\nruntimes = {json.dumps(self.tiers)}\n")
+            (folder / "node.toml").write_text("".join(["[accept]\n", *lines]))
         arguments = ["--state", str(folder), "--coordinator", self.url, "--modules", str(modules)]
         return self._spawn(name, "lumaris_node", folder, arguments)
 
     def _spawn(self, role: str, module: str, folder: Path, arguments: Sequence[str]) -> Program:
         program = _launch(role, module, folder, arguments, self._launched)
-        _wait_ready(program, folder / "log")
+        quick = not self.tiers or "wasm" in self.tiers
+        _wait_ready(program, folder / "log", _READY_S if quick else _TESTED_READY_S)
         return program.named()
 
     def client(self) -> Client:
@@ -209,13 +215,15 @@ class Devnet:
             return  # a file of the user's own lies in it
 
 
-def up(state: Path, sellers: int = 3) -> dict[str, Any]:
+def up(
+    state: Path, sellers: int = 3, *, tiers: tuple[str, ...] = (), egress: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Start a devnet that outlives this command. Raises LumarisError `already_running`."""
     state = state.resolve()
     found = _load(state)
     if found is not None and any(program.alive for program in _programs(found)):
         raise LumarisError("already_running", f"A devnet runs in {state}.")
-    net = Devnet(state, sellers)
+    net = Devnet(state, sellers, tiers=tiers, egress=egress)
     try:
         net.start()
         net.client().close()
@@ -299,12 +307,12 @@ def _launch(
     return launch
 
 
-def _wait_ready(launch: _Launch, log: Path) -> None:
+def _wait_ready(launch: _Launch, log: Path, within_s: float) -> None:
     """Wait for `ready PEER ADDRESS`. Raises the LumarisError that the program printed instead."""
     process = launch.process
     assert process.stdout is not None, "it was started with a pipe"
     with process.stdout as output:
-        ready, _, _ = select.select([output], [], [], _READY_S)
+        ready, _, _ = select.select([output], [], [], within_s)
         launch.words = output.readline().decode(errors="replace").split() if ready else []
     if len(launch.words) != 3 or launch.words[0] != "ready":
         process.kill()

@@ -9,7 +9,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from lumaris_node.capability.gpu import Device, Nvml, find_devices, probe_gpus
+from lumaris_node.capability.gpu import Device, Nvml, count_gpus, find_devices
 from lumaris_node.capability.meter import SAMPLE_S, GpuMeter, Gpus
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.limits import GIB
@@ -99,15 +99,15 @@ def test_the_driver_is_asked_and_closed():
 
 
 def test_equal_gpus_are_counted_together():
-    found = probe_gpus(Recorded(DEVICES))
+    found = count_gpus(find_devices(Recorded(DEVICES)))
     assert [(gpu.model, gpu.count) for gpu in found] == [(H100, 2), (L4, 1)]
 
 
 def test_no_driver_is_no_gpu():
     missing = Recorded(OSError("no driver"))
-    assert probe_gpus(missing) == ()
     assert find_devices(missing) == ()
-    assert isinstance(probe_gpus(Nvml()), tuple)
+    assert count_gpus(()) == ()
+    assert isinstance(find_devices(Nvml()), tuple)
 
 
 def wanted(model: str = "", gib: int = 0, count: int = 1) -> tuple[Gpu, ...]:

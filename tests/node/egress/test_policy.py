@@ -13,9 +13,9 @@ from lumaris_node.egress.policy import (
     EgressPolicy,
     check_patterns,
     covers,
-    is_public,
     own_addresses,
 )
+from lumaris_overlay.networks import is_public
 from lumaris_protocol.errors import LumarisError
 
 PUBLIC = "151.101.1.1"

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import trio
 
+from lumaris_node.executors.container import sandbox as sandboxes
+from lumaris_node.executors.container.cgroup import ContainerGroup
+from lumaris_node.executors.container.engine import Engine
 from lumaris_node.executors.container.executor import ContainerExecutor
 from lumaris_node.executors.container.run import Run
 from lumaris_node.executors.container.sandbox import Sandbox
@@ -49,6 +52,7 @@ EXTRA = {
     "python": f'exec /usr/bin/python3 -c "{PYTHON}"',
     "queue": "echo > /dev/mqueue/left",
     "look for a queue": "ls /dev/mqueue",
+    "temporary": "stat -c %a /tmp; cat /proc/self/oom_score_adj",
     "pids": "for n in 1 2 3 4 5 6 7 8; do sleep 600 & done; sleep 1; echo ok",
 }
 
@@ -197,6 +201,10 @@ class TestContainer(NativeConformance):
         await successor.aclose()
 
 
+async def refusing(engine: Engine, container: str) -> bool:
+    return False
+
+
 async def parts_of(attachment: Attachment):
     while (part := await attachment.receive()) is not None:
         yield part
@@ -255,6 +263,53 @@ class TestLease:
         os.kill(executor._warm[leased.lease].pid, signal.SIGKILL)
         assert (await run(leased, leased.spec("print")))[1].stdout == b"one\ntwo\n"
         assert await self.used(leased) != first
+
+    @pytest.mark.parametrize("end", ["cancel", "deadline"])
+    async def test_guests_end_without_the_idle_process(self, leased: Bench, end: str):
+        """Guests may hold it back where processor time is short: here it stands still."""
+        log, bounds = Log(), {"wall_s": 2.0} if end == "deadline" else {}
+        async with started(leased, leased.spec("spin", cpu_millis=100, **bounds), log) as handle:
+            await until_it_prints(leased, handle, log)
+            sandbox = sandbox_of(handle)
+            os.kill(sandbox.pid, signal.SIGSTOP)
+            if end == "cancel":
+                await leased.executor.cancel(handle, "cancelled")
+            reason = {"cancel": "cancelled", "deadline": "killed_deadline"}[end]
+            assert (await leased.executor.wait(handle)).reason == reason
+            assert sandbox.group is not None
+            assert sandbox.group.processes() == [sandbox.pid]
+            assert sandbox.group.control is not None
+            quota, _ = sandbox.group.control.quota_file()
+            assert quota.read_text().split()[0] == "10000"
+        assert leased.survivors() == []
+
+    async def test_what_does_not_end_is_lost_and_not_collected(
+        self, leased: Bench, monkeypatch: pytest.MonkeyPatch
+    ):
+        log = Log()
+        async with started(leased, leased.spec("spin"), log) as handle:
+            await until_it_prints(leased, handle, log)
+            with monkeypatch.context() as patch:
+                patch.setattr(ContainerGroup, "quiet", lambda self, spare: False)
+                patch.setattr(ContainerGroup, "kill", lambda self, *, spare=0: False)
+                patch.setattr(sandboxes, "remove_container", refusing)
+                await leased.executor.cancel(handle, "cancelled")
+                assert (await leased.executor.wait(handle)).reason == "cancelled"
+                with pytest.raises(LumarisError, match="does not end"):
+                    await leased.executor.destroy(handle)
+        assert leased.survivors() == []
+        assert sandbox_of(handle).dirty
+
+    async def test_what_the_engine_is_not_asked_for(self, leased: Bench):
+        log = Log()
+        async with started(leased, leased.spec("temporary"), log) as handle:
+            assert (await leased.executor.wait(handle)).reason == "succeeded"
+            group = sandbox_of(handle).group
+            assert group is not None
+            if not group.unified:
+                bound = (group.memory / "memory.kmem.tcp.limit_in_bytes").read_text()
+                assert int(bound) == leased.spec("print").limits.memory_bytes
+        assert log.stdout.split() == [b"1777", b"800"]
 
     async def test_two_orders_at_once_have_two(self, leased: Bench):
         log, other = Log(), Log()

@@ -27,6 +27,8 @@ INFO = {
 }
 # None of these may be asked for by a guest; see the attack suite for what answers.
 DENIED = {
+    "io_setup",  # of a number that all of the machine shares
+    "io_submit",
     "io_uring_setup",
     "io_uring_enter",
     "ptrace",

@@ -21,7 +21,7 @@ from lumaris_node.executors.process import order as process_order
 from lumaris_node.executors.process.executor import ProcessExecutor
 from lumaris_node.images.archive import make_image, pack_folder
 from lumaris_node.images.rootfs import RootfsStore
-from lumaris_node.sandbox import cgroups, netns
+from lumaris_node.sandbox import cgroups, netns, users
 from lumaris_protocol.errors import LumarisError
 from tests.node.executors.conformance import (
     MIB,
@@ -108,8 +108,19 @@ class TestProcess(NativeConformance):
     async def test_the_kernel_sees_another_user_than_root(self, bench: Bench):
         handle = await bench.executor.prepare(bench.spec("short"))
         pid = await bench.executor.network_pid(handle)
-        assert set(psutil.Process(pid).uids()) == {process_order.GUEST_UID}
-        assert set(psutil.Process(psutil.Process(pid).ppid()).uids()) == {process_order.GUEST_UID}
+        other = await bench.executor.prepare(bench.spec("short"))
+        found: list[int] = []
+        for number in (pid, await bench.executor.network_pid(other)):
+            inside, outside = (
+                set(one.uids())
+                for one in (psutil.Process(number), psutil.Process(number).parents()[0])
+            )
+            assert len(inside) == 1
+            assert inside == outside
+            assert inside < set(users.GUESTS)
+            found += inside
+        assert found[0] != found[1]
+        await bench.executor.destroy(other)
         await bench.executor.destroy(handle)
 
     @pytest.mark.parametrize("uid", [0, 10007])

@@ -20,7 +20,7 @@ import trio
 
 from lumaris_node.executors.vm import executor as vm_executor
 from lumaris_node.executors.vm.executor import VmExecutor
-from lumaris_node.executors.vm.machine import Accel
+from lumaris_node.executors.vm.machine import EMULATOR_UID, Accel
 from lumaris_node.images.rootfs import RootfsStore
 from lumaris_node.sandbox.cgroups import Cgroups, unavailable
 from lumaris_protocol.errors import LumarisError
@@ -208,7 +208,7 @@ class TestVm(NativeConformance):
             status = Path(f"/proc/{pid}/status").read_text()
             assert "Seccomp:\t2" in status
             if os.geteuid() == 0:
-                assert "Uid:\t10003\t10003\t10003\t10003" in status
+                assert "Uid:" + f"\t{EMULATOR_UID}" * 4 in status
                 assert "CapEff:\t0000000000000000" in status
                 assert os.readlink(f"/proc/{pid}/ns/net") != os.readlink("/proc/self/ns/net")
             assert sorted(os.listdir(handle.spec.outputs.parent)) == ["in", "out"]

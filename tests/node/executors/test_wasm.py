@@ -340,3 +340,24 @@ def test_a_module_under_a_false_digest_is_refused(tmp_path: Path):
     assert caught.value.code == "bad_image"
     assert list(store.directory.iterdir()) == []
     assert not store.has("../../etc/passwd")
+
+
+async def test_a_refused_module_is_not_compiled_again_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    store, tries = ModuleStore(tmp_path), 0
+    source = tmp_path / "given"
+    source.write_bytes(b"\0asm, but no module")
+    found = digest(source.read_bytes())
+    store.add(source, found)
+
+    async def refuse(*_: object, **__: object) -> None:
+        nonlocal tries
+        tries += 1
+        raise LumarisError("bad_image", "refused")
+
+    monkeypatch.setattr(store, "_compile", refuse)
+    for _ in range(3):
+        with pytest.raises(LumarisError, match="refused"):
+            await store.compiled(found, "engine")
+    assert tries == 1

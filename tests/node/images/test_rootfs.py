@@ -9,16 +9,18 @@ import json
 import os
 import stat
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import pytest
+import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lumaris_node.images import unpack
 from lumaris_node.images.archive import make_image, pack_folder
 from lumaris_node.images.rootfs import RootfsStore
-from lumaris_overlay.image_archive import ImageArchive
+from lumaris_overlay.image_archive import Allowance, ImageArchive
 from lumaris_protocol import ids
 from lumaris_protocol.errors import LumarisError
 from tests.node.images.tars import (
@@ -298,6 +300,46 @@ _members = st.one_of(
     st.builds(hardlink, _names, _targets),
     st.builds(lambda name: other(name, tarfile.CHRTYPE), _names),
 )
+
+
+def test_a_folder_is_cleared_once_in_a_layer(
+    store: RootfsStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed: list[object] = []
+    plain = os.listdir
+
+    def counted(at: int) -> list[str]:
+        listed.append(at)
+        return plain(at)
+
+    monkeypatch.setattr(os, "listdir", counted)
+    opaque = file("d/.wh..wh..opq")
+    layer = pack(file("d/new"), *[opaque] * 50, file("d/later"), *[opaque] * 50)
+    root = unpacked(store, tmp_path, pack(file("d/old")), layer)
+    assert len([at for at in listed if isinstance(at, int)]) == 1
+    assert sorted(plain(root / "d")) == ["later", "new"]
+
+
+def test_what_lies_behind_the_end_counts(
+    store: RootfsStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Allowance.__init__, "__kwdefaults__", {"bytes_max": 50_000, "check": bool})
+    assert refused(store, tmp_path, pack(file("a")) + bytes(100_000)) == "unsafe_archive"
+
+
+async def test_unpacking_ends_when_nobody_waits(store: RootfsStore, tmp_path: Path) -> None:
+    archive, digest = image(tmp_path, pack(file("a")))
+    work = partial(store.add, archive, digest, check=trio.from_thread.check_cancelled)
+
+    def add() -> None:
+        trio.from_thread.run_sync(scope.cancel)
+        work()
+
+    with trio.CancelScope() as scope:
+        await trio.to_thread.run_sync(add)
+    assert scope.cancelled_caught and os.listdir(store.directory) == []
+
+
 _layers = st.lists(
     st.lists(_members, max_size=8).map(lambda found: pack(*found)), min_size=1, max_size=3
 )

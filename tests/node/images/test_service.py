@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,12 +21,13 @@ from lumaris_node.images.rootfs import RootfsStore
 from lumaris_node.images.service import ImageService
 from lumaris_overlay.framed_stream import FramedStream
 from lumaris_overlay.image_archive import ImageArchive
-from lumaris_overlay.registry import ANY_REGISTRY
+from lumaris_overlay.registry import ANY_REGISTRY, Blob, FoundImage, Reference, Registry
 from lumaris_overlay.simulated.network import SimulatedOverlay, open_network
 from lumaris_protocol import codec, ids
 from lumaris_protocol.catalog import CATALOG
 from lumaris_protocol.errors import LumarisError, RefusedError
 from lumaris_protocol.frames import Kind
+from lumaris_protocol.limits import GIB
 from lumaris_protocol.messages.advert import Advert
 from lumaris_protocol.protocols import CONTENT, ContentHeader, ContentPart, ContentParts
 from tests.node.images.tars import file, image, pack
@@ -251,6 +253,112 @@ async def open_extra(peer: Peer, answer: Any) -> AsyncIterator[Peer]:
     await overlay.connect([peer.overlay.address])
     async with overlay.serve(CONTENT, answer):
         yield Peer(peer.store.directory.parent, overlay, "extra")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", ["disk_short", "image_refused", "cancelled", ""])
+async def test_what_a_peer_says_does_not_stop_the_next_place(tmp_path: Path, code: str) -> None:
+    digest, asked = ids.digest(b"image"), []
+
+    async def answer(stream: Any) -> None:
+        framed = FramedStream(stream)
+        await framed.expect_header(ContentHeader)
+        if code:
+            await framed.refuse(RefusedError(code))
+            return
+        parts = [ContentPart(digest=digest, size_bytes=100)]  # and much more that is nowhere
+        parts += [ContentPart(digest=ids.digest(b"%d" % n), size_bytes=GIB - 7) for n in range(16)]
+        await framed.send(Kind.HEADER, msgspec.json.encode(ContentParts(parts=tuple(parts))))
+
+    def registry(source: str) -> Any:
+        asked.append(source)
+        raise LumarisError("unreachable")
+
+    async with peers(tmp_path, "two") as (two,):
+        (tmp_path / "held").mkdir()
+        archive, held = image(tmp_path / "held", pack(file("a", b"1")))
+        record = two.store.take_archive(archive, share=True)
+        two.store.save(msgspec.structs.replace(record, keep=False))
+        two.service._open_registry = registry
+        async with open_extra(two, answer) as extra:
+            await extra.advertise(digest)
+            with pytest.raises(LumarisError, match="unreachable"):
+                await two.service.ensure(digest, tier_of(two), source="x")
+        assert asked == ["x"] and two.store.find(held) is not None
+
+
+class _Slow(Registry):
+    """A registry whose bytes are right, and come in pieces with a pause before each."""
+
+    def __init__(self, archive: Path, layers: list[bytes], pause_s: float) -> None:
+        raw = ImageArchive(archive).raw_config
+        found = tuple(Blob(ids.digest(layer), len(layer)) for layer in layers)
+        self.reference = Reference("registry.test", "a")
+        self.found = FoundImage(self.reference, Blob(ids.digest(raw), len(raw)), raw, found)
+        self._blobs = {ids.digest(layer): layer for layer in layers}
+        self._pause_s = pause_s
+
+    async def __aenter__(self) -> Registry:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        return
+
+    async def find(self) -> FoundImage:
+        return self.found
+
+    async def _pieces(self, blob: Blob, start: int) -> AsyncGenerator[tuple[int, bytes]]:
+        data = self._blobs[blob.digest]
+        for at in range(start, len(data), 1000):
+            await trio.sleep(self._pause_s)
+            yield at, data[at : at + 1000]
+
+
+@pytest.mark.slow
+async def test_images_that_share_a_layer_are_fetched_at_once(tmp_path: Path) -> None:
+    base, found = pack(file("base", b"b" * 20_000)), {}
+    for name, pause_s in (("a", 0.001), ("b", 0.004)):
+        (tmp_path / name).mkdir()
+        layers = [base, pack(file("top", name.encode()))]
+        archive, digest = image(tmp_path / name, *layers)
+        found[name] = (digest, _Slow(archive, layers, pause_s))
+    store, tier = ContentStore(tmp_path / "content"), Tier(tmp_path / "roots")
+    service = ImageService(store, open_registry=lambda source: found[source][1])
+    executor = cast(Executor, cast(Any, tier))
+    async with trio.open_nursery() as nursery:
+        for name, (digest, _) in found.items():
+            nursery.start_soon(partial(service.ensure, digest, executor, source=name))
+    assert sorted(tier.added) == sorted(digest for digest, _ in found.values())
+    assert store.path(ids.digest(base)).read_bytes() == base
+    # What goes bad on this disk is noticed when it is used, and fetched anew.
+    store.path(ids.digest(base)).write_bytes(b"bad" * 9000)
+    tier.added.clear()
+    digest = found["a"][0]
+    tier.roots.remove(digest)
+    assert await service.ensure(digest, executor, source="a")
+    assert store.path(ids.digest(base)).read_bytes() == base
+
+
+async def test_a_list_of_hashes_costs_as_much_as_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peering, "_GIVEN_BURST", 25_000.0)
+    monkeypatch.setattr(peering, "_GIVEN_PER_S", 0.0)
+    async with peers(tmp_path, "one", "two") as (one, two):
+        await give(one, tmp_path, "a")
+        layer, codes = one.store.records()[0].layers[0], []
+        for _ in range(4):
+            stream = FramedStream(await two.overlay.open_stream(one.overlay.peer_id, CONTENT))
+            header = ContentHeader(
+                op="get", digest=layer.digest, size_bytes=layer.size, listed=True
+            )
+            await stream.send(Kind.HEADER, msgspec.json.encode(header))
+            try:
+                await stream.expect(Kind.HEADER)
+            except RefusedError as error:
+                codes.append(error.code)
+            await stream.aclose()
+        assert layer.size * 3 > 25_000 and codes == ["busy", "busy"]
 
 
 async def test_who_asks_too_much_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,35 @@ def test_the_frozen_are_killed_too_and_reaped_by_prefix(real: Cgroups):
 
 
 @pytest.mark.slow
+def test_one_member_is_spared_and_keeps_its_limits(real: Cgroups):
+    bounds = LIMITS | {"cpu_millis": 50}
+    spin = "for n in 1 2 3 4 5 6; do (while :; do :; done) & done; echo on; wait; wait"
+    group = real.create(NAME, **bounds)
+    try:
+        with member(group, "exec sleep 600") as spared, member(group, spin) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"on\n"
+            path, _ = group.quota_file()
+            quota = path.read_text()
+            assert group.kill(spare=spared.pid)
+            assert process.wait(5) == -9
+            assert group.pids() == (spared.pid,)
+            assert path.read_text() == quota
+    finally:
+        assert group.remove()
+
+
+@pytest.mark.slow
+def test_version_1_bounds_the_buffers_of_sockets(real: Cgroups):
+    group = real.create(NAME, **LIMITS)
+    try:
+        found = group.folders[0] / "memory.kmem.tcp.limit_in_bytes"
+        assert real.version == 2 or int(found.read_text()) == LIMITS["memory_bytes"]
+    finally:
+        assert group.remove()
+
+
+@pytest.mark.slow
 def test_the_unified_hierarchy_kills_and_freezes(native_sandbox: None):
     folder = UNIFIED / f"{NAME}-v2"
     try:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lumaris.cli.root import root
+from lumaris_node import api
 from lumaris_node.selftest import command, suite
 from lumaris_node.selftest.rows import Row
 from lumaris_node.selftest.suite import Report
@@ -22,6 +23,7 @@ def call(*words: str) -> int:
 
 @pytest.mark.slow
 def test_a_machine_that_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "node").mkdir()
     state = ("--state", str(tmp_path / "node"))
     assert call("node", "selftest", *state, "--tier", "wasm") == 0
     said = capsys.readouterr()
@@ -53,6 +55,7 @@ def test_the_exit_code_says_whether_it_held(
         return report(*rows)
 
     monkeypatch.setattr(suite, "run", run)
+    (tmp_path / "node").mkdir()
     words = ("node", "selftest", "--state", str(tmp_path / "node"), "--tier", "wasm")
     assert call(*words) == code
     said = capsys.readouterr()
@@ -68,13 +71,39 @@ def test_a_tier_that_is_not_there_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     class Missing:
+        why_not = "No container engine answers."
+
         async def probe(self) -> None:
             return None
 
         async def aclose(self) -> None:
             return None
 
-    monkeypatch.setattr(command, "_open", lambda *_: Missing())
+    monkeypatch.setattr(command, "make_executor", lambda *_: Missing())
+    (tmp_path / "node").mkdir()
     words = ("node", "selftest", "--state", str(tmp_path / "node"), "--tier", "container")
-    assert call(*words) == 0
-    assert "container: not tested" in capsys.readouterr().err
+    assert call(*words) == 1
+    assert "container: not tested: No container engine answers." in capsys.readouterr().err
+    assert call(*words, "--json") == 1
+    assert json.loads(capsys.readouterr().out)["held"] is False
+
+
+def test_a_node_that_offers_something_else_is_asked_to_look_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    asked: list[str] = []
+    record: dict[str, Any] = {"tier": "wasm", "held": None, "why": "It needs Linux.", "rows": []}
+
+    async def ask(_: Path, name: str) -> dict[str, Any]:
+        asked.append(name)
+        return {"tiers": [{"tier": "wasm", "offered": True}, {"tier": "vm", "offered": False}]}
+
+    monkeypatch.setattr(command, "run", lambda *_, **__: [dict(record)])
+    monkeypatch.setattr(api, "call", ask)
+    assert call("node", "selftest", "--state", str(tmp_path)) == 1
+    assert "the running node offers wasm" in capsys.readouterr().err
+    assert asked == ["status", "retest"]
+    asked.clear()
+    record["tier"] = "vm"
+    assert call("node", "selftest", "--state", str(tmp_path)) == 1
+    assert asked == ["status"]

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 
 from lumaris_node.selftest import keep, suite
-from lumaris_node.selftest.keep import FILE, RETRY_S, STANDS_S, Assurance
+from lumaris_node.selftest.keep import (
+    FILE,
+    RETEST_S,
+    RETRY_S,
+    STANDS_S,
+    UNSHOWN_RETRY_S,
+    Assurance,
+)
 from lumaris_node.selftest.rows import SUITE_VERSION, Row
 from lumaris_node.selftest.suite import Report
 from lumaris_protocol.errors import LumarisError
@@ -33,12 +40,14 @@ class Attacks:
     def __init__(self) -> None:
         self.times = 0
         self.held: bool | None = True
+        self.slow = False  # the machine shows nothing
 
     async def run(self, executor: Any, runtime: Runtime, folder: Path, *, clock: Any) -> Report:
         self.times += 1
         if self.held is None:
             raise LumarisError("platform_error", "No engine.")
-        rows = (Row("mount", self.held, detail="EPERM"), Row("run_from_tmp", False, counts=False))
+        mount = Row("mount", self.held and not self.slow, detail="EPERM", shown=not self.slow)
+        rows = (mount, Row("run_from_tmp", False, counts=False))
         return Report(
             runtime.tier,
             runtime.version,
@@ -75,6 +84,8 @@ class Checked:
     def __init__(self, folder: Path, clock: Clock, tier: Tier) -> None:
         self._kept, self._tier = Assurance(folder, clock=clock), tier
         self.reports = self._kept.reports
+        self.why_not = self._kept.why_not
+        self.retest = self._kept.retest
 
     async def check_all(self) -> tuple[Runtime, ...]:
         if self._tier.runtime is None:
@@ -83,7 +94,7 @@ class Checked:
         standing = self._kept.standing(self._tier.runtime)
         found = await self._kept.check(self._tier, self._tier.runtime)  # type: ignore[arg-type]
         self.reports = self._kept.reports
-        assert standing in (None, found)
+        assert standing in (None, found) or found is None or found.tested_at > standing.tested_at
         return (found,) if found else ()
 
 
@@ -104,7 +115,7 @@ async def test_it_stands_for_a_day_and_over_a_restart(
 ):
     first = assurance(tmp_path, clock)
     assert await first.check_all()
-    clock.now += STANDS_S - 1
+    clock.now += RETEST_S - 1
     second = assurance(tmp_path, clock)
     assert [row.name for row in second.reports[0].rows] == ["mount", "run_from_tmp"]
     assert await second.check_all()
@@ -147,6 +158,59 @@ async def test_what_failed_is_not_offered_and_tried_again_later(
     assert await kept.check_all() == (), "not at once"
     clock.now += RETRY_S
     assert len(await kept.check_all()) == 1
+
+
+async def test_a_busy_machine_withdraws_nothing_that_was_seen(
+    tmp_path: Path, attacks: Attacks, clock: Clock
+):
+    kept = assurance(tmp_path, clock)
+    (first,) = await kept.check_all()
+    attacks.slow = True
+    clock.now += RETEST_S
+    assert await kept.check_all() == (first,), "the day is not over"
+    assert attacks.times == 2
+    assert await kept.check_all() == (first,)
+    assert attacks.times == 2, "not at once"
+    clock.now += UNSHOWN_RETRY_S
+    attacks.slow = False
+    (again,) = await kept.check_all()
+    assert again.tested_at > first.tested_at
+    assert attacks.times == 3
+
+
+async def test_what_stays_unshown_is_not_offered_for_longer_than_a_day(
+    tmp_path: Path, attacks: Attacks, clock: Clock
+):
+    kept = assurance(tmp_path, clock)
+    assert await kept.check_all()
+    attacks.slow = True
+    clock.now += STANDS_S
+    assert await kept.check_all() == ()
+    assert "too slow" in kept.why_not("process")
+    assert "mount" in kept.why_not("process")
+
+
+async def test_what_was_never_shown_is_tried_again_in_a_minute(
+    tmp_path: Path, attacks: Attacks, clock: Clock
+):
+    attacks.slow = True
+    kept = assurance(tmp_path, clock)
+    assert await kept.check_all() == ()
+    assert await kept.check_all() == ()
+    assert attacks.times == 1
+    attacks.slow = False
+    clock.now += UNSHOWN_RETRY_S
+    assert await kept.check_all()
+
+
+async def test_a_failure_withdraws_at_once(tmp_path: Path, attacks: Attacks, clock: Clock):
+    kept = assurance(tmp_path, clock)
+    assert await kept.check_all()
+    attacks.held = False
+    assert await kept.check_all(), "it is not due"
+    kept.retest("process")
+    assert await kept.check_all() == ()
+    assert kept.why_not("process") == "Attacks succeeded: mount."
 
 
 async def test_a_tier_that_was_gone_is_attacked_when_it_is_back(

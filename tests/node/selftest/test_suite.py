@@ -14,6 +14,7 @@ import pytest
 
 from lumaris_node.executors.container import config as container_config
 from lumaris_node.executors.container.executor import ContainerExecutor
+from lumaris_node.executors.port import JobSpec, LogSink, Outcome, Usage
 from lumaris_node.executors.process import order as process_order
 from lumaris_node.executors.process.executor import ProcessExecutor
 from lumaris_node.executors.wasm.executor import WasmExecutor
@@ -22,6 +23,7 @@ from lumaris_node.selftest import attack, image, suite, wasm_attack
 from lumaris_node.selftest.rows import INFORMATIVE, judge, tolerated
 from lumaris_node.selftest.suite import Report
 from lumaris_overlay.image_archive import ImageArchive
+from lumaris_protocol.messages.advert import Runtime
 
 NODE = f"selftest-{os.getpid()}"
 
@@ -83,8 +85,64 @@ async def test_wasm_with_more_folders_does_not_hold(
 
     monkeypatch.setattr(wasm, "prepare", leaky)
     monkeypatch.setattr(suite, "_LIMITS", replace(suite._LIMITS, wall_s=0.5))
+    monkeypatch.setattr(suite, "_ALONE_WALL_S", 0.5)
     report = await attacked(wasm, tmp_path)
-    assert failures(report) >= {"environment", "endless_loop"}
+    assert "environment" in failures(report)
+    # Without fuel the deadline ends it: neither held off nor seen to succeed.
+    assert "endless_loop" in {row.name for row in report.unshown}
+    assert not report.held
+
+
+class Scripted:
+    """A tier in which the attack program ends and says as it is told, by its mode."""
+
+    def __init__(self) -> None:
+        self.told: dict[str, list[tuple[str, str]]] = {}
+        self.walls: dict[str, list[float]] = {}
+
+    async def add_image(self, *_: object) -> None:
+        return
+
+    remove_image = add_image
+
+    async def prepare(self, spec: JobSpec) -> JobSpec:
+        return spec
+
+    async def start(self, spec: JobSpec, log: LogSink) -> None:
+        mode = spec.command[-1] if spec.command[-1] in attack.MODES else "probe"
+        self.walls.setdefault(mode, []).append(spec.limits.wall_s)
+        told = self.told.setdefault(mode, [])
+        self.reason, said = told.pop(0) if told else ("killed_deadline", "")
+        if said:
+            line = json.dumps({"row": said, "open": True, "detail": ""})
+            await log("stdout", line.encode() + b"\n")
+
+    async def wait(self, spec: JobSpec) -> Outcome:
+        return Outcome(self.reason, None, Usage())
+
+    async def destroy(self, spec: JobSpec) -> None:
+        return
+
+
+@pytest.mark.slow
+async def test_the_deadline_alone_shows_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A bomb that is too slow is repeated alone, with more time; one that succeeds has failed."""
+    tier = Scripted()
+    monkeypatch.setattr(suite, "_AT_ONCE", 1)
+    tier.told = {
+        "fork": [("killed_deadline", ""), ("killed_pids", "")],
+        "memory": [("killed_deadline", ""), ("killed_deadline", "")],
+        "disk": [("killed_deadline", "disk_bomb")],
+    }
+    runtime = Runtime(tier="process", version="1", assurance="process")
+    report = await suite.run(tier, runtime, tmp_path)  # type: ignore[arg-type]
+    rows = {row.name: row for row in report.rows}
+    assert rows["fork_bomb"].held
+    assert tier.walls["fork"] == [suite._LIMITS.wall_s, suite._ALONE_WALL_S]
+    assert not rows["memory_bomb"].shown
+    assert rows["disk_bomb"].failed
+    assert len(tier.walls["disk"]) == 1
+    assert {"survivors", "cpu_hog", "fill_tmp", "probes_ran"} <= {r.name for r in report.unshown}
     assert not report.held
 
 

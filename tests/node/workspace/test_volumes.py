@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import subprocess
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lumaris_node.workspace import Volume, Volumes, volume_bounds
+from lumaris_node.workspace import Volume, Volumes, fscrypt, volume_bounds
 from lumaris_node.workspace import volumes as volumes_module
 from lumaris_node.workspace.memory import PlainVolume
 from lumaris_node.workspace.mounts import mounts_below
@@ -221,3 +222,24 @@ def test_loop_devices_come_back(tmp_path: Path):
         with volume(tmp_path, "fscrypt"):
             pass
     assert attached() <= before + 1, "another test may run beside this one"
+
+
+def test_a_key_is_taken_away_until_no_file_holds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The kernel answers that files are open; the numbers are those of <linux/fscrypt.h>."""
+    busy, asked = 2, 0
+
+    def ioctl(fd: int, request: int, answer: bytearray, mutate: bool) -> int:
+        nonlocal asked
+        asked += 1
+        answer[40:44] = (1 if asked <= busy else 0).to_bytes(4, "little")
+        return 0
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    monkeypatch.setattr(fscrypt, "_REMOVE_TRY_S", 0)
+    fscrypt.forget_key(tmp_path, bytes(16))
+    assert asked == 3
+    busy = 10**6
+    with pytest.raises(OSError, match="still open"):
+        fscrypt.forget_key(tmp_path, bytes(16))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lumaris_node.workspace import LeaseWorkspace, Volumes, open_output
+from lumaris_node.workspace import LeaseWorkspace, Volumes, collect_outputs, open_output, tree
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.ids import derive_id, digest
 from lumaris_protocol.paths import safe_parts
@@ -202,3 +202,18 @@ def test_wiping_takes_odd_modes_and_thousands_of_levels(space: LeaseWorkspace):
     os.close(folder)
     space.begin()
     assert os.listdir(space.outputs) == []
+
+
+def test_a_folder_that_cannot_be_read_counts_as_too_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Root reads every folder, so the refusal is made here."""
+    (tmp_path / "shut").mkdir()
+
+    def refuse(name: str, folder: int) -> int:
+        raise PermissionError(13, "Permission denied", name)
+
+    monkeypatch.setattr(tree, "open_folder", refuse)
+    assert tree.disk_use(tmp_path, files_max=5)[1] == 6
+    with pytest.raises(LumarisError, match="cannot be read"):
+        collect_outputs(tmp_path, files_max=5, bytes_max=5)

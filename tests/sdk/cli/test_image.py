@@ -34,6 +34,22 @@ def test_the_tar_of_a_root_folder_becomes_an_image(tmp_path: Path) -> None:
     assert (item["share"], item["layers"]) == (False, 1)
 
 
+def test_a_short_digest_names_one_image_or_none(tmp_path: Path) -> None:
+    state = tmp_path / "node"
+    archive, digest = image(tmp_path, pack(file("bin/tool", b"x", 0o755)))
+    assert call("node", "image", "import", archive, "--state", state).exit_code == 0
+    for word, code in (("0" * 12, "not_found"), (digest[:10], "usage")):
+        found = call("node", "image", "rm", word, "--state", state)
+        assert_one_message(found.stderr, code)
+
+
+def test_looking_makes_no_folder(tmp_path: Path) -> None:
+    state = tmp_path / "slip"
+    assert_one_message(call("node", "image", "ls", "--state", state).stderr, "not_found")
+    assert_one_message(call("node", "selftest", "--state", state).stderr, "not_found")
+    assert not state.exists()
+
+
 def test_what_is_no_tar_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"nothing of the kind" * 100)
     found = call("node", "image", "import", tmp_path / "x", "--state", tmp_path / "node")

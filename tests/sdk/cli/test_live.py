@@ -198,6 +198,17 @@ def test_forward(state: Path, monkeypatch: pytest.MonkeyPatch, words: str, local
     assert asked == [(80, ("127.0.0.1", local))]
 
 
+def test_ctrl_c_is_the_usual_end(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(live, "forward", interrupted)
+    monkeypatch.setattr(live, "follow_log", interrupted)
+    for words in (("forward", _JOB, "80"), ("logs", "-f", _JOB)):
+        found = call("job", *words, state=state)
+        assert (found.exit_code, found.stderr) == (0, "")
+
+
 def test_cancel(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def cancel(store: Store, job: str, *, grace_s: int) -> dict[str, object]:
         assert grace_s == 5

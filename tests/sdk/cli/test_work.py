@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from lumaris.cli import work
 from lumaris.cli.live import read_stdin
@@ -125,6 +126,8 @@ class Market:
             raise LumarisError("interrupted", "Declined; nothing was spent.")
         self.bought += 1
         result = self.results[0]
+        for done in (10, 34):
+            observe(JobUpdate(_JOB, "preparing", result.seller, "layer", done << 20, 120 << 20))
         observe(JobUpdate(_JOB, "running", result.seller))
         observe(LogLine(_JOB, "stdout", result.stdout))
         observe(LogLine(_JOB, "stderr", result.stderr))
@@ -192,6 +195,23 @@ def test_run(market: Market) -> None:
     assert (request.wall_s, request.memory_bytes) == (60, 1 << 30)
     assert request.environment == {"A": "b"}
     assert market.closed
+
+
+def test_a_long_preparation_is_a_moving_line_or_one_plain_one(
+    market: Market, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = call("run", _IMAGE, "python").stderr
+    assert plain.count(f"{_JOB} preparing: layer at ") == 1
+    said: list[str] = []
+    monkeypatch.setattr("lumaris.cli.run.Progress.say", lambda _, text: said.append(text))
+    monkeypatch.setattr("lumaris.cli.run.Progress.__init__", _moving)
+    assert call("run", _IMAGE, "python").exit_code == 0
+    far = [text.partition(" at ")[0] for text in said if "preparing" in text]
+    assert far == [f"{_JOB} preparing: layer {done} MiB of 120 MiB" for done in (10, 34)]
+
+
+def _moving(self: Any, *, quiet: bool = False) -> None:
+    self._quiet, self._status, self.moving = quiet, None, True
 
 
 def test_run_with_our_input(market: Market) -> None:
@@ -445,6 +465,22 @@ def test_offers_why(market: Market) -> None:
     assert set(report["excluded"]) >= {"region_excluded", "cpu_short"}
 
 
+def test_any_tier_that_has_the_feature_fits(market: Market) -> None:
+    """The seller's first tier is not the only one it may be asked for."""
+    first = _advert()
+    plain = structs.replace(first.runtimes[0], tier="wasm", features=())
+    live = structs.replace(plain, tier="process", features=("exec", "egress"))
+    both = structs.replace(first, runtimes=(plain, live))
+    market.adverts = [codec.sign(both, parties.SELLER, parties.NETWORK)]
+    words = ("offers", "--duration", "60s", "--memory", "1MiB", "--disk", "0B")
+    assert call(*words, "--feature", "exec", "--egress", "a.example:443").exit_code == 0
+    assert call(*words, "--tier", "wasm", "--feature", "exec").exit_code == 6
+    none = call(*words, "--feature", "forward", "--feature", "exec", "--egress", "a.example:1")
+    assert "feature_missing of egress, exec, forward 1" in none.stderr
+    assert "gpu_short" in call(*words, "--gpu", "L4:8").stderr
+    assert "assurance_low" in call(*words, "--assurance", "vm").stderr
+
+
 def test_no_sellers(market: Market) -> None:
     market.adverts = []
     assert_one_message(call("offers").stderr, "no_sellers")
@@ -482,7 +518,7 @@ _DEVNET = {
 def test_devnet(parts: dict[str, Any]) -> None:
     parts |= {"lumaris.testing.devnet:up": _DEVNET, "lumaris.testing.devnet:status": _DEVNET}
     parts["lumaris.testing.devnet:down"] = {"ended": 2, "state": "/x"}
-    up = call("devnet", "up", "--state", "/x", "--sellers", "1")
+    up = call("devnet", "up", "--state", "/x", "--sellers", "1", "--tier", "wasm")
     assert up.exit_code == 0
     assert "export LUMARIS_STATE=/x/buyer" in up.stderr
     assert parts["calls"][0][1] == (Path("/x"), 1)

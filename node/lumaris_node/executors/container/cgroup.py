@@ -7,11 +7,22 @@ not matter. It is not found when the engine runs on another machine, or in a vir
 from __future__ import annotations
 
 import contextlib
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from lumaris_node.sandbox.cgroups import (
+    V1_CONTROLLERS,
+    Group,
+    GroupV1,
+    GroupV2,
+    limit_sockets,
+)
+
 _ROOT = Path("/sys/fs/cgroup")
 _NANOS, _MICROS = 1_000_000, 1_000  # in a millisecond
+# Killed processes are gone within milliseconds.
+_QUIET_TRIES, _QUIET_POLL_S = 20, 0.001
 
 
 @dataclass(frozen=True)
@@ -27,12 +38,16 @@ class Facts:
 
 @dataclass(frozen=True)
 class ContainerGroup:
-    """The folders of one container's group; all the same on version 2."""
+    """The folders of one container's group; all the same on version 2.
+
+    `control` freezes it and kills in it; None where the engine gave it no such group.
+    """
 
     cpu: Path
     memory: Path
     pids: Path
     unified: bool
+    control: Group | None = None
 
     @classmethod
     def of(cls, pid: int, container: str) -> ContainerGroup | None:
@@ -49,9 +64,15 @@ class ContainerGroup:
                     folder = _ROOT / (names if names else "")
                     paths[name] = folder / path.lstrip("/")
         if {"memory", "pids", "cpuacct"} <= paths.keys():
-            found = cls(paths["cpuacct"], paths["memory"], paths["pids"], unified=False)
+            control = None
+            if set(V1_CONTROLLERS) <= paths.keys():
+                control = GroupV1(container, tuple(paths[name] for name in V1_CONTROLLERS))
+            found = cls(
+                paths["cpuacct"], paths["memory"], paths["pids"], unified=False, control=control
+            )
         elif "" in paths:
-            found = cls(paths[""], paths[""], paths[""], unified=True)
+            whole = GroupV2(container, (paths[""],))
+            found = cls(paths[""], paths[""], paths[""], unified=True, control=whole)
         else:
             return None
         return found if pid in found.processes() else None
@@ -63,6 +84,28 @@ class ContainerGroup:
         except OSError:
             return []
         return [int(line) for line in text.split()]
+
+    def quiet(self, spare: int) -> bool:
+        """Whether it soon holds no process but `spare`. Blocks for some milliseconds."""
+        for _ in range(_QUIET_TRIES):
+            if all(pid == spare for pid in self.processes()):
+                return True
+            time.sleep(_QUIET_POLL_S)
+        return False
+
+    def kill(self, *, spare: int = 0) -> bool:
+        """Kill all in it but `spare`, whatever they did to hinder it; False when some live on.
+
+        Blocks for seconds at most. Nothing in the group has to run for this.
+        """
+        if self.control is None:
+            return self.quiet(spare)
+        return self.control.kill(spare=spare)
+
+    def limit_sockets(self, memory_bytes: int) -> None:
+        """Bound what the memory limit does not count. Raises OSError. Blocks."""
+        if not self.unified:
+            limit_sockets(self.memory, memory_bytes)
 
     def facts(self) -> Facts:
         """Read in well under a millisecond; 0 for a file that is not there."""

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lumaris_node.executors.port import JobSpec
+from lumaris_node.sandbox import users
 from lumaris_protocol import limits
 
-GUEST_UID = 10001
+GUEST_UID = users.GUEST
 LABEL_NODE, LABEL_LEASE = "lumaris.node", "lumaris.lease"
 IDLE_AT = "/.lumaris/idle"
 # The idle process, and what the runtime itself starts in the group to run a further command.
@@ -23,6 +24,8 @@ _TMP_BYTES_MAX = 64 * limits.MIB
 _TMP_FILES_MAX = 4096
 _SHM_BYTES = 16 * limits.MIB
 _SHM_FILES_MAX = 1024
+# When the machine runs out of memory, guests go before what serves them.
+_OOM_SCORE = 800
 # Rooms that a guest may write to beside /out, emptied after each order.
 TEMPORARY = ("/tmp", "/dev/shm")  # noqa: S108 - the guest's own
 
@@ -80,6 +83,7 @@ def _host_config(spec: JobSpec, idle: Path, runtime: str) -> dict[str, Any]:
         "MemorySwap": bounds.memory_bytes,
         "NanoCpus": bounds.cpu_millis * 1_000_000,
         "Init": False,
+        "OomScoreAdj": _OOM_SCORE,
         "Tmpfs": {
             TEMPORARY[0]: _tmpfs(min(bounds.disk_bytes, _TMP_BYTES_MAX), _TMP_FILES_MAX),
             TEMPORARY[1]: _tmpfs(_SHM_BYTES, _SHM_FILES_MAX),

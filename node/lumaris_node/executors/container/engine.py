@@ -42,16 +42,23 @@ class Engine:
         self._api: Any = None
         self._making = threading.Lock()
         self._limiter = trio.CapacityLimiter(_CALLS_MAX)
+        self._ends = trio.CapacityLimiter(_CALLS_MAX)
 
-    async def call(self, method: str, *arguments: Any, **named: Any) -> Any:
-        """A method of docker-py's APIClient. Raises LumarisError `platform_error`, `timeout`."""
-        return await self.threaded(lambda api: getattr(api, method)(*arguments, **named))
+    async def call(self, method: str, *arguments: Any, ending: bool = False, **named: Any) -> Any:
+        """A method of docker-py's APIClient. Raises LumarisError `platform_error`, `timeout`.
 
-    async def threaded(self, work: Callable[[Any], T]) -> T:
+        What ends a sandbox (`ending`) waits behind nothing else.
+        """
+        return await self.threaded(
+            lambda api: getattr(api, method)(*arguments, **named), ending=ending
+        )
+
+    async def threaded(self, work: Callable[[Any], T], *, ending: bool = False) -> T:
         """Run a blocking function of the APIClient; its failures become LumarisError."""
+        limiter = self._ends if ending else self._limiter
         try:
             return await trio.to_thread.run_sync(
-                lambda: self._guarded(work), limiter=self._limiter, abandon_on_cancel=True
+                lambda: self._guarded(work), limiter=limiter, abandon_on_cancel=True
             )
         except ImportError as error:
             raise LumarisError("tier_unavailable", "docker-py is not installed.") from error

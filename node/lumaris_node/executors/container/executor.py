@@ -24,7 +24,6 @@ from lumaris_node.executors.container.images import (
     load_image,
     offered_image,
     remove_image,
-    save_image,
 )
 from lumaris_node.executors.container.run import Command, ContainerAttachment, Run
 from lumaris_node.executors.container.runtime import (
@@ -68,6 +67,7 @@ class ContainerExecutor:
     """
 
     tier = "container"
+    why_not = ""
 
     def __init__(
         self,
@@ -87,10 +87,12 @@ class ContainerExecutor:
         self._isolation: Isolation | None = None
         self._warm: dict[str, Sandbox] = {}  # by lease
         self._live: dict[str, Sandbox] = {}  # all, by container
+        self._making, self._left = 0, False  # being created; whether one may be there for nobody
 
     async def probe(self) -> Runtime | None:
         """The engine's version and the isolation that a trial run had; None without an engine."""
         if not await self._engine.answers():
+            self.why_not = "No container engine answers."
             return None
         try:
             with trio.fail_after(_PROBE_S_MAX):
@@ -98,8 +100,9 @@ class ContainerExecutor:
                 info = await self._engine.call("info")
                 isolation = await self._choose(info)
         except (LumarisError, trio.TooSlowError) as error:
-            log.warning("container tier not offered: %s", error)
+            self.why_not = str(error) or f"The engine took over {_PROBE_S_MAX} s."
             return None
+        self.why_not = ""
         name = f"docker-{version.get('Version', '0')}"[: limits.NAME_CHARS_MAX].replace("~", "-")
         features: list[Feature] = ["stdin", "exec"]
         if isolation.native:
@@ -133,10 +136,6 @@ class ContainerExecutor:
     async def remove_image(self, image: str) -> None:
         """Forget an image that was taken in here; what the owner put here stays."""
         await remove_image(self._engine, image)
-
-    async def export_image(self, image: str, target: Path) -> None:
-        """Write an image as an archive that `add_image` takes. Raises LumarisError `bad_image`."""
-        await save_image(self._engine, image, target)
 
     async def prepare(self, spec: JobSpec, progress: Progress | None = None) -> Handle:
         """Have a sandbox ready. Raises `bad_image`, `bad_command`, `platform_error`."""
@@ -201,17 +200,8 @@ class ContainerExecutor:
         self, handle: Handle, command: tuple[str, ...], *, tty: bool, rows: int, columns: int
     ) -> ContainerAttachment:
         """Run another command beside the job's. Raises `not_attached`, `bad_command`."""
-        run = _run(handle)
         _check_command(command)
-        if run.command is None or run.outcome is not None or run.reason or run.sandbox.paused:
-            raise LumarisError("not_attached", "The order does not run.")
-        environment = run.spec.environment
-        begun = await Command.begin(
-            self._engine, run.sandbox, command, environment, stdin=True, tty=tty
-        )
-        attachment = ContainerAttachment(begun, run.sandbox, tty=tty)
-        await attachment.resize(rows, columns)
-        return attachment
+        return await _run(handle).attach(command, tty=tty, rows=rows, columns=columns)
 
     async def network_pid(self, handle: Handle) -> int:
         """The idle process of the sandbox, which has a network namespace of its own."""
@@ -223,17 +213,23 @@ class ContainerExecutor:
         return sandbox.pid
 
     async def destroy(self, handle: Handle) -> None:
-        """End the order; a sandbox that is proven clean stays for the lease, another goes."""
+        """End the order; a sandbox that is proven clean stays for the lease, another goes.
+
+        Raises LumarisError `platform_error` while a process of it may live.
+        """
         run = _run(handle)
-        if run.gone:
+        if run.destroyed:
             return
         with trio.CancelScope(shield=True):
             await run.aclose()
             sandbox, lease = run.sandbox, run.spec.lease
-            kept = self._warm.get(lease) is sandbox and await sandbox.clean(self._engine)
+            # A command that is still being started would begin in what was found clean.
+            warm = self._warm.get(lease) is sandbox and not run.attaching
+            kept = warm and await sandbox.clean(self._engine)
             sandbox.busy = False
             if not kept:
                 await self._end(lease, sandbox)
+            run.destroyed = True
 
     async def release(self, lease: str) -> None:
         """Remove the sandbox of a lease."""
@@ -250,11 +246,28 @@ class ContainerExecutor:
             return 0
         return sum([await remove_container(self._engine, item["Id"]) for item in found])
 
+    async def reap_left(self) -> int:
+        """Remove containers with this node's label that no sandbox of ours is any more."""
+        if not self._left or self._making:  # one that is being made is not known by its id yet
+            return 0
+        mark = {"label": f"{LABEL_NODE}={self._node}"}
+        try:
+            found = await self._engine.call("containers", all=True, filters=mark)
+        except LumarisError:
+            return 0
+        strays = [item["Id"] for item in found if item["Id"] not in self._live]
+        removed = [await remove_container(self._engine, stray) for stray in strays]
+        self._left = not all(removed)
+        return sum(removed)
+
     async def aclose(self) -> None:
         """Remove every sandbox and close the connections."""
         with trio.CancelScope(shield=True):
             for sandbox in list(self._live.values()):
-                await self._end("", sandbox)
+                try:
+                    await self._end("", sandbox)
+                except LumarisError as error:  # the others end all the same
+                    log.warning("a sandbox is left: %s: %s", sandbox.container, error)
             self._warm.clear()
             self._engine.close()
             if self._folder_is_ours and self._folder is not None:
@@ -284,27 +297,37 @@ class ContainerExecutor:
         """Create and start it; nothing is left of one that fails."""
         async with self._starts:
             with trio.CancelScope(shield=True):  # else one could be made that nobody knows
-                made = await self._engine.call(
-                    "create_container_from_config", sandbox.request, None
-                )
-                sandbox.container = str(made["Id"])
-                self._live[sandbox.container] = sandbox
+                await self._create(sandbox)
             try:
                 await self._engine.call("start", sandbox.container)
                 facts: dict[str, Any] = await self._engine.call(
                     "inspect_container", sandbox.container
                 )
                 sandbox.watch(int((facts.get("State") or {}).get("Pid") or 0))
+                sandbox.make_ready()
             except BaseException:
                 await self._end("", sandbox)
                 raise
+
+    async def _create(self, sandbox: Sandbox) -> None:
+        self._making += 1
+        try:
+            made = await self._engine.call("create_container_from_config", sandbox.request, None)
+            sandbox.container = str(made["Id"])
+            self._live[sandbox.container] = sandbox
+        except LumarisError:
+            self._left = True  # it may be made all the same
+            raise
+        finally:
+            self._making -= 1
 
     async def _end(self, lease: str, sandbox: Sandbox) -> None:
         if self._warm.get(lease) is sandbox:
             del self._warm[lease]
         self._live.pop(sandbox.container, None)
         if not await sandbox.end(self._engine):
-            log.warning("a container is left for the next start: %s", sandbox.container)
+            self._left = True
+            log.warning("a container is left until the engine answers: %s", sandbox.container)
 
     async def _known_isolation(self) -> Isolation:
         if self._isolation is None:

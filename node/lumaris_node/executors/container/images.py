@@ -16,7 +16,7 @@ import trio
 
 from lumaris_node.executors.container.engine import Engine
 from lumaris_node.executors.port import Progress
-from lumaris_overlay.image_archive import ImageArchive, check_digest, check_here
+from lumaris_overlay.image_archive import Allowance, ImageArchive, check_digest, check_here
 from lumaris_protocol import limits
 from lumaris_protocol.errors import LumarisError
 
@@ -69,23 +69,6 @@ async def remove_image(engine: Engine, image: str) -> None:
             await engine.call("remove_image", tag)
 
 
-async def save_image(engine: Engine, image: str, target: Path) -> None:
-    """Write an offered image as an archive. Raises LumarisError `bad_image`."""
-    if await offered_image(engine, image) is None:
-        raise LumarisError("bad_image", f"The image {image[:80]} is not here.")
-
-    def save(api: Any) -> None:
-        left = limits.IMAGE_BYTES_MAX
-        with target.open("wb") as file:
-            for chunk in api.get_image(image, chunk_size=_CHUNK_BYTES):
-                left -= len(chunk)
-                if left < 0:
-                    raise LumarisError("bad_image", "The image is too large to be given out.")
-                file.write(chunk)
-
-    await engine.threaded(save)
-
-
 class _Counted:
     """Tells how far a load is; called in the thread that sends."""
 
@@ -101,9 +84,10 @@ class _Counted:
 def _check_layers(archive: ImageArchive) -> list[int]:
     """Read every layer once: the sizes of the tars, whose hashes were right."""
     sizes = []
+    allowance = Allowance(check=trio.from_thread.check_cancelled)
     for layer in archive.layers:
         size = 0
-        with archive.open_layer(layer) as reader:
+        with archive.open_layer(layer, allowance) as reader:
             while chunk := reader.read(_CHUNK_BYTES):
                 size += len(chunk)
                 if size > limits.IMAGE_BYTES_MAX:
@@ -124,9 +108,10 @@ def _canonical(archive: ImageArchive, sizes: list[int], counted: _Counted) -> It
         ("manifest.json", json.dumps(manifest).encode()),
     ):
         yield _member(name, len(raw)) + raw + _padding(len(raw))
+    allowance = Allowance(check=trio.from_thread.check_cancelled)
     for name, size, layer in zip(names, sizes, archive.layers, strict=True):
         yield _member(name, size)
-        with archive.open_layer(layer) as reader:
+        with archive.open_layer(layer, allowance) as reader:
             while chunk := reader.read(_CHUNK_BYTES):
                 counted.add(len(chunk))
                 yield chunk

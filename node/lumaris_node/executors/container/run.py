@@ -169,6 +169,21 @@ class Command:
             self.pidfd = -1
 
 
+class Pace:
+    """A leaky bucket for all output of a sandbox: the engine is held back by what is not read."""
+
+    def __init__(self) -> None:
+        self._level, self._at = 0.0, 0.0
+
+    async def take(self, size: int) -> None:
+        """Count what was read, and wait until more may be."""
+        now = trio.current_time()
+        self._level = max(0.0, self._level - (now - self._at) * _PACE_BYTES_PER_S) + size
+        self._at = now
+        if self._level > _BURST_BYTES:
+            await trio.sleep((self._level - _BURST_BYTES) / _PACE_BYTES_PER_S)
+
+
 @dataclass
 class Run:
     """The private part of a handle."""
@@ -188,8 +203,10 @@ class Run:
     killing: trio.Event = field(default_factory=trio.Event)
     outcome: Outcome | None = None
     gone: bool = False
-    read_bytes: float = 0
-    read_at: float = 0
+    destroyed: bool = False
+    pace: Pace = field(default_factory=Pace)
+    ending: bool = False  # its end was seen: nothing begins beside it any more
+    attaching: int = 0
 
     async def start(self, log: LogSink) -> None:
         """Begin the command. Raises LumarisError `bad_command`, `platform_error`."""
@@ -226,6 +243,7 @@ class Run:
             pumped = trio.Event()
             watchers.start_soon(self._pump, pumped)
             status = await self._exit_status()
+            self.ending = True
             self.clock.stop()
             self.sample()
             # What it left running would hold its streams open.
@@ -241,8 +259,7 @@ class Run:
 
     async def _lost(self, why: str) -> Outcome:
         """The sandbox or the engine is gone: end what lives, and find out whose doing it was."""
-        self.sandbox.dirty = True
-        self.sandbox.signal_idle(signal.SIGKILL)  # ends all of it
+        await self.sandbox.kill_all()
         reason = self.reason
         if not reason:
             with trio.move_on_after(_ENGINE_S_MAX), contextlib.suppress(LumarisError):
@@ -279,6 +296,36 @@ class Run:
             return Outcome("killed_pids", None, usage)
         return Outcome("exit_nonzero", status, usage)
 
+    async def attach(
+        self, command: tuple[str, ...], *, tty: bool, rows: int, columns: int
+    ) -> ContainerAttachment:
+        """Begin another command beside it. Raises LumarisError `not_attached`, `bad_command`."""
+        self._check_attachable()
+        self.attaching += 1
+        try:
+            begun = await Command.begin(
+                self.engine, self.sandbox, command, self.spec.environment, stdin=True, tty=tty
+            )
+        except BaseException as error:
+            if not isinstance(error, LumarisError) or error.code != "bad_command":
+                self.sandbox.dirty = True  # the engine may begin it yet
+            raise
+        finally:
+            self.attaching -= 1
+        attachment = ContainerAttachment(begun, self.sandbox, self.pace, tty=tty)
+        try:
+            self._check_attachable()  # it may have ended meanwhile
+            await attachment.resize(rows, columns)
+        except BaseException:
+            await attachment.aclose()
+            raise
+        return attachment
+
+    def _check_attachable(self) -> None:
+        over = self.ending or self.gone or self.outcome is not None or self.reason
+        if self.command is None or over or self.sandbox.paused:
+            raise LumarisError("not_attached", "The order does not run.")
+
     async def end(self, reason: str) -> None:
         """Kill it; the first reason given is the cause."""
         self.reason = self.reason or reason
@@ -286,7 +333,7 @@ class Run:
             try:
                 await self.sandbox.kill_guests(self.engine)
             except LumarisError:  # no engine: nothing inside may live on
-                self.sandbox.signal_idle(signal.SIGKILL)
+                await self.sandbox.kill_all()
 
     async def cancel(self, reason: str, grace_s: float) -> None:
         """Kill it now, or ask it to end and kill it later."""
@@ -343,24 +390,17 @@ class Run:
         assert self.gate is not None
         while (part := await self.command.stream.receive()) is not None:
             await self.gate.put(*part)
-            await self._pace(len(part[1]))
+            if not self.gate.over.is_set():
+                await self.pace.take(len(part[1]))
         pumped.set()
-
-    async def _pace(self, size: int) -> None:
-        """A leaky bucket: the engine is held back by what is not read."""
-        now = trio.current_time()
-        self.read_bytes = max(0, self.read_bytes - (now - self.read_at) * _PACE_BYTES_PER_S) + size
-        self.read_at = now
-        assert self.gate is not None
-        if self.read_bytes > _BURST_BYTES and not self.gate.over.is_set():
-            await trio.sleep((self.read_bytes - _BURST_BYTES) / _PACE_BYTES_PER_S)
 
 
 class ContainerAttachment:
     """A further command in the sandbox of a running job; closing it kills the command."""
 
-    def __init__(self, command: Command, sandbox: Sandbox, *, tty: bool) -> None:
+    def __init__(self, command: Command, sandbox: Sandbox, pace: Pace, *, tty: bool) -> None:
         self._command, self._sandbox, self._tty = command, sandbox, tty
+        self._pace = pace
         self._closed = False
 
     async def send(self, data: bytes) -> None:
@@ -373,7 +413,10 @@ class ContainerAttachment:
 
     async def receive(self) -> tuple[Stream, bytes] | None:
         """Its next output; None after the last."""
-        return await self._command.stream.receive()
+        part = await self._command.stream.receive()
+        if part is not None:
+            await self._pace.take(len(part[1]))
+        return part
 
     async def resize(self, rows: int, columns: int) -> None:
         """Tell its terminal another size."""

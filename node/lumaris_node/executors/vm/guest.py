@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lumaris_node.executors.port import JobSpec
+from lumaris_node.sandbox import users
 from lumaris_protocol import limits
 from lumaris_protocol.errors import LumarisError
 
-GUEST_UID = 10001
+GUEST_UID = users.GUEST
 # In loading order; what a kernel has built in is not among its module files, and is left out.
 MODULES = (
     "virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci",

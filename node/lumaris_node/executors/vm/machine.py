@@ -23,13 +23,14 @@ from typing import Literal
 import trio
 
 from lumaris_node.executors.vm.guest import PORTS
+from lumaris_node.sandbox import users
 from lumaris_node.sandbox.cgroups import Cgroups, CgroupsUnavailableError, Group
 from lumaris_protocol import limits
 from lumaris_protocol.errors import LumarisError
 
 Accel = Literal["kvm", "tcg"]
 # The emulator's own user when the node runs as root; it owns no file.
-EMULATOR_UID = 10003
+EMULATOR_UID = users.EMULATOR
 GUARD = Path(__file__).with_name("guard.py")
 # The emulator's heap, its buffers and translated code, on top of the guest's memory.
 EMULATOR_BYTES = 256 * limits.MIB

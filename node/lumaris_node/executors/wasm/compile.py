@@ -16,6 +16,7 @@ import wasmtime
 
 from lumaris_node.executors.wasm.engine import check_module, make_engine
 from lumaris_node.executors.wasm.memory import GuestMemory
+from lumaris_node.executors.wasm.segments import join_segments
 
 REFUSED = 3
 NICE = 5  # it uses every core: jobs that run come first
@@ -44,7 +45,7 @@ def main() -> int:
             raise ValueError("it is too large")
         if not source.startswith(b"\0asm"):
             raise ValueError("it is not a WebAssembly binary")
-        module = wasmtime.Module(make_engine(memory), source)
+        module = wasmtime.Module(make_engine(memory), join_segments(source))
         refusal = check_module(module)
         if refusal:
             raise ValueError(refusal)

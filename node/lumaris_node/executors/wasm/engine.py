@@ -15,8 +15,9 @@ import wasmtime
 
 from lumaris_node.executors.wasm.memory import GuestMemory
 
-# Raise it with any change of `make_engine`, so that modules compiled before are compiled anew.
-SETTINGS_VERSION = 2
+# Raise it with any change of `make_engine` or of what is compiled, so that modules compiled before
+# are compiled anew.
+SETTINGS_VERSION = 3
 WASM_STACK_BYTES_MAX = (
     1024 * 1024
 )  # CPython recurses to its own limit within it; the C stack has 8 MiB

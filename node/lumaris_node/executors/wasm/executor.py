@@ -38,6 +38,7 @@ from lumaris_node.executors.supervise import (
 )
 from lumaris_node.executors.wasm.lease import Lease, Leases
 from lumaris_node.executors.wasm.modules import ModuleStore
+from lumaris_node.sandbox import users
 from lumaris_protocol import limits
 from lumaris_protocol.catalog import CATALOG
 from lumaris_protocol.errors import LumarisError
@@ -45,8 +46,8 @@ from lumaris_protocol.ids import digest
 from lumaris_protocol.messages.advert import Runtime
 
 # Users of the guest's and the compiler's process when the node runs as root. They own no file.
-GUEST_UID = 10002
-COMPILER_UID = 10003
+GUEST_UID = users.WASM_GUEST
+COMPILER_UID = users.COMPILER
 PROBE_S_MAX = 30
 COUNT_MAX = 2**53
 BRIEF_S = 0.02
@@ -84,6 +85,7 @@ class WasmExecutor:
     """The executor of tier `wasm`. Linux only; elsewhere its probe answers None."""
 
     tier = "wasm"
+    why_not = ""
 
     def __init__(self, modules: ModuleStore, *, mark: str = "") -> None:
         """`mark` begins the names of this node's control groups; without it none are made."""
@@ -110,20 +112,25 @@ class WasmExecutor:
     async def probe(self) -> Runtime | None:
         """The runtime, after a guest really ran and printed; None where it does not work."""
         if not sys.platform.startswith("linux"):
+            self.why_not = "It needs Linux."
             return None
         try:
             import wasmtime  # the node's extra; its import costs 50 ms
 
             from lumaris_node.executors.wasm.engine import version
-        except ImportError:
+        except ImportError as error:
+            self.why_not = f"{error}."
             return None
         try:
             with trio.fail_after(PROBE_S_MAX):
                 text = await self._run_probe(bytes(wasmtime.wat2wasm(PROBE_TEXT)))
-        except (LumarisError, OSError, trio.TooSlowError):
+        except (LumarisError, OSError, trio.TooSlowError) as error:
+            self.why_not = str(error) or f"Its probe took over {PROBE_S_MAX} s."
             return None
         if text != b"ok":
+            self.why_not = f"Its probe said {text[:200]!r}."
             return None
+        self.why_not = ""
         return Runtime(
             tier="wasm",
             version=f"wasmtime-{version()}",
@@ -331,6 +338,10 @@ class WasmExecutor:
     async def reap_orphans(self) -> int:
         """Groups a killed node left. Processes never are: its zygote ends with them."""
         return await trio.to_thread.run_sync(self._leases.reap_groups)
+
+    async def reap_left(self) -> int:
+        """None: what a job held ends with it here."""
+        return 0
 
     async def aclose(self) -> None:
         """End every job, every worker and the zygote."""

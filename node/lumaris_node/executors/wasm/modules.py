@@ -33,7 +33,12 @@ from lumaris_protocol.ids import DIGEST_PATTERN
 CHUNK_BYTES = 1024 * 1024
 # Native code is one to three times its module: a few interpreters and many small modules.
 STORE_BYTES_MAX = 8 * limits.GIB
-COMPILE_S_MAX = 120
+# Wall time and, all threads together, processor time of a module that is not large.
+COMPILE_S_MAX = 60
+# Compilers at once: each may use every core.
+COMPILERS_MAX = 2
+# The same order does not have a refused module compiled again at once.
+REFUSED_S, REFUSED_MAX = 600, 256
 COMPILE_REFUSED = 3
 # A module beyond this is compiled with the time of an image, alone, and if there is memory for it:
 # CPython with its science libraries, 99 MB, took 71 s on two busy cores, 142 s of processor time
@@ -64,6 +69,8 @@ class ModuleStore:
         self._uid = uid
         self._compiling: dict[str, trio.Lock] = {}
         self._large = trio.Lock()
+        self._compilers = trio.CapacityLimiter(COMPILERS_MAX)
+        self._refused: dict[str, tuple[float, LumarisError]] = {}  # by digest: until when, why
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory.chmod(0o700)
         for partial in directory.glob("*.part"):
@@ -144,14 +151,35 @@ class ModuleStore:
         try:
             async with lock, _telling(progress), self._turn(digest):
                 if not target.exists():
+                    self._check_refused(digest)
                     source = await trio.to_thread.run_sync(self.path, digest)
                     large = source.stat().st_size > LARGE_BYTES
-                    async with self._large if large else contextlib.nullcontext():
-                        await self._compile(source, target, large=large)
+                    async with (
+                        self._large if large else contextlib.nullcontext(),
+                        self._compilers,
+                    ):
+                        await self._compile_once(digest, source, target, large=large)
         finally:
             if not lock.statistics().tasks_waiting:
                 self._compiling.pop(digest, None)
         return target
+
+    async def _compile_once(self, digest: str, source: Path, target: Path, *, large: bool) -> None:
+        try:
+            await self._compile(source, target, large=large)
+        except LumarisError as error:
+            if error.code in ("bad_image", "image_timeout"):
+                while len(self._refused) >= REFUSED_MAX:
+                    del self._refused[next(iter(self._refused))]
+                self._refused[digest] = (trio.current_time() + REFUSED_S, error)
+            raise
+
+    def _check_refused(self, digest: str) -> None:
+        until, error = self._refused.get(digest, (0.0, None))
+        if error is not None:
+            if trio.current_time() < until:
+                raise LumarisError(error.code, error.message)
+            del self._refused[digest]
 
     @contextlib.asynccontextmanager
     async def _turn(self, digest: str) -> AsyncIterator[None]:
@@ -174,10 +202,11 @@ class ModuleStore:
         if large:
             _check_memory(source.stat().st_size)
         compile_s = limits.IMAGE_S_MAX if large else COMPILE_S_MAX
+        cpu_s = 2 * compile_s if large else compile_s
         with self._aside(target) as partial, source.open("rb") as reader, partial.open("wb") as out:
             worker = "lumaris_node.executors.wasm.compile"
             command = [sys.executable, "-I", "-m", worker]
-            arguments = [str(self._uid), str(limits.MODULE_BYTES_MAX), str(2 * compile_s)]
+            arguments = [str(self._uid), str(limits.MODULE_BYTES_MAX), str(cpu_s)]
             result: subprocess.CompletedProcess[bytes] | None = None
             with trio.move_on_after(compile_s):
                 result = await trio.run_process(
