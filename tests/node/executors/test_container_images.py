@@ -14,6 +14,7 @@ from pathlib import Path
 import docker
 import pytest
 
+from lumaris_node.executors.container import images as container_images
 from lumaris_node.executors.container.executor import ContainerExecutor
 from lumaris_node.images.archive import make_image, pack_folder
 from lumaris_protocol.errors import LumarisError
@@ -105,6 +106,44 @@ async def test_an_archive_names_nothing_in_the_engine(
     finally:
         client.close()
         await executor.remove_image(digest)
+
+
+def small_image(folder: Path, size: int) -> tuple[Path, str]:
+    """An archive of an image of random bytes, and its digest."""
+    name = os.urandom(4).hex()
+    (folder / name).mkdir()
+    (folder / name / "data").write_bytes(os.urandom(size))
+    pack_folder(folder / name, folder / f"{name}.tar")
+    return folder / f"{name}-image.tar", make_image(
+        folder / f"{name}.tar", folder / f"{name}-image.tar"
+    )
+
+
+async def test_the_image_used_longest_ago_makes_room(docker_engine: str, tmp_path: Path):
+    images = [small_image(tmp_path, 300_000) for _ in range(3)]
+    executor = ContainerExecutor(
+        f"images-{os.getpid()}", base_url=docker_engine, runtime="runc", cache_bytes_max=0
+    )
+    try:
+        # Whatever else this engine holds of ours counts too.
+        found = await executor._engine.call("images")
+        held = sum(item["Size"] for item in found if container_images._is_cached(item))
+        executor._cache._bytes_max = held + 750_000
+        for source, digest in images[:2]:
+            await executor.add_image(digest, source)
+        for digest in {item["Id"] for item in found} | {images[0][1]}:
+            executor._cache.touch(digest)
+        await executor.add_image(images[2][1], images[2][0])
+        here = [await executor.has_image(digest) for _, digest in images]
+        assert here == [True, False, True]
+        source, digest = small_image(tmp_path, 2_000_000 + held)
+        with pytest.raises(LumarisError) as caught:
+            await executor.add_image(digest, source)
+        assert caught.value.code == "disk_short"
+    finally:
+        for _, digest in images:
+            await executor.remove_image(digest)
+        await executor.aclose()
 
 
 async def test_what_the_owner_put_there_stays(executor: ContainerExecutor):

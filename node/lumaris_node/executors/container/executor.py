@@ -20,8 +20,9 @@ from lumaris_node.executors.container.config import LABEL_NODE, container_reques
 from lumaris_node.executors.container.engine import Engine
 from lumaris_node.executors.container.idle import write_idle_program
 from lumaris_node.executors.container.images import (
+    CACHE_BYTES_MAX,
+    ImageCache,
     is_offered,
-    load_image,
     offered_image,
     remove_image,
 )
@@ -76,9 +77,11 @@ class ContainerExecutor:
         base_url: str | None = None,
         runtime: str = "",
         folder: Path | None = None,
+        cache_bytes_max: int = CACHE_BYTES_MAX,
     ) -> None:
         self._node, self._wanted = node, runtime
         self._engine = Engine(base_url)
+        self._cache = ImageCache(self._engine, bytes_max=cache_bytes_max)
         self._folder, self._folder_is_ours = folder, folder is None
         self._idle: dict[bool, Path] = {}
         self._starts = trio.CapacityLimiter(_STARTS_MAX)
@@ -121,8 +124,11 @@ class ContainerExecutor:
         return await offered_image(self._engine, image) is not None
 
     async def add_image(self, image: str, source: Path, progress: Progress | None = None) -> None:
-        """Load an image from an archive. Raises LumarisError `bad_image`, `unsafe_archive`."""
-        await load_image(self._engine, image, source, progress)
+        """Load an image from an archive, dropping what was used longest ago where room is short.
+
+        Raises LumarisError `bad_image`, `unsafe_archive`, `disk_short`.
+        """
+        await self._cache.add(image, source, progress)
 
     async def images(self) -> tuple[str, ...]:
         """Ids of the offered images, newest first."""
@@ -143,6 +149,7 @@ class ContainerExecutor:
         image = await offered_image(self._engine, spec.image)
         if image is None:
             raise LumarisError("bad_image", f"The image {spec.image[:80]} is not offered here.")
+        self._cache.touch(spec.image)
         if (image.get("Config") or {}).get("Volumes"):
             raise LumarisError("bad_image", "The image declares volumes, which have no size limit.")
         if progress is not None:
