@@ -109,9 +109,10 @@ class Arena:
         for name, client in self.clients.items():
             client.close()
             if name != "buyer":
-                overlay = self.net.state / name / "overlay" / "overlay.sock"
+                folder = self.net.state / name
+                overlay = folder / "overlay" / "overlay.sock"
                 eventually(lambda: not overlay.exists(), "its overlay has ended")  # noqa: B023
-                shutil.rmtree(self.net.state / name)
+                eventually(lambda: removed(folder), "its folder is gone")  # noqa: B023
         self.clients.clear()
 
     def request(self, tier: str, code: str, **more: object) -> JobRequest:
@@ -282,6 +283,12 @@ def marked(mark: str) -> list[str]:
         for entry in Path("/proc").glob("[0-9]*")
         if f"{MARK}={mark}" in read(entry / "environ")
     ]
+
+
+def removed(folder: Path) -> bool:
+    """Remove a folder; an ending process may still write its last file there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return not folder.exists()
 
 
 def shims_of(containers: set[str]) -> list[str]:

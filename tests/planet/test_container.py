@@ -28,6 +28,14 @@ def test_a_container_runs_with_files_in_and_out(image: str, net: Devnet, tmp_pat
     names = tmp_path / "names.txt"
     names.write_text("walter\nada\ngrace\n")
     with net.client() as client:
+        give_up = time.monotonic() + 60
+        while not any(  # a tier is offered once its self-test held
+            runtime.tier == "container"
+            for offer in client.offers()
+            for runtime in offer.message.runtimes
+        ):
+            assert time.monotonic() < give_up, "the container tier is never offered"
+            time.sleep(0.2)
         result = client.run(
             image,
             ["sh", "-c", "sort /in/names.txt > /out/sorted.txt; echo sorted; id -u >&2"],

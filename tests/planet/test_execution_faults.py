@@ -219,14 +219,14 @@ def test_a_hundred_killed_jobs_leave_nothing(market: Arena, tiers: tuple[str, ..
     killed: list[str] = []
     lock = threading.Lock()
 
-    def lane(name: str) -> None:
+    def lane(name: str, tier: str) -> None:  # of one tier: a session of another holds more cores
         while True:
             with lock:
                 number = len(killed)
                 if number >= 100:
                     return
                 killed.append("")
-            tier, bomb = tiers[number % len(tiers)], BOMBS[KILLERS[number % len(KILLERS)]]
+            bomb = BOMBS[KILLERS[number % len(KILLERS)]]
             limits = {"memory_bytes": 64 * MIB} | bomb.limits
             result = market.run(tier, bomb.code, buyer=name, **limits)
             assert result.reason == bomb.reason, result
@@ -234,11 +234,13 @@ def test_a_hundred_killed_jobs_leave_nothing(market: Arena, tiers: tuple[str, ..
             killed[number] = result.reason
 
     with ThreadPoolExecutor(len(names)) as pool:
-        for done in [pool.submit(lane, name) for name in names]:
+        lanes = [(name, tiers[number % len(tiers)]) for number, name in enumerate(names)]
+        for done in [pool.submit(lane, *each) for each in lanes]:
             done.result()
     assert len(killed) == 100 and all(killed)
     market.settle()
-    eventually(lambda: held_processes(market) == processes, "no process more than before")
+    # The idle workers of the wasm tier are other ones now; there are no more of them.
+    eventually(lambda: len(held_processes(market)) <= len(processes), "no process more than before")
     assert held_files(market) == files
 
 
@@ -256,7 +258,9 @@ def held_processes(market: Arena) -> list[int]:
 
 def test_what_is_left_would_be_seen(market: Arena) -> None:
     with market.running("process", SPIN, wall_s=30, buyer="seen"):
-        assert market.left().keys() >= {"processes", "groups", "mounts", "loops", "volumes"}
+        kinds = {"processes", "groups", "mounts", "loops", "volumes"}
+        # Told that it runs, a sandbox still has to become its program.
+        eventually(lambda: kinds <= market.left().keys(), "everything of a running job is seen")
         market.clients.pop("seen").close()
     market.nothing_left()
     market.client("seen")  # its folder goes with the others
