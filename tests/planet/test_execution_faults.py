@@ -210,6 +210,7 @@ def test_a_buyer_that_does_not_read_its_log_holds_up_only_its_own_job(market: Ar
 
 
 def test_a_hundred_killed_jobs_leave_nothing(market: Arena, tiers: tuple[str, ...]) -> None:
+    market.settle()  # four sessions are all that the seller has room for
     names = [f"buyer-{number}" for number in range(4)]
     for number, name in enumerate(names):  # sessions exist, and what a first job makes is there
         market.client(name)
@@ -257,6 +258,7 @@ def held_processes(market: Arena) -> list[int]:
 
 
 def test_what_is_left_would_be_seen(market: Arena) -> None:
+    market.settle()
     with market.running("process", SPIN, wall_s=30, buyer="seen"):
         kinds = {"processes", "groups", "mounts", "loops", "volumes"}
         # Told that it runs, a sandbox still has to become its program.
