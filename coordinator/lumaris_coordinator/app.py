@@ -34,8 +34,9 @@ from lumaris_coordinator.receipts.routes import router as receipts_router
 from lumaris_coordinator.receipts.service import Receipts
 from lumaris_coordinator.shard_map import ShardMaps
 from lumaris_coordinator.shard_map import router as shards_router
-from lumaris_coordinator.store.sqlite import Connection, first
+from lumaris_coordinator.store.port import Connection, first
 from lumaris_coordinator.store.store import Store
+from lumaris_coordinator.tables import MIGRATIONS
 from lumaris_overlay.private_files import load_or_create_key, make_private_folder
 from lumaris_protocol.errors import LumarisError
 
@@ -53,7 +54,7 @@ class Coordinator:
         key = load_or_create_key(settings.state / "coordinator.key")
         self.settings, self.peer_id = settings, key.peer_id
         self.log = ReceiptLog(network=settings.network, key=key)
-        self.store = Store(settings.state, hooks=(self.log,), clock=clock)
+        self.store = Store(settings.state, migrations=MIGRATIONS, hooks=(self.log,), clock=clock)
         self.context = Context(settings, key, clock, self.store)
         self.ledger = Ledger(self.context)
         self.identity = Identity(self.context)

@@ -20,9 +20,10 @@ def coordinator_of(request: Request) -> Coordinator:
     return cast("Coordinator", request.app.state.coordinator)
 
 
-def caller_of(request: Request) -> Caller:
+async def caller_of(request: Request) -> Caller:
     """Whose Bearer token it is. Raises LumarisError `unauthorized`."""
-    return coordinator_of(request).identity.authenticate(request.headers.get("authorization", ""))
+    header = request.headers.get("authorization", "")
+    return await coordinator_of(request).identity.authenticate(header)
 
 
 def json_response(value: object, status: int = 200) -> Response:

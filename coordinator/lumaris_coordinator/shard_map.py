@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from lumaris_coordinator.bounds import SHARD_MAP_RENEWED_S, SHARD_MAP_SIGNED_S
 from lumaris_coordinator.http import OCTETS, coordinator_of
-from lumaris_coordinator.store.sqlite import Connection, first
+from lumaris_coordinator.store.port import Connection, first
 from lumaris_protocol import codec, shards
 from lumaris_protocol.codec import Signed
 from lumaris_protocol.errors import EnvelopeError, LumarisError

@@ -26,7 +26,7 @@ from lumaris_coordinator.escrow import store as escrows
 from lumaris_coordinator.identity.store import save_peer
 from lumaris_coordinator.ledger import store as ledger
 from lumaris_coordinator.ledger.store import TEST_CREDIT, Leg
-from lumaris_coordinator.store.sqlite import all_rows
+from lumaris_coordinator.store.port import all_rows
 from lumaris_protocol import agreements, codec, settlement
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.messages.payment import Settle

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lumaris_coordinator.escrow.store import extend_open
-from lumaris_coordinator.store.sqlite import Connection, first
+from lumaris_coordinator.store.port import Connection, first
 
 
 def beat(connection: Connection, *, now: int) -> None:
@@ -11,17 +11,21 @@ def beat(connection: Connection, *, now: int) -> None:
     connection.execute(
         "INSERT INTO setting (name, value) VALUES ('heartbeat', ?)"
         " ON CONFLICT (name) DO UPDATE SET value = excluded.value"
-        " WHERE CAST(value AS INTEGER) < CAST(excluded.value AS INTEGER)",
+        " WHERE CAST(setting.value AS BIGINT) < CAST(excluded.value AS BIGINT)",
         (str(now),),
     )
 
 
 def add_downtime(connection: Connection, *, now: int) -> int:
     """At start: extend open deadlines by the seconds since the last heartbeat; how many."""
-    row = first(connection, "SELECT CAST(value AS INTEGER) FROM setting WHERE name = 'heartbeat'")
+    row = first(connection, "SELECT CAST(value AS BIGINT) FROM setting WHERE name = 'heartbeat'")
     gap = max(0, now - int(row[0])) if row else 0
     if gap:
-        connection.execute("INSERT INTO downtime (since, until) VALUES (?, ?)", (now - gap, now))
+        connection.execute(
+            "INSERT INTO downtime (id, since, until)"
+            " VALUES ((SELECT coalesce(max(id), 0) + 1 FROM downtime), ?, ?)",
+            (now - gap, now),
+        )
         extend_open(connection, seconds=gap)
     beat(connection, now=now)
     return gap

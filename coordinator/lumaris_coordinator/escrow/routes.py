@@ -49,4 +49,5 @@ async def settle(request: Request) -> Response:
 async def show(request: Request) -> Response:
     """The money of a session, for its parties."""
     session = request.path_params["session"]
-    return json_response(coordinator_of(request).escrows.show(session, caller_of(request)))
+    caller = await caller_of(request)
+    return json_response(await coordinator_of(request).escrows.show(session, caller))

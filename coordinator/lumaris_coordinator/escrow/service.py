@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -21,10 +22,10 @@ from lumaris_coordinator.bounds import (
 from lumaris_coordinator.escrow import store
 from lumaris_coordinator.escrow.store import Escrow
 from lumaris_coordinator.identity.store import account_of
-from lumaris_coordinator.ledger.store import FEES, Leg, move, open_account
+from lumaris_coordinator.ledger.store import FEES, Leg, move, open_account, wallet
 from lumaris_coordinator.receipts.service import Filed, append
 from lumaris_coordinator.receipts.service import find as find_receipt
-from lumaris_coordinator.store.sqlite import Connection, first
+from lumaris_coordinator.store.port import Connection, first
 from lumaris_protocol import agreements, codec, settlement
 from lumaris_protocol.agreements import Contract
 from lumaris_protocol.codec import Signed
@@ -100,11 +101,11 @@ class Escrows:
                 hint="Close or settle open sessions first.",
             )
         grant = self._sign_grant(connection, contract, now)
-        escrow_account = f"escrow:{grant.message.grant}"
-        open_account(
-            connection, escrow_account, kind="escrow", currency=self._context.settings.currency
+        currency = grant.message.currency
+        escrow_account = open_account(
+            connection, owner=f"escrow:{grant.message.grant}", kind="escrow", currency=currency
         )
-        legs = [Leg(account, escrow_account, grant.message.cap_nanos)]
+        legs = [Leg(wallet(account, currency), escrow_account, grant.message.cap_nanos)]
         move(connection, kind="hold", ref=agreement.session, legs=legs, now=now)
         store.insert(connection, contract, grant, account=escrow_account)
         return grant.data
@@ -238,9 +239,9 @@ class Escrows:
         assert buyer is not None
         assert seller is not None
         legs = [
-            Leg(escrow.account, seller, receipt.seller_nanos),
-            Leg(escrow.account, FEES, receipt.fee_nanos),
-            Leg(escrow.account, buyer, receipt.refund_nanos),
+            Leg(escrow.account, wallet(seller, receipt.currency), receipt.seller_nanos),
+            Leg(escrow.account, wallet(FEES, receipt.currency), receipt.fee_nanos),
+            Leg(escrow.account, wallet(buyer, receipt.currency), receipt.refund_nanos),
         ]
         move(connection, kind="settle", ref=escrow.session, legs=legs, now=now)
         append(connection, codec.sign(receipt, self._context.key, self._context.settings.network))
@@ -252,7 +253,8 @@ class Escrows:
         tried: set[str] = set()
         while len(tried) < EXPIRIES_PER_ROUND_MAX:
             # What was tried and is still due could not be ended: the query must reach past it.
-            names = store.due(context.store.reader, now=now, limit=EXPIRIES_PER_BATCH + len(tried))
+            limit = EXPIRIES_PER_BATCH + len(tried)
+            names = await context.store.read(partial(store.due, now=now, limit=limit))
             fresh = [name for name in names if name not in tried][:EXPIRIES_PER_BATCH]
             if not fresh:
                 break
@@ -276,14 +278,18 @@ class Escrows:
         if escrow is not None and not escrow.final and now > escrow.settle_by:
             self._expire(connection, escrow, now)
 
-    def show(self, session: str, caller: Caller) -> dict[str, Any]:
+    async def show(self, session: str, caller: Caller) -> dict[str, Any]:
         """A party's view of its session's money. Raises LumarisError `not_found`."""
-        reader = self._context.store.reader
-        escrow = store.find_of_party(reader, session, caller.peer)
+        return await self._context.store.read(
+            lambda connection: self._view(connection, session, caller)
+        )
+
+    def _view(self, connection: Connection, session: str, caller: Caller) -> dict[str, Any]:
+        escrow = store.find_of_party(connection, session, caller.peer)
         if escrow is None:
             raise LumarisError("not_found", "There is no such session of yours.")
         receipt = first(
-            reader, "SELECT id FROM receipt WHERE agreement_hash = ?", (escrow.agreement_hash,)
+            connection, "SELECT id FROM receipt WHERE agreement_hash = ?", (escrow.agreement_hash,)
         )
         return {
             "session": escrow.session,
@@ -296,5 +302,5 @@ class Escrows:
             "paid_nanos": escrow.paid,
             "settle_by": escrow.settle_by,
             "receipt": receipt[0] if receipt else None,
-            "events": store.events(reader, escrow.agreement_hash),
+            "events": store.events(connection, escrow.agreement_hash),
         }

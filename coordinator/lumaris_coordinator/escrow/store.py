@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
-from lumaris_coordinator.store.sqlite import Connection, all_rows, first
+from lumaris_coordinator.store.port import Connection, all_rows, first
 from lumaris_protocol.agreements import Contract
 from lumaris_protocol.codec import Signed
 from lumaris_protocol.machines.escrow import ESCROW

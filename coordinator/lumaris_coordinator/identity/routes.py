@@ -60,4 +60,4 @@ async def register(request: Request) -> Response:
 @router.get("/v1/bootstrap")
 async def bootstrap(request: Request) -> Response:
     """{addresses} of sellers that registered lately."""
-    return json_response({"addresses": coordinator_of(request).identity.bootstrap()})
+    return json_response({"addresses": await coordinator_of(request).identity.bootstrap()})

@@ -18,7 +18,7 @@ from lumaris_coordinator.bounds import (
 from lumaris_coordinator.identity import store
 from lumaris_coordinator.identity.challenges import Challenges
 from lumaris_coordinator.ledger.store import open_account
-from lumaris_coordinator.store.sqlite import Connection
+from lumaris_coordinator.store.port import Connection
 from lumaris_protocol import codec, keys
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.ids import derive_id
@@ -111,7 +111,7 @@ class Identity:
             if store.is_full(connection, peers_max=PEERS_MAX):
                 raise LumarisError("busy", "No more peers can register here.")
             account = derive_id("account", f"{context.peer}{message.peer}".encode())
-            open_account(connection, account, kind="peer", currency=context.settings.currency)
+            open_account(connection, owner=account, kind="peer", currency=context.settings.currency)
         serial = store.next_serial(connection)
         certificate = codec.sign(
             MembershipCertificate(
@@ -139,7 +139,7 @@ class Identity:
         )
         return account, certificate.data
 
-    def authenticate(self, authorization: str) -> Caller:
+    async def authenticate(self, authorization: str) -> Caller:
         """Whose `Authorization: Bearer …` header it is. Raises LumarisError `unauthorized`."""
         scheme, _, token = authorization.partition(" ")
         found = None
@@ -148,17 +148,19 @@ class Identity:
             and token.startswith(TOKEN_PREFIX)
             and len(token) <= _TOKEN_CHARS_MAX
         ):
-            found = store.find_token(
-                self._context.store.reader, self._hash(token), now=self._context.now()
+            name, now = self._hash(token), self._context.now()
+            found = await self._context.store.read(
+                lambda connection: store.find_token(connection, name, now=now)
             )
         if found is None:
             raise LumarisError("unauthorized")
         return Caller(*found)
 
-    def bootstrap(self) -> list[str]:
+    async def bootstrap(self) -> list[str]:
         """Addresses of sellers that registered lately: where a newcomer's overlay begins."""
-        lists = store.sellers(
-            self._context.store.reader, now=self._context.now(), limit=BOOTSTRAP_ADDRESSES_MAX
+        now = self._context.now()
+        lists = await self._context.store.read(
+            lambda connection: store.sellers(connection, now=now, limit=BOOTSTRAP_ADDRESSES_MAX)
         )
         addresses = [
             address for text in lists for address in json.loads(text)[:BOOTSTRAP_ADDRESSES_PER_PEER]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lumaris_coordinator.bounds import TOKENS_PER_PEER_MAX
-from lumaris_coordinator.store.sqlite import Connection, all_rows, first
+from lumaris_coordinator.store.port import Connection, all_rows, first
 
 
 def use_challenge(connection: Connection, challenge: str, *, expires_at: int) -> bool:
@@ -29,8 +29,8 @@ def account_of(connection: Connection, peer: str) -> str | None:
 
 
 def is_full(connection: Connection, *, peers_max: int) -> bool:
-    """Whether the table of peers has reached its bound. Row numbers are dense: none is deleted."""
-    row = first(connection, "SELECT coalesce(max(rowid), 0) FROM peer")
+    """Whether the table of peers has reached its bound. Numbers are dense: no peer is deleted."""
+    row = first(connection, "SELECT coalesce(max(number), 0) FROM peer")
     return row is not None and row[0] >= peers_max
 
 
@@ -48,8 +48,9 @@ def save_peer(
 ) -> None:
     """Insert or renew a peer. Its account never changes."""
     connection.execute(
-        "INSERT INTO peer (peer, account, seller, addresses, serial, certificate, registered_at,"
-        " expires_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+        "INSERT INTO peer (number, peer, account, seller, addresses, serial, certificate,"
+        " registered_at, expires_at) VALUES ((SELECT coalesce(max(number), 0) + 1 FROM peer),"
+        " ?, ?, ?, ?, ?, ?, ?, ?)"
         " ON CONFLICT (peer) DO UPDATE SET seller = excluded.seller,"
         " addresses = excluded.addresses, serial = excluded.serial,"
         " certificate = excluded.certificate, registered_at = excluded.registered_at,"
@@ -61,7 +62,8 @@ def save_peer(
 def save_token(connection: Connection, *, token_hash: bytes, peer: str, expires_at: int) -> None:
     """Add a token and drop the peer's oldest ones beyond the bound."""
     connection.execute(
-        "INSERT INTO token (hash, peer, expires_at) VALUES (?, ?, ?)",
+        "INSERT INTO token (id, hash, peer, expires_at)"
+        " VALUES ((SELECT coalesce(max(id), 0) + 1 FROM token), ?, ?, ?)",
         (token_hash, peer, expires_at),
     )
     connection.execute(
@@ -86,7 +88,7 @@ def sellers(connection: Connection, *, now: int, limit: int) -> list[str]:
     """The addresses (JSON lists) of the sellers registered last whose certificate is valid."""
     rows = all_rows(
         connection,
-        "SELECT addresses FROM peer WHERE seller AND expires_at > ? AND addresses <> '[]'"
+        "SELECT addresses FROM peer WHERE seller = 1 AND expires_at > ? AND addresses <> '[]'"
         " ORDER BY registered_at DESC LIMIT ?",
         (now, limit),
     )

@@ -31,7 +31,7 @@ async def give_credit(request: Request) -> Response:
 @router.get("/v1/accounts/me", openapi_extra=BEARER)
 async def account(request: Request) -> Response:
     """{account, peer, currency, free_nanos, held_nanos, sessions_open}."""
-    return json_response(coordinator_of(request).ledger.account(caller_of(request)))
+    return json_response(await coordinator_of(request).ledger.account(await caller_of(request)))
 
 
 @router.get("/v1/accounts/me/transfers", openapi_extra=BEARER)
@@ -41,7 +41,8 @@ async def transfers(
     limit: Annotated[int, Query(ge=1, le=TRANSFERS_PAGE_MAX)] = TRANSFERS_PAGE_MAX,
 ) -> Response:
     """{transfers, next}: what moved on the account, oldest first; pass `next` as `after`."""
-    found = coordinator_of(request).ledger.transfers(caller_of(request), after=after, limit=limit)
+    caller = await caller_of(request)
+    found = await coordinator_of(request).ledger.transfers(caller, after=after, limit=limit)
     return json_response(found)
 
 

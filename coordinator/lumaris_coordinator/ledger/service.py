@@ -6,7 +6,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import anyio
-import anyio.to_thread
 
 from lumaris_coordinator.bounds import (
     AUDIT_FAST_S,
@@ -17,8 +16,7 @@ from lumaris_coordinator.bounds import (
 )
 from lumaris_coordinator.ledger import store
 from lumaris_coordinator.ledger.store import FEES, TEST_CREDIT
-from lumaris_coordinator.store import sqlite
-from lumaris_coordinator.store.sqlite import Connection, first
+from lumaris_coordinator.store.port import Connection, first
 from lumaris_protocol import codec
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.messages.budget import CreditRequest
@@ -41,9 +39,9 @@ class Ledger:
     def open_accounts(self, connection: Connection) -> None:
         """The accounts that always exist. An operation for the writer."""
         currency = self._context.settings.currency
-        store.open_account(connection, FEES, kind="fees", currency=currency)
+        store.open_account(connection, owner=FEES, kind="fees", currency=currency)
         store.open_account(
-            connection, TEST_CREDIT, kind="external", currency=currency, may_negative=True
+            connection, owner=TEST_CREDIT, kind="external", currency=currency, may_negative=True
         )
 
     async def give_credit(self, body: bytes) -> dict[str, Any]:
@@ -77,7 +75,8 @@ class Ledger:
         row = first(connection, "SELECT account FROM peer WHERE peer = ?", (message.peer,))
         if row is None:
             raise LumarisError("not_certified", "The peer is not registered here.")
-        account = str(row[0])
+        owner = str(row[0])
+        account = store.wallet(owner, self._context.settings.currency)
         given = first(
             connection,
             "SELECT amount, txn FROM credit WHERE account = ? AND nonce = ?",
@@ -90,7 +89,7 @@ class Ledger:
         else:
             raise LumarisError("idempotency_mismatch", "The nonce was used for another amount.")
         return {
-            **self._summary(connection, account, message.peer),
+            **self._summary(connection, owner, message.peer),
             "credited_nanos": message.amount_nanos,
             "transaction": txn,
         }
@@ -110,9 +109,11 @@ class Ledger:
             connection, account, nonce=message.nonce, amount_nanos=message.amount_nanos, now=now
         )
 
-    def account(self, caller: Caller) -> dict[str, Any]:
+    async def account(self, caller: Caller) -> dict[str, Any]:
         """The caller's money: free, and held in open sessions."""
-        return self._summary(self._context.store.reader, caller.account, caller.peer)
+        return await self._context.store.read(
+            lambda connection: self._summary(connection, caller.account, caller.peer)
+        )
 
     def _summary(self, connection: Connection, account: str, peer: str) -> dict[str, Any]:
         held = first(
@@ -126,15 +127,18 @@ class Ledger:
             "account": account,
             "peer": peer,
             "currency": self._context.settings.currency,
-            "free_nanos": store.balance(connection, account),
+            "free_nanos": store.balance(
+                connection, store.wallet(account, self._context.settings.currency)
+            ),
             "held_nanos": held[0],
             "sessions_open": held[1],
         }
 
-    def transfers(self, caller: Caller, *, after: int, limit: int) -> dict[str, Any]:
+    async def transfers(self, caller: Caller, *, after: int, limit: int) -> dict[str, Any]:
         """A page of the caller's transfers; `next` continues after it, null at the end."""
-        found = store.transfers(
-            self._context.store.reader, caller.account, after=after, limit=limit + 1
+        account = store.wallet(caller.account, self._context.settings.currency)
+        found = await self._context.store.read(
+            lambda connection: store.transfers(connection, account, after=after, limit=limit + 1)
         )
         page = found[:limit]
         more = len(found) > limit
@@ -144,18 +148,11 @@ class Ledger:
         """As `store.audit`, in a thread. Computed once per state of the ledger, by one at a time,
         and rarely when it is slow: `last_transfer` says how far it looked."""
         async with self._auditing:
-            newest = store.last_transfer(self._context.store.reader)
+            newest = await self._context.store.read(store.last_transfer)
             known, begun = self._audited, time.monotonic()
             if known is None or (known["last_transfer"] != newest and begun >= self._audit_after):
-                self._audited = known = await anyio.to_thread.run_sync(self._audit)
+                self._audited = known = await self._context.store.scan(store.audit)
                 took = time.monotonic() - begun
                 rest = AUDIT_REST_FACTOR * took if took > AUDIT_FAST_S else 0.0
                 self._audit_after = begun + took + rest
             return known
-
-    def _audit(self) -> dict[str, Any]:
-        connection = sqlite.connect(self._context.store.path, read_only=True)
-        try:
-            return store.audit(connection)
-        finally:
-            connection.close()

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from lumaris_coordinator.store.sqlite import Connection, all_rows, first
+from lumaris_coordinator.store.port import Connection, all_rows, first
 from lumaris_protocol.errors import LumarisError
 
 FEES: Final = "fees"
@@ -22,15 +22,23 @@ class Leg:
     amount_nanos: int
 
 
+def wallet(owner: str, currency: str) -> str:
+    """The account that an owner has in a currency."""
+    return f"{owner}:{currency}"
+
+
 def open_account(
-    connection: Connection, account: str, *, kind: str, currency: str, may_negative: bool = False
-) -> None:
-    """Make an account with nothing in it. Repeating it changes nothing."""
+    connection: Connection, *, owner: str, kind: str, currency: str, may_negative: bool = False
+) -> str:
+    """Make an owner's account of a currency, with nothing in it; its id. Repeating it changes
+    nothing."""
+    account = wallet(owner, currency)
     connection.execute(
-        "INSERT INTO account (id, kind, currency, may_negative) VALUES (?, ?, ?, ?)"
+        "INSERT INTO account (id, owner, kind, currency, may_negative) VALUES (?, ?, ?, ?, ?)"
         " ON CONFLICT (id) DO NOTHING",
-        (account, kind, currency, int(may_negative)),
+        (account, owner, kind, currency, int(may_negative)),
     )
+    return account
 
 
 def move(connection: Connection, *, kind: str, ref: str, legs: Iterable[Leg], now: int) -> int:
@@ -38,20 +46,25 @@ def move(connection: Connection, *, kind: str, ref: str, legs: Iterable[Leg], no
 
     Raises LumarisError `no_funds` when an account that may not be negative would be.
     """
-    cursor = connection.execute(
-        "INSERT INTO txn (kind, ref, at) VALUES (?, ?, ?)", (kind, ref, now)
+    row = first(
+        connection,
+        "INSERT INTO txn (id, kind, ref, at)"
+        " VALUES ((SELECT coalesce(max(id), 0) + 1 FROM txn), ?, ?, ?) RETURNING id",
+        (kind, ref, now),
     )
-    txn = int(cursor.lastrowid or 0)
+    assert row is not None
+    txn = int(row[0])
     for leg in legs:
         if leg.amount_nanos == 0:
             continue
         connection.execute(
-            "INSERT INTO transfer (txn, debit, credit, amount) VALUES (?, ?, ?, ?)",
-            (txn, leg.debit, leg.credit, leg.amount_nanos),
+            "INSERT INTO transfer (id, txn, debit, credit, currency, amount)"
+            " VALUES ((SELECT coalesce(max(id), 0) + 1 FROM transfer), ?, ?, ?, ?, ?)",
+            (txn, leg.debit, leg.credit, currency_of(leg.debit), leg.amount_nanos),
         )
         taken = connection.execute(
             "UPDATE account SET balance = balance - ?1"
-            " WHERE id = ?2 AND (balance >= ?1 OR may_negative)",
+            " WHERE id = ?2 AND (balance >= ?1 OR may_negative = 1)",
             (leg.amount_nanos, leg.debit),
         )
         if taken.rowcount != 1:
@@ -60,6 +73,11 @@ def move(connection: Connection, *, kind: str, ref: str, legs: Iterable[Leg], no
             "UPDATE account SET balance = balance + ? WHERE id = ?", (leg.amount_nanos, leg.credit)
         )
     return txn
+
+
+def currency_of(account: str) -> str:
+    """The currency of an account, which its id ends with."""
+    return account.rpartition(":")[2]
 
 
 def balance(connection: Connection, account: str) -> int:
@@ -78,7 +96,7 @@ def give_credit(
     connection: Connection, account: str, *, nonce: str, amount_nanos: int, now: int
 ) -> int:
     """Credit an account under a nonce that is new to it; the transaction's number."""
-    legs = [Leg(TEST_CREDIT, account, amount_nanos)]
+    legs = [Leg(wallet(TEST_CREDIT, currency_of(account)), account, amount_nanos)]
     txn = move(connection, kind="test_credit", ref=nonce, legs=legs, now=now)
     connection.execute(
         "INSERT INTO credit (account, nonce, amount, txn) VALUES (?, ?, ?, ?)",
@@ -122,28 +140,24 @@ def last_transfer(connection: Connection) -> int:
 
 
 def audit(connection: Connection) -> dict[str, Any]:
-    """Recompute every balance from the transfers and compare. One snapshot, one pass.
+    """Recompute every balance from the transfers and compare. In one snapshot.
 
     `sum_nanos` is the sum of all balances, which is 0 because money only ever moves.
     """
-    connection.execute("BEGIN")
-    try:
-        rows = all_rows(
-            connection,
-            "SELECT account.id, balance, coalesce(moved.net, 0) FROM account LEFT JOIN ("
-            " SELECT id, sum(net) AS net FROM ("
-            "  SELECT credit AS id, amount AS net FROM transfer"
-            "  UNION ALL SELECT debit, -amount FROM transfer) GROUP BY id"
-            ") AS moved ON moved.id = account.id",
-        )
-        counted = first(connection, "SELECT count(*), coalesce(max(id), 0) FROM transfer")
-        stuck = first(
-            connection,
-            "SELECT count(*) FROM escrow JOIN account ON account.id = escrow.account"
-            " WHERE balance <> CASE WHEN state IN ('held', 'claimed') THEN cap ELSE 0 END",
-        )
-    finally:
-        connection.execute("COMMIT")
+    rows = all_rows(
+        connection,
+        "SELECT account.id, balance, coalesce(moved.net, 0) FROM account LEFT JOIN ("
+        " SELECT id, sum(net) AS net FROM ("
+        "  SELECT credit AS id, amount AS net FROM transfer"
+        "  UNION ALL SELECT debit, -amount FROM transfer) GROUP BY id"
+        ") AS moved ON moved.id = account.id",
+    )
+    counted = first(connection, "SELECT count(*), coalesce(max(id), 0) FROM transfer")
+    stuck = first(
+        connection,
+        "SELECT count(*) FROM escrow JOIN account ON account.id = escrow.account"
+        " WHERE balance <> CASE WHEN state IN ('held', 'claimed') THEN cap ELSE 0 END",
+    )
     assert counted is not None
     assert stuck is not None
     mismatches = sum(1 for _, stored, replayed in rows if stored != replayed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lumaris_coordinator.store.sqlite import Connection, first
+from lumaris_coordinator.store.port import Connection, first
 from lumaris_protocol import merkle
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.keys import KeyPair

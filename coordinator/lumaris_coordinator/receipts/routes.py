@@ -20,7 +20,7 @@ LogSize = Annotated[int, Query(ge=1, le=SEQ_MAX)]
 async def receipt(request: Request) -> Response:
     """The receipt file, for the session's parties."""
     name = request.path_params["receipt"]
-    found = coordinator_of(request).receipts.bundle_of(name, caller_of(request))
+    found = await coordinator_of(request).receipts.bundle_of(name, await caller_of(request))
     return Response(found, media_type="application/json")
 
 

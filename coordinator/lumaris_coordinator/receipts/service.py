@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lumaris_coordinator.escrow import store as escrows
 from lumaris_coordinator.escrow.store import Escrow
 from lumaris_coordinator.receipts.log import ReceiptLog
-from lumaris_coordinator.store.sqlite import Connection, first
+from lumaris_coordinator.store.port import Connection, first
 from lumaris_protocol import codec, receipts
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.messages.receipt import Receipt, ReceiptBundle
@@ -49,18 +49,22 @@ class Receipts:
     def __init__(self, context: Context, log: ReceiptLog) -> None:
         self._context, self._log = context, log
 
-    def bundle_of(self, receipt: str, caller: Caller) -> bytes:
+    async def bundle_of(self, receipt: str, caller: Caller) -> bytes:
         """A party's receipt file. Raises LumarisError `not_found`, for a stranger as well: who
         traded with whom is the parties' own business."""
-        reader = self._context.store.reader
+        return await self._context.store.read(
+            lambda connection: self._find_bundle(connection, receipt, caller)
+        )
+
+    def _find_bundle(self, connection: Connection, receipt: str, caller: Caller) -> bytes:
         row = first(
-            reader,
+            connection,
             "SELECT escrow.agreement_hash FROM receipt JOIN escrow USING (agreement_hash)"
             " WHERE receipt.id = ? AND ? IN (buyer, seller)",
             (receipt, caller.peer),
         )
-        escrow = escrows.find(reader, str(row[0])) if row else None
-        filed = find(reader, escrow.agreement_hash) if escrow else None
+        escrow = escrows.find(connection, str(row[0])) if row else None
+        filed = find(connection, escrow.agreement_hash) if escrow else None
         if escrow is None or filed is None:
             raise LumarisError("not_found", "There is no such receipt of yours.")
         return self.bundle(escrow, filed)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lumaris_coordinator.bounds import LOCK_WAIT_S
 from lumaris_protocol.errors import LumarisError
@@ -30,11 +30,9 @@ else:
 
 __all__ = [
     "Connection",
-    "all_rows",
     "connect",
     "driver",
     "exclusive",
-    "first",
     "not_writable",
     "wal_reset_bug",
     "warn_of_bad_version",
@@ -77,21 +75,6 @@ def connect(path: Path, *, read_only: bool = False) -> Connection:
 def not_writable(path: Path, error: Exception) -> LumarisError:
     """The refusal for a file that cannot be used as the database."""
     return LumarisError("not_writable", f"{path}: {error}")
-
-
-def first(
-    connection: Connection, sql: str, values: Sequence[object] = ()
-) -> tuple[Any, ...] | None:
-    """The first row of a query; the statement is finished, so no read transaction stays open."""
-    rows = connection.execute(sql, values).fetchall()
-    return rows[0] if rows else None
-
-
-def all_rows(
-    connection: Connection, sql: str, values: Sequence[object] = ()
-) -> list[tuple[Any, ...]]:
-    """Every row of a query, which the query itself must bound."""
-    return connection.execute(sql, values).fetchall()
 
 
 @contextmanager

@@ -24,7 +24,7 @@ import anyio.lowlevel
 import anyio.to_thread
 
 from lumaris_coordinator.bounds import WRITE_S_MAX, WRITER_BATCH_MAX, WRITER_QUEUE_MAX
-from lumaris_coordinator.store.sqlite import Connection
+from lumaris_coordinator.store.port import Connection
 from lumaris_protocol.errors import LumarisError
 
 log = logging.getLogger(__name__)
