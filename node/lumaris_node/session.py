@@ -25,6 +25,7 @@ from lumaris_node.workspace import LeaseWorkspace, Volumes, volume_bounds
 from lumaris_node.workspace.workspace import KEPT_FILES_MAX
 from lumaris_overlay.bulk.rate import Rate
 from lumaris_overlay.bulk.serve import give_file
+from lumaris_overlay.evidence import EvidenceLog
 from lumaris_overlay.framed_stream import FramedStream
 from lumaris_overlay.outbox import Outbox
 from lumaris_protocol.effects import (
@@ -33,6 +34,7 @@ from lumaris_protocol.effects import (
     KeepGrant,
     KeepVoucher,
     RunOrder,
+    Send,
     SessionOver,
     SetGate,
     StopOrder,
@@ -97,6 +99,7 @@ class SessionHost:
         self._stream, self._store, self._executor = stream, store, executor
         self._clock = clock
         self._outbox = Outbox(stream, self._keep)
+        self._evidence = EvidenceLog(store.evidence, self.session)
         self._queue_in, self._queue_out = trio.open_memory_channel[WorkOrder](ORDERS_QUEUED_MAX)
         self._stops: dict[int, StopOrder] = {}
         self._run: OrderRun | None = None
@@ -191,6 +194,8 @@ class SessionHost:
                 case SessionOver(reason):
                     self._finish(reason)
                 case _:
+                    if isinstance(effect, Send):
+                        self._evidence.note(effect.data)
                     self._outbox.put(effect)
 
     async def room(self) -> None:
@@ -278,6 +283,7 @@ class SessionHost:
                 if frame.kind != Kind.ENVELOPE:
                     raise EnvelopeError("malformed", "A session carries envelopes only.")
                 self.apply(self.machine.receive(frame.body, now=self.now()))
+                self._evidence.note(frame.body)
                 self._forget_answered()
         except LumarisError as error:
             log.warning("refused peer=%s session=%s code=%s", self.buyer, self.session, error.code)
@@ -338,6 +344,7 @@ class SessionHost:
         while True:
             await trio.sleep(_TICK_S)
             self.apply(self.machine.tick(now=self.now()))
+            await self._evidence.flush()
 
     async def _meter(self) -> None:
         while True:
@@ -414,6 +421,7 @@ class SessionHost:
         """Every step, whatever became of the one before."""
         for step in (
             self._outbox.keep_rest,
+            self._evidence.close,
             self._stream.aclose,
             self._release,
             self._give_back,

@@ -70,6 +70,7 @@ class Store:
     """The node's database."""
 
     def __init__(self, path: Path) -> None:
+        self.evidence = path.parent / "evidence"  # what both sides signed, by session
         try:
             connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             connection.execute("PRAGMA journal_mode=WAL")

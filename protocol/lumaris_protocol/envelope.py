@@ -26,6 +26,7 @@ from lumaris_protocol.limits import ENVELOPE_BYTES_MAX, NAME_CHARS_MAX
 
 _FIELDS: Final = (1, 2, 3, 5)
 _TYPE_BYTES_MAX: Final = 64
+_KEY_BYTES: Final = 36
 _VARINT_BYTES_MAX: Final = 4  # 28 bits: above every size limit here
 
 
@@ -91,6 +92,14 @@ def decode(data: bytes, *, size_max: int = ENVELOPE_BYTES_MAX) -> Envelope:
     if not parts[1].isascii() or not 0 < len(parts[1]) <= _TYPE_BYTES_MAX:
         raise EnvelopeError("malformed", "The envelope's type is not a short ASCII name.")
     return Envelope(bytes(data), public_key, parts[1].decode(), parts[2], parts[3])
+
+
+def type_of(data: bytes) -> str:
+    """The type that an envelope's bytes name, without looking at the rest; "" for other bytes."""
+    head = 2 + _KEY_BYTES  # the key field is of one size, and a type's length fits one byte
+    if len(data) < head + 2 or data[head] != 2 << 3 | 2:
+        return ""
+    return data[head + 2 : head + 2 + data[head + 1]].decode("ascii", "replace")
 
 
 def signed_bytes(network: str, payload_type: str, payload: bytes) -> bytes:

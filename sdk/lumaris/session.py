@@ -21,6 +21,7 @@ from lumaris_overlay.bulk.fetch import get_file
 from lumaris_overlay.bulk.part import drop_part
 from lumaris_overlay.bulk.put import put_file
 from lumaris_overlay.bulk.rate import Rate
+from lumaris_overlay.evidence import EvidenceLog
 from lumaris_overlay.framed_stream import FramedStream, read_refusal
 from lumaris_overlay.outbox import Outbox
 from lumaris_overlay.ports import Overlay
@@ -34,6 +35,7 @@ from lumaris_protocol.effects import (
     LogArrived,
     Metered,
     OrderChanged,
+    Send,
     SessionOver,
     SessionReadied,
 )
@@ -104,6 +106,7 @@ class Session:
         self.ready, self.over = trio.Event(), trio.Event()
         self.reason = ""
         self._overlay, self._store = overlay, store
+        self._evidence = EvidenceLog(store.evidence, self.session)
         self._orders: dict[int, _Order] = {}
         self._fetching = trio.CapacityLimiter(_FETCHES_AT_ONCE)
         self._outbox: Outbox | None = None
@@ -148,6 +151,7 @@ class Session:
                 self._finish("interrupted")
                 await self._outbox.keep_rest()
                 await stream.aclose()
+                await self._evidence.close()
                 await self._store.set_state(self.session, "ended", self.reason)
             self._closed.set()
 
@@ -240,6 +244,7 @@ class Session:
                 if frame.kind != Kind.ENVELOPE:
                     raise EnvelopeError("malformed", "A session carries envelopes only.")
                 self._apply(self.machine.receive(frame.body, now=trio.current_time()))
+                self._evidence.note(frame.body)
         except RemoteError as error:
             log.warning("seller broke a rule peer=%s code=%s", self.seller, error.code)
             reason = error.code
@@ -266,6 +271,7 @@ class Session:
         while True:
             await trio.sleep(_TICK_S)
             self._apply(self.machine.tick(now=trio.current_time()))
+            await self._evidence.flush()
 
     def _apply(self, effects: list[Effect]) -> None:
         for effect in effects:
@@ -283,6 +289,8 @@ class Session:
                 case SessionOver(reason):
                     self._finish(reason)
                 case _:
+                    if isinstance(effect, Send):
+                        self._evidence.note(effect.data)
                     if self._outbox is not None:
                         self._outbox.put(effect)
 

@@ -114,6 +114,7 @@ class Store:
     """The buyer's database."""
 
     def __init__(self, path: Path) -> None:
+        self.evidence = path.parent / "evidence"  # what both sides signed, by session
         try:
             connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             connection.execute("PRAGMA busy_timeout=5000")
