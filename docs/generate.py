@@ -118,6 +118,7 @@ ENVIRONMENT_MEANINGS: Final = {
     "LUMARIS_REQUIRE_SCIENCE": "Tests only: `1` makes a missing `python-science` extra a failure.",
     "LUMARIS_REQUIRE_VM": "Tests only: `1` makes a missing QEMU, kernel or busybox a failure.",
     "LUMARIS_REQUIRE_VOLUMES": "Tests only: `1` makes a kind of volume that fails a failure.",
+    "LUMARIS_STORM": "Tests only: the operations of the storm of settlements, such as 100000.",
     "LUMARIS_TEST_MARK": "Tests only: marks the processes of guests, so that they are found again.",
 }
 _TYPES: Final = {

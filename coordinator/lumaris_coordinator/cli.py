@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
+import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -14,14 +15,23 @@ from pathlib import Path
 import anyio
 import uvicorn
 
+from lumaris_coordinator import logs
 from lumaris_coordinator.app import Coordinator, create_app
-from lumaris_coordinator.bounds import REQUESTS_CONCURRENT_MAX, SHUTDOWN_S_MAX
+from lumaris_coordinator.bounds import (
+    REQUESTS_CONCURRENT_MAX,
+    SHUTDOWN_S_MAX,
+    WEBSOCKET_BYTES_MAX,
+)
 from lumaris_coordinator.config import Settings
+from lumaris_coordinator.peers.service import can_run
 from lumaris_coordinator.server import Protocol, Server
+from lumaris_coordinator.tls import server_tls
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.money import parse_credits
 
 _BACKLOG = 1_024
+# An address with a password belongs neither on a command line nor in a process list.
+DATABASE_ENV = "LUMARIS_COORDINATOR_DATABASE"
 # The event loop and the writer's thread share the interpreter: shorter turns give the same CPU
 # time a third less latency at the 99th percentile.
 _SWITCH_INTERVAL_S = 0.0002
@@ -33,21 +43,33 @@ def run(settings: Settings) -> None:
     Raises LumarisError: `port_in_use`, `already_running`, `not_writable`, `config_invalid`.
     """
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    logs.configure(form=settings.log_format, requests=settings.log_requests)
     with _listen(settings.host, settings.port) as listener:
         coordinator = Coordinator(settings)
+        clients = coordinator.authority.ca_file if settings.mutual_tls else None
+        tls = server_tls(settings, clients)
+        scheme = "https" if tls is not None else "http"
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         config = uvicorn.Config(
             create_app(coordinator),
             http=Protocol,
+            ws="wsproto",
+            ws_max_size=WEBSOCKET_BYTES_MAX,
+            ws_per_message_deflate=False,
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
             limit_concurrency=REQUESTS_CONCURRENT_MAX,
             timeout_graceful_shutdown=SHUTDOWN_S_MAX,
+            **(tls.options() if tls is not None else {}),
         )
-        server = Server(config, ready=f"ready {coordinator.peer_id} http://{shown}:{port}")
+        server = Server(
+            config,
+            ready=f"ready {coordinator.peer_id} {scheme}://{shown}:{port}",
+            closing=coordinator.events.close,
+        )
 
         async def serve() -> None:
             # The signals are taken before the store opens, so none can end it halfway.
@@ -97,8 +119,39 @@ def _settings(argv: Sequence[str] | None) -> Settings:
     parser.add_argument("--settle-window", type=int, metavar="SECONDS")
     parser.add_argument("--test-credit", metavar="CREDITS", help="per account")
     parser.add_argument("--shard-map", type=Path, metavar="FILE", help="JSON: version, shards")
+    parser.add_argument(
+        "--overlay",
+        action=argparse.BooleanOptionalAction,
+        help="be a peer of the overlay; by default where the p2p extra is installed",
+    )
+    parser.add_argument("--overlay-listen", metavar="IP:PORT", help="port 0 lets the system choose")
+    parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM; with --tls-key")
+    parser.add_argument("--tls-key", type=Path, metavar="FILE")
+    parser.add_argument("--mutual-tls", action="store_true", help="callers need a certificate")
+    parser.add_argument("--no-user-registration", action="store_true")
+    parser.add_argument("--log-format", choices=("text", "json"), default="text")
+    parser.add_argument("--log-requests", action="store_true", help="one line for each request")
+    parser.add_argument("--webhooks-to-loopback", action="store_true", help="for trying things out")
+    parser.add_argument("--proxy", action="append", default=[], metavar="IP", help="repeatable")
     found = parser.parse_args(argv)
-    settings = Settings(state=found.state, host=found.host, port=found.port, network=found.network)
+    settings = Settings(
+        state=found.state,
+        database=os.environ.get(DATABASE_ENV, ""),
+        host=found.host,
+        port=found.port,
+        network=found.network,
+        tls_cert=found.tls_cert,
+        tls_key=found.tls_key,
+        mutual_tls=found.mutual_tls,
+        user_registration=not found.no_user_registration,
+        proxies=tuple(found.proxy),
+        log_format=found.log_format,
+        log_requests=found.log_requests,
+        webhooks_to_loopback=found.webhooks_to_loopback,
+        overlay=can_run() if found.overlay is None else found.overlay,
+    )
+    if found.overlay_listen is not None:
+        settings = replace(settings, overlay_listen=found.overlay_listen)
     if found.fee_bps is not None:
         settings = replace(settings, fee_bps=found.fee_bps)
     if found.settle_window is not None:

@@ -1,13 +1,14 @@
 """The door: what happens to every request before and after its handler.
 
-Gives the request an id, refuses large bodies before they are read, counts by route, and answers in
-place of anything that was not caught: no traceback leaves.
+Gives the request an id and its place in a trace, refuses large bodies before they are read, counts
+and logs by route, and answers in place of anything that was not caught: no traceback leaves.
 """
 
 from __future__ import annotations
 
 import logging
 import secrets
+import time
 from contextlib import aclosing
 from typing import Final
 
@@ -17,12 +18,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lumaris_coordinator import problems
 from lumaris_coordinator.bounds import BODY_BYTES_MAX, BODY_READ_S_MAX
+from lumaris_coordinator.logs import log_request
 from lumaris_coordinator.metrics import Metrics
+from lumaris_coordinator.tracing import Trace, trace_of
 from lumaris_protocol.errors import LumarisError
 
 log = logging.getLogger(__name__)
 
-_METHODS: Final = frozenset(("GET", "HEAD", "POST"))
+_METHODS: Final = frozenset(("GET", "HEAD", "POST", "PUT", "DELETE"))
+
+
+_SWITCHED: Final = 101
 
 
 class Edge:
@@ -33,11 +39,12 @@ class Edge:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection event."""
-        if scope["type"] != "http":
+        if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
         scope["lumaris.request_id"] = name = secrets.token_hex(8)
-        status = 0
+        scope["lumaris.trace"] = trace = trace_of(_header(scope, b"traceparent"))
+        begun, status = time.perf_counter(), 0
 
         async def send_noting(message: Message) -> None:
             nonlocal status
@@ -46,8 +53,11 @@ class Edge:
                 message["headers"] = [
                     *message.get("headers", ()),
                     (b"x-request-id", name.encode()),
+                    (b"traceparent", trace.traceparent.encode()),
                     (b"x-content-type-options", b"nosniff"),
                 ]
+            elif message["type"] == "websocket.accept":
+                status = _SWITCHED
             await send(message)
 
         try:
@@ -56,14 +66,26 @@ class Edge:
             log.debug("request %s: the client went away", name)
         except Exception:
             log.exception("request %s failed", name)
-            if not status:
+            if not status and scope["type"] == "http":
                 response = problems.respond(LumarisError("internal"), name)
                 await response(scope, receive, send_noting)
         finally:
-            self._metrics.count(_route_of(scope), status)
+            self._done(scope, status, time.perf_counter() - begun, trace)
+
+    def _done(self, scope: Scope, status: int, took_s: float, trace: Trace) -> None:
+        route = _route_of(scope)
+        self._metrics.count(route, status, took_s)
+        log_request(
+            method=scope.get("method", "GET"),
+            route=route.rpartition(" ")[2],
+            status=status,
+            took_ms=took_s * 1_000,
+            request_id=scope["lumaris.request_id"],
+            trace_id=trace.trace_id,
+        )
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refused = _refuse_early(scope)
+        refused = _refuse_early(scope) if scope["type"] == "http" else None
         if refused is not None:
             response = problems.respond(refused, scope["lumaris.request_id"])
             await response(scope, receive, send)
@@ -109,5 +131,11 @@ def _oversize(size: int) -> LumarisError:
 def _route_of(scope: Scope) -> str:
     """`POST /v1/grants`, or `other` for what is no route here: labels must stay few."""
     path = getattr(scope.get("route"), "path", None)
-    method = scope["method"]
+    method = scope.get("method", "GET")  # a WebSocket begins as a GET
     return f"{method} {path}" if path is not None and method in _METHODS else "other"
+
+
+def _header(scope: Scope, name: bytes) -> str | None:
+    """A header that is given exactly once."""
+    found = [value for key, value in scope["headers"] if key == name]
+    return found[0].decode("latin-1") if len(found) == 1 else None

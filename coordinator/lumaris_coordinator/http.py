@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from lumaris_coordinator.edge import read_body
+from lumaris_coordinator.limits.middleware import count_caller
+from lumaris_coordinator.tls import tls_peer
+from lumaris_protocol.errors import LumarisError
+
 if TYPE_CHECKING:
     from lumaris_coordinator.app import Coordinator
-    from lumaris_coordinator.identity.service import Caller
+    from lumaris_coordinator.identity.service import Caller, Scope
+
+T = TypeVar("T")
 
 OCTETS: Final = "application/octet-stream"
 
@@ -20,10 +27,23 @@ def coordinator_of(request: Request) -> Coordinator:
     return cast("Coordinator", request.app.state.coordinator)
 
 
-async def caller_of(request: Request) -> Caller:
-    """Whose Bearer token it is. Raises LumarisError `unauthorized`."""
+async def caller_of(request: Request, scope: Scope = "read") -> Caller:
+    """Whose Bearer token or API key it is, counted against its rate.
+
+    Raises LumarisError: `unauthorized`, `rate_limited`, or `forbidden` without the scope.
+    """
     header = request.headers.get("authorization", "")
-    return await coordinator_of(request).identity.authenticate(header)
+    coordinator = coordinator_of(request)
+    caller = await coordinator.identity.authenticate(header)
+    if (
+        coordinator.settings.mutual_tls
+        and caller.kind == "peer"
+        and (caller.peer != tls_peer(request.scope))
+    ):
+        raise LumarisError("unauthorized", "The TLS certificate and the token name two peers.")
+    count_caller(request, coordinator.limiter, caller)
+    caller.require(scope)
+    return caller
 
 
 def json_response(value: object, status: int = 200) -> Response:
@@ -31,6 +51,35 @@ def json_response(value: object, status: int = 200) -> Response:
     return Response(
         msgspec.json.encode(value), status, {"Cache-Control": "no-store"}, "application/json"
     )
+
+
+async def read_json(request: Request, kind: type[T]) -> T:
+    """The body as a record. Raises LumarisError `malformed`, `oversize` or `timeout`."""
+    try:
+        return msgspec.json.decode(await read_body(request), type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise LumarisError("malformed", f"The body: {error}") from None
+
+
+def json_body(kind: type) -> dict[str, Any]:
+    """The OpenAPI of a request body that `read_json` takes."""
+    (schema,), components = msgspec.json.schema_components([kind], ref_template="{name}")
+    content = {"application/json": {"schema": _whole(schema, components)}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _whole(schema: Any, components: dict[str, Any]) -> Any:
+    """A schema with what it refers to in its place, and with patterns as ECMA-262 has them."""
+    if isinstance(schema, list):
+        return [_whole(part, components) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _whole(components[schema["$ref"]], components)
+    found = {name: _whole(part, components) for name, part in schema.items()}
+    if isinstance(found.get("pattern"), str):
+        found["pattern"] = found["pattern"].replace(r"\Z", "$")
+    return found
 
 
 def document_body(name: str) -> dict[str, Any]:
@@ -46,7 +95,7 @@ SECURITY_SCHEMES: Final[dict[str, Any]] = {
     "bearer": {
         "type": "http",
         "scheme": "bearer",
-        "description": "The token that a registration answers.",
+        "description": "The token of a registration or login, or an API key.",
     }
 }
 PROBLEMS: Final[dict[int | str, dict[str, Any]]] = {

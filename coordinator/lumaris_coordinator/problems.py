@@ -34,20 +34,36 @@ STATUS: Final = {
     "expired": 400,
     "not_yet_valid": 400,
     "usage": 400,
+    "idempotency_missing": 400,
     "unauthorized": 401,
     "no_funds": 402,
     "forbidden": 403,
+    "revoked": 403,
+    "rate_limited": 429,
+    "name_taken": 409,
+    "already_linked": 409,
+    "limit_reached": 409,
     "not_found": 404,
     "timeout": 408,
     "replayed": 409,
     "already_settled": 409,
+    "dispute_open": 409,
+    "dispute_closed": 409,
+    "log_behind": 409,
     "already_granted": 409,
-    "idempotency_mismatch": 409,
+    "in_dispute": 409,
+    "method_not_allowed": 405,
+    "precondition_failed": 412,
     "oversize": 413,
+    "idempotency_mismatch": 422,
+    "unsafe_url": 422,
+    "too_many": 429,
     "too_many_holds": 429,
     "internal": 500,
     "invalid_transition": 500,
+    "payouts_frozen": 503,
     "busy": 503,
+    "frozen": 503,
 }
 _OTHER: Final = 422
 
@@ -90,10 +106,11 @@ async def on_invalid(request: Request, error: Exception) -> Response:
 async def on_http(request: Request, error: Exception) -> Response:
     """Handler of what the router itself refuses: an unknown route or method."""
     assert isinstance(error, HTTPException)
-    if error.status_code in (404, 405):
-        problem = LumarisError(
-            "not_found", f"There is no {request.method} {request.url.path[:200]}."
-        )
+    asked = f"{request.method} {request.url.path[:200]}"
+    if error.status_code == 404:
+        problem = LumarisError("not_found", f"There is no {asked}.")
+    elif error.status_code == 405:
+        problem = LumarisError("method_not_allowed", f"There is no {asked}.")
     else:
         problem = LumarisError("malformed", str(error.detail)[:200])
     response = respond(problem, request_id(request), status=error.status_code)

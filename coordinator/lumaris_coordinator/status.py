@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -10,6 +12,7 @@ from lumaris_coordinator.http import coordinator_of, json_response
 from lumaris_protocol.errors import LumarisError
 
 router = APIRouter(tags=["status"])
+_PROMETHEUS: Final = "text/plain; version=0.0.4"
 
 
 @router.get("/v1/info")
@@ -26,15 +29,28 @@ async def healthz() -> Response:
 
 @router.get("/readyz")
 async def readyz(request: Request) -> Response:
-    """The store takes writes; 503 otherwise."""
-    writer = coordinator_of(request).store.writer
-    if not writer.alive:
+    """The store takes writes and is no older than what witnesses saw; 503 otherwise."""
+    coordinator = coordinator_of(request)
+    health, behind = coordinator.store.health(), coordinator.witnesses.behind
+    if behind:
+        raise LumarisError("busy", behind, hint="Stop it: see the code log_behind.")
+    if not health.writes:
         raise LumarisError("busy", "The store does not take writes.")
-    return json_response({"ready": True, "queue_depth": writer.depth})
+    if not health.ready:
+        raise LumarisError("busy", f"Only {health.free_bytes} bytes of disk are free.")
+    return json_response(
+        {
+            "ready": True,
+            "queue_depth": health.queue_depth,
+            "last_commit_s": round(health.last_commit_s, 3),
+            "free_bytes": health.free_bytes,
+        }
+    )
 
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     """Prometheus text."""
     coordinator = coordinator_of(request)
-    return PlainTextResponse(coordinator.metrics.text(coordinator.store.writer))
+    gauges = await coordinator.gauges.read(coordinator)
+    return PlainTextResponse(coordinator.metrics.text(gauges), media_type=_PROMETHEUS)

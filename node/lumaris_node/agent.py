@@ -29,6 +29,7 @@ from lumaris_node.executors.port import Executor
 from lumaris_node.images.manage import open_store
 from lumaris_node.images.service import ImageService
 from lumaris_node.membership import Enrolment, Standing
+from lumaris_node.notices import Notices
 from lumaris_node.owner import Owner
 from lumaris_node.selftest.keep import Assurance
 from lumaris_node.sessions import Sessions
@@ -36,6 +37,7 @@ from lumaris_node.settle import Settler
 from lumaris_node.store import Store
 from lumaris_node.tender import Tenders
 from lumaris_node.tiers import Tiers, make_executor
+from lumaris_node.witness import Witness
 from lumaris_node.workspace import Volumes
 from lumaris_overlay.bulk.gate import BulkGate
 from lumaris_overlay.bulk.rate import make_rate
@@ -49,11 +51,18 @@ from lumaris_overlay.validate import DemandGate
 from lumaris_protocol import coordinator_api, matching
 from lumaris_protocol.catalog import CATALOG, CatalogEntry
 from lumaris_protocol.errors import LumarisError
-from lumaris_protocol.keys import PeerId
 from lumaris_protocol.limits import MIB
 from lumaris_protocol.machines.desk import QuoteDesk
 from lumaris_protocol.messages.advert import Gpu, Resources, Tier
-from lumaris_protocol.protocols import ATTACH, BLOB, CHALLENGE, CONTENT, NEGOTIATE, SESSION
+from lumaris_protocol.protocols import (
+    ATTACH,
+    BLOB,
+    CHALLENGE,
+    CONTENT,
+    NEGOTIATE,
+    SESSION,
+    WITNESS,
+)
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +119,7 @@ class Node:
                 nursery.start_soon(self._prune)
                 nursery.start_soon(self._keep_certified)
                 nursery.start_soon(keep_shards, self._overlay, self._shard_map)
+                nursery.start_soon(self._notices.run, self._overlay, self._link, self._witness)
                 nursery.start_soon(self._watch_tiers)
                 nursery.start_soon(self._watch_images)
                 nursery.start_soon(self._watch_reach)
@@ -118,6 +128,7 @@ class Node:
                 nursery.start_soon(self._tenders.run)
                 nursery.start_soon(self._warm_catalog)
                 nursery.start_soon(self._measure)
+                nursery.start_soon(self._witness.keep, self._link)
                 await self._serve(stack)
                 await nursery.start(self._serve_api)
                 await self._tiers.settled()
@@ -160,6 +171,7 @@ class Node:
             "images": list(self._adverts.offer.cached),
             "gpus": to_builtins(self._quotes.total.gpus),
             "challenges": dict(self._challenges.counts),
+            "witness": self._witness.status(),
             "total": _plain(self._quotes.total),
             "free": _plain(free),
             "held": _plain(held),
@@ -186,7 +198,8 @@ class Node:
             link, key, state / "membership.json", url=config.coordinator, clock=self.clock
         )
         info = self._info = (await enrolment.join()).info
-        terms = Terms(info.network, info.coordinator, info.fee_bps)
+        keys = self._trusted = enrolment.trusted
+        terms = Terms(info.network, info.coordinator, info.fee_bps, keys)
         overlay = self._overlay = await self._open_overlay(stack, enrolment.standing)
         await overlay.present(enrolment.standing.certificate)
         await enrolment.announce(await self._addresses())
@@ -200,6 +213,7 @@ class Node:
         self._images = await self._open_images(overlay)
         total = await trio.to_thread.run_sync(self._capacity, count_gpus(devices))
         quotes = self._quotes = QuoteDesk(total)
+        self._notices = Notices(self.clock, keys)
         self._adverts = AdvertPublisher(
             overlay,
             store,
@@ -218,8 +232,9 @@ class Node:
             clock=self.clock,
             changed=self._adverts.changed,
             egress=config.accept.egress,
+            revoked=self._notices.revoked,
         )
-        gate = DemandGate(info.network, frozenset({PeerId(info.coordinator)}))
+        gate = DemandGate(info.network, keys, self._notices.revoked)
         self._tenders = Tenders(
             overlay, self._adverts, gate, free=lambda: quotes.free, clock=self.clock
         )
@@ -242,11 +257,18 @@ class Node:
         self._owner = Owner(self._sessions, self._adverts, config.schedule, clock=self.clock)
         self._challenges = Challenges(
             key,
-            Belonging(info.network, info.coordinator),
+            Belonging(info.network, keys),
             wasm=tiers.executors.get("wasm"),
             folder=state / "challenges",
             aside=quotes.aside,
             selling=lambda: self._owner.selling,
+            clock=self.clock,
+        )
+        self._witness = Witness(
+            key,
+            network=info.network,
+            folder=state,
+            coordinators=lambda: frozenset(keys),
             clock=self.clock,
         )
         await self._recover()
@@ -256,7 +278,8 @@ class Node:
         config = OverlayConfig(
             key_file=self.state / "node.key",
             network=info.network,
-            coordinator_keys=frozenset({PeerId(info.coordinator)}),
+            coordinator_keys=frozenset(self._trusted),
+            roots=self._trusted.roots,
             state_dir=self.state / "overlay",
             listen=self.config.listen,
             bootstrap=(*self.config.bootstrap, *standing.bootstrap),
@@ -365,6 +388,7 @@ class Node:
         await stack.enter_async_context(overlay.serve(ATTACH, self._sessions.live.serve))
         await stack.enter_async_context(overlay.serve(CONTENT, self._images.desk.serve))
         await stack.enter_async_context(overlay.serve(CHALLENGE, self._challenges.serve))
+        await stack.enter_async_context(overlay.serve(WITNESS, self._witness.serve))
 
     async def _serve_api(
         self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED

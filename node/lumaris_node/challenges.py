@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Set
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +60,7 @@ class Belonging:
     """Whose word makes a peer a member."""
 
     network: str
-    coordinator: str
+    coordinators: Set[str]
 
 
 class Challenges:
@@ -131,7 +131,7 @@ class Challenges:
         agreements.open_certificate(
             asked.certificate,
             network=network,
-            coordinators=frozenset({self._belonging.coordinator}),
+            coordinators=self._belonging.coordinators,
             peer=peer,
             now=now,
         )

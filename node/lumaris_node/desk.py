@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
 import trio
@@ -14,6 +14,7 @@ from lumaris_node.store import Store
 from lumaris_overlay.framed_stream import FramedStream
 from lumaris_overlay.ports import OverlayStream
 from lumaris_overlay.tasks import StrangerLog
+from lumaris_overlay.validate import refuse_revoked
 from lumaris_protocol import agreements, codec, envelope
 from lumaris_protocol.agreements import Contract
 from lumaris_protocol.codec import Signed
@@ -24,6 +25,7 @@ from lumaris_protocol.limits import CLOCK_SKEW_S, QUOTE_HOLD_S_MAX, REPLY_BY_S_M
 from lumaris_protocol.machines.desk import GRANT_WAIT_S, Hold, QuoteDesk
 from lumaris_protocol.messages.advert import Advert
 from lumaris_protocol.messages.negotiation import Agreement, Quote, QuoteRequest
+from lumaris_protocol.revocations import RevokedSet
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,12 @@ class Terms:
     network: str
     coordinator: str
     fee_bps: int
+    keys: Set[str] = frozenset()  # every key of the coordinator that counts; empty: that one
+
+    @property
+    def coordinators(self) -> Set[str]:
+        """What grants and certificates may be signed with."""
+        return self.keys or frozenset((self.coordinator,))
 
 
 class Desk:
@@ -57,11 +65,13 @@ class Desk:
         clock: Callable[[], float],
         changed: Callable[[], None],
         egress: Sequence[str] = (),
+        revoked: RevokedSet | None = None,
     ) -> None:
         self.quotes = quotes
         self._key, self._terms, self._store = key, terms, store
         self._advert, self._clock, self._changed = advert, clock, changed
         self._egress = egress
+        self._revoked = revoked if revoked is not None else RevokedSet()
         self._session_keys: dict[str, KeyPair] = {}  # by quote hash, for live holds
         self._ending: set[str] = set()  # quote hashes of sessions that are over
         self._released = trio.Event()
@@ -151,14 +161,15 @@ class Desk:
         )
         if message.expires_at > now + REPLY_BY_S_MAX + CLOCK_SKEW_S:
             raise RefusedError("malformed", "The request asks to be remembered too long.")
-        agreements.open_certificate(
+        certificate = agreements.open_certificate(
             message.certificate,
             network=network,
-            coordinators=frozenset({self._terms.coordinator}),
+            coordinators=self._terms.coordinators,
             peer=peer,
             role="buyer",
             now=now,
         )
+        refuse_revoked(self._revoked, certificate.message)
         self._check_egress(message.requirements.egress)
         session_key = KeyPair(os.urandom(32))
         offer = await self._offer(request, session_key)
@@ -223,7 +234,7 @@ class Desk:
             now=self._clock(),
             what="agreement",
         )
-        if agreement.coordinator != terms.coordinator or agreement.fee_bps != terms.fee_bps:
+        if agreement.coordinator not in terms.coordinators or agreement.fee_bps != terms.fee_bps:
             raise RefusedError("terms_changed", "The agreement names another coordinator or fee.")
 
     def _count(self, outcome: str) -> None:

@@ -17,9 +17,10 @@ from msgspec import structs
 
 from lumaris_node.coordinator_link import CoordinatorLink
 from lumaris_overlay.private_files import write_private_file
-from lumaris_protocol import coordinator_api
+from lumaris_protocol import coordinator_api, key_list
 from lumaris_protocol.coordinator_api import TRANSIENT, Info
 from lumaris_protocol.errors import LumarisError
+from lumaris_protocol.key_list import TrustedKeys
 from lumaris_protocol.keys import KeyPair
 from lumaris_protocol.limits import CLOCK_SKEW_S
 
@@ -47,6 +48,7 @@ class Standing(msgspec.Struct, frozen=True, kw_only=True):
     expires_at: int
     addresses: tuple[str, ...] = ()
     bootstrap: tuple[str, ...] = ()
+    key_list: bytes = b""
 
     def is_young(self, now: float) -> bool:
         """Whether the certificate need not be renewed yet."""
@@ -72,6 +74,7 @@ class Enrolment:
         self._link, self._key, self._cache = link, key, cache
         self._url, self._clock = url, clock
         self._standing: Standing | None = None
+        self._trusted: TrustedKeys | None = None
         self._behind = False  # the coordinator could not be asked what it must be asked
         self._announced_at = -_ANNOUNCE_S
 
@@ -81,6 +84,12 @@ class Enrolment:
         assert self._standing is not None, "join comes first"
         return self._standing
 
+    @property
+    def trusted(self) -> TrustedKeys:
+        """The coordinator's keys after `join`; they follow its list."""
+        assert self._trusted is not None, "join comes first"
+        return self._trusted
+
     async def join(self) -> Standing:
         """A valid certificate: the cached one while it is young or nobody can renew it.
 
@@ -89,8 +98,9 @@ class Enrolment:
         cached = await trio.to_thread.run_sync(self._read, self._clock())
         try:
             info = await self._link.info()
-            if cached is not None and _same_coordinator(cached.info, info):
-                cached = self._standing = structs.replace(cached, info=info)
+            trusted = self._trusted = await self._learn_keys(info, self._trust(cached, info))
+            if cached is not None and cached.info.coordinator in trusted:
+                cached = self._standing = structs.replace(cached, info=info, key_list=trusted.data)
             else:
                 cached = None
             if cached is None or not cached.is_young(self._clock()):
@@ -102,6 +112,7 @@ class Enrolment:
                 raise
             log.warning("going on with the cached membership code=%s", error.code)
             self._behind, self._standing = True, known
+            self._trusted = self._trusted or self._trust(known, known.info)
         return self.standing
 
     async def announce(self, addresses: tuple[str, ...]) -> None:
@@ -126,7 +137,7 @@ class Enrolment:
             try:
                 found = await addresses()
                 if self._is_due(found):
-                    await self._register(self.standing.info, found)
+                    await self._register(await self._renewed(), found)
                     if self._behind:
                         await self._learn_bootstrap()
                     self._behind = False
@@ -142,6 +153,43 @@ class Enrolment:
             return True
         quiet_s = trio.current_time() - self._announced_at
         return addresses != self.standing.addresses and quiet_s >= _ANNOUNCE_S
+
+    def _trust(self, cached: Standing | None, info: Info) -> TrustedKeys:
+        """What is known of the coordinator's keys before it is asked: the cached list, since the
+        same coordinator may sign with another key by now."""
+        if cached is None or cached.info.network != info.network:
+            return TrustedKeys(info.coordinator, network=info.network, clock=self._clock)
+        return TrustedKeys(
+            cached.info.coordinator,
+            network=info.network,
+            clock=self._clock,
+            data=cached.key_list,
+        )
+
+    async def _learn_keys(self, info: Info, trusted: TrustedKeys) -> TrustedKeys:
+        """The coordinator's list taken in. Raises LumarisError."""
+        data = await self._fetch_list()
+        if key_list.is_another(data, trusted, coordinator=info.coordinator, network=info.network):
+            # Set up anew at the same address: its root is pinned as at a first meeting.
+            trusted = TrustedKeys(info.coordinator, network=info.network, clock=self._clock)
+        trusted.meet(info.coordinator, data)
+        return trusted
+
+    async def _fetch_list(self) -> bytes:
+        try:
+            return await self._link.call(coordinator_api.key_list())
+        except LumarisError as error:
+            if error.code == "not_found":
+                return b""
+            raise
+
+    async def _renewed(self) -> Info:
+        """The terms as they are now, of the same coordinator. Raises LumarisError."""
+        info = await self._link.info()
+        if info.network != self.standing.info.network:
+            raise LumarisError("wrong_domain", "The coordinator is of another network now.")
+        self.trusted.meet(info.coordinator, await self._fetch_list())
+        return info
 
     async def _register(self, info: Info, addresses: tuple[str, ...]) -> None:
         said = await self._link.register(self._key, info, addresses=addresses, clock=self._clock)
@@ -159,6 +207,7 @@ class Enrolment:
                 expires_at=said.expires_at,
                 addresses=addresses,
                 bootstrap=bootstrap,
+                key_list=self.trusted.data,
             )
         )
 
@@ -182,7 +231,3 @@ class Enrolment:
             return None
         ours = (standing.url, standing.peer) == (self._url, self._key.peer_id)
         return standing if ours and standing.is_valid(now) else None
-
-
-def _same_coordinator(one: Info, other: Info) -> bool:
-    return (one.coordinator, one.network) == (other.coordinator, other.network)

@@ -124,7 +124,7 @@ class Settler:
             item,
             self._key,
             network=self._terms.network,
-            coordinator=self._terms.coordinator,
+            coordinator=agreements.coordinator_of(item.by_buyer),
             now=int(self._clock()),
         )
         try:
@@ -136,9 +136,10 @@ class Settler:
         if isinstance(answer, coordinator_api.Claimed):
             raise LumarisError("internal", "The coordinator let a seller's claim wait.")
         bundle = receipts.decode_bundle(answer)
-        receipt = codec.open_signed(
-            bundle.receipt, Receipt, network=self._terms.network, signer=self._terms.coordinator
-        ).message
+        signed = codec.open_signed(bundle.receipt, Receipt, network=self._terms.network)
+        if signed.signer not in self._terms.coordinators:
+            raise LumarisError("internal", "The receipt is not signed by the coordinator.")
+        receipt = signed.message
         if receipt.session != item.session or receipt.seller != self._key.peer_id:
             raise LumarisError("internal", "The coordinator sent the receipt of another session.")
         await self._store.settled(item.session, receipt=answer, earned_nanos=receipt.seller_nanos)

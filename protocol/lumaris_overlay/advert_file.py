@@ -18,16 +18,22 @@ from lumaris_protocol.limits import ADVERT_BYTES_MAX, DIRECTORY_ADVERTS_MAX
 
 # A full directory is 40 MB: written this often at most, that is 0.7 MB/s.
 _SPACING_S = 60.0
-_FRAME_BYTES_MAX = ADVERT_BYTES_MAX + 16
-_FILE_BYTES_MAX = DIRECTORY_ADVERTS_MAX * _FRAME_BYTES_MAX
 _READ_BYTES = 1 << 20
 
 
 class AdvertFile:
-    """A file of adverts. Its calls block for as long as the disk takes."""
+    """A file of adverts, or of other documents. Its calls block for as long as the disk takes."""
 
-    def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        document_bytes_max: int = ADVERT_BYTES_MAX,
+        documents_max: int = DIRECTORY_ADVERTS_MAX,
+    ) -> None:
         self._path, self._clock = path, clock
+        self._frame_bytes_max, self._documents_max = document_bytes_max + 16, documents_max
         self._written_at: float | None = None
 
     def load(self) -> list[bytes]:
@@ -35,11 +41,12 @@ class AdvertFile:
 
         Of a damaged file, the blocks before the damage are returned.
         """
-        decoder = frames.Decoder(size_max=_FRAME_BYTES_MAX)
+        decoder = frames.Decoder(size_max=self._frame_bytes_max)
+        bytes_max = self._documents_max * self._frame_bytes_max
         found: list[bytes] = []
         try:
             with self._path.open("rb") as file:
-                for _ in range(0, _FILE_BYTES_MAX, _READ_BYTES):
+                for _ in range(0, bytes_max, _READ_BYTES):
                     data = file.read(_READ_BYTES)
                     if not data:
                         break
@@ -47,7 +54,7 @@ class AdvertFile:
                     found += [frame.body for frame in fed if frame.kind == Kind.ENVELOPE]
         except (OSError, EnvelopeError):
             pass
-        return found[:DIRECTORY_ADVERTS_MAX]
+        return found[: self._documents_max]
 
     def save(self, documents: Sequence[bytes], *, now: bool = False) -> bool:
         """Replace the file, unless that was done a moment ago; whether it was written.
@@ -58,6 +65,6 @@ class AdvertFile:
         if not now and self._written_at is not None and at < self._written_at + _SPACING_S:
             return False
         self._written_at = at  # a disk that fails is not tried more often than one that works
-        kept = documents[:DIRECTORY_ADVERTS_MAX]
+        kept = documents[: self._documents_max]
         write_private_file(self._path, b"".join(frames.encode(Kind.ENVELOPE, doc) for doc in kept))
         return True

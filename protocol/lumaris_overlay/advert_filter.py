@@ -63,7 +63,8 @@ def filter_of(needs: Requirements) -> AdvertFilter:
         tier=needs.tier,
         cpu_millis=wanted.cpu_millis,
         memory_bytes=wanted.memory_bytes,
-        gpu=first.model if first is not None else None,
+        # Without a model any will do.
+        gpu=(first.model or None) if first is not None else None,
     )
 
 

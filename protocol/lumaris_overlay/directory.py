@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from lumaris_overlay.advert_filter import AdvertFacts, facts_of
@@ -94,11 +94,28 @@ class Directory:
                 gone.append(AdvertEvent(seller, None, entry.seq))
                 self._entries[seller] = replace(entry, live=False, addresses=())
             if entry.forget_at <= now:
-                del self._entries[seller]
-                del self._order[bisect_left(self._order, seller)]
-                self._envelopes.discard(entry.envelope)
+                self._drop(seller)
         self._due_at = min((entry.due_at for entry in self._entries.values()), default=math.inf)
         return gone
+
+    def revoke(self, sellers: Iterable[str], now: float) -> list[AdvertEvent]:
+        """Forget those of these sellers whose advert the gate refuses by now; the departures."""
+        gone: list[AdvertEvent] = []
+        for seller in map(PeerId, sellers):
+            entry = self._entries.get(seller)
+            if entry is None:
+                continue
+            try:
+                self._gate.check(entry.envelope, now)
+            except EnvelopeError:
+                self._drop(seller)
+                if entry.live:
+                    gone.append(AdvertEvent(seller, None, entry.seq))
+        return gone
+
+    def _drop(self, seller: PeerId) -> None:
+        self._envelopes.discard(self._entries.pop(seller).envelope)
+        del self._order[bisect_left(self._order, seller)]
 
     def events(self) -> list[AdvertEvent]:
         """The live adverts, as a newcomer is told of them."""

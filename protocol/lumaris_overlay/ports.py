@@ -60,6 +60,16 @@ class DemandEvent:
 
 
 @dataclass(frozen=True)
+class Notice:
+    """What a coordinator tells everybody (its envelope bytes). `kind` is the document's type."""
+
+    kind: str
+    signer: PeerId
+    seq: int
+    envelope: bytes
+
+
+@dataclass(frozen=True)
 class PeerInfo:
     """A peer we hold a connection to; `relayed` when it runs through another peer."""
 
@@ -146,6 +156,17 @@ class Overlay(Protocol):
 
     def demands(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[DemandEvent]]:
         """Each demand of other peers from now on; the oldest are dropped when nobody takes them."""
+        ...
+
+    async def publish_notice(self, envelope: bytes) -> None:
+        """Gossip what a coordinator signed for everybody, and heed it.
+
+        Raises EnvelopeError when it would be refused by any honest peer.
+        """
+        ...
+
+    def notices(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[Notice]]:
+        """First what is known of the coordinators' notices, then each new one."""
         ...
 
     async def find_peer(self, peer: str) -> bytes | None:

@@ -77,6 +77,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--socket", type=Path, required=True, help="where to serve the port")
     parser.add_argument("--state", type=Path, required=True, help="directory for what is kept")
     parser.add_argument("--coordinator-key", action="append", default=[], help="a peer id")
+    parser.add_argument("--coordinator-root", action="append", default=[], help="a peer id")
     parser.add_argument("--bootstrap", action="append", default=[], help="address of a peer")
     parser.add_argument("--announce", action="append", default=[], help="address to tell others")
     parser.add_argument("--relay-service", action="store_true", help="carry others' circuits")
@@ -115,6 +116,7 @@ async def _run(options: argparse.Namespace) -> None:
             bootstrap=tuple(options.bootstrap),
             state_dir=options.state,
             reach=_reach_of(options),
+            roots=frozenset(PeerId(text) for text in options.coordinator_root),
         )
         async with AsyncExitStack() as stack:
             overlay = await _open_host(stack, config, options.state / _PORT_FILE)

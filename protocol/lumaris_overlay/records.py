@@ -6,6 +6,7 @@ later counts, then the higher `seq`, then the greater bytes, so that all holders
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 from lumaris_overlay.validate import AdvertGate, MembershipGate
@@ -20,6 +21,7 @@ from lumaris_protocol.limits import (
 )
 from lumaris_protocol.messages.advert import Advert
 from lumaris_protocol.messages.endpoint import Endpoint
+from lumaris_protocol.revocations import RevokedSet
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,17 @@ def newest(*records: PeerRecord | None) -> PeerRecord | None:
 
 
 class RecordGate:
-    """Checks a record with nothing but its bytes, the clock and the coordinators' keys."""
+    """Checks a record with its bytes, the clock, the coordinators' keys and who is revoked."""
 
-    def __init__(self, network: str, coordinator_keys: frozenset[PeerId]) -> None:
+    def __init__(
+        self,
+        network: str,
+        coordinator_keys: Set[PeerId],
+        revoked: RevokedSet | None = None,
+    ) -> None:
         self.network = network
-        self._adverts = AdvertGate(network, coordinator_keys)
-        self._members = MembershipGate(network, coordinator_keys)
+        self._adverts = AdvertGate(network, coordinator_keys, revoked)
+        self._members = MembershipGate(network, coordinator_keys, revoked)
 
     def check(self, data: bytes, now: float) -> PeerRecord:
         """The record inside `data`. Raises EnvelopeError with the code of what is wrong."""

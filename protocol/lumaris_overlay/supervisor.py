@@ -66,6 +66,8 @@ class OverlayConfig:
     linger_s: float = _LINGER_S_DEFAULT
     memory_bytes_max: int = OVERLAY_MEMORY_BYTES
     log_level: str = "warning"
+    # Whose lists of coordinator keys count.
+    roots: frozenset[PeerId] = frozenset()
 
     @property
     def socket(self) -> Path:
@@ -86,6 +88,8 @@ class OverlayConfig:
         command += ["--memory-max", str(self.memory_bytes_max)]
         for peer in sorted(self.coordinator_keys):
             command += ["--coordinator-key", peer]
+        for peer in sorted(self.roots):
+            command += ["--coordinator-root", peer]
         for address in self.bootstrap:
             command += ["--bootstrap", address]
         for address in self.announce:
@@ -284,10 +288,9 @@ class _SharedProcess:
         found = await identify(self._config.socket)
         if found is None:
             return False
-        if (found.network, frozenset(found.coordinator_keys)) == (
-            self._config.network,
-            self._config.coordinator_keys,
-        ):
+        # One key in common is enough: the process learns of rotations from its coordinator's list.
+        shared = self._config.coordinator_keys.intersection(map(PeerId, found.coordinator_keys))
+        if found.network == self._config.network and shared:
             return True
         raise LumarisError(
             "config_invalid",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 from lumaris_overlay.libp2p import addresses
-from lumaris_protocol import agreements, codec
+from lumaris_protocol import agreements, codec, envelope
 from lumaris_protocol.codec import Signed
 from lumaris_protocol.errors import EnvelopeError
 from lumaris_protocol.keys import PeerId
@@ -15,31 +17,61 @@ from lumaris_protocol.limits import (
 )
 from lumaris_protocol.messages.advert import Advert, MembershipCertificate
 from lumaris_protocol.messages.demand import Demand
+from lumaris_protocol.revocations import RevokedSet
 
 # Buyers whose rate is remembered; more than can send demands through one peer in a minute.
 _BUYERS_MAX = 10_000
 
 
 class MembershipGate:
-    """Checks a membership certificate, whatever its roles, with the coordinators' keys."""
+    """Checks a membership certificate, whatever its roles, with the coordinators' keys.
 
-    def __init__(self, network: str, coordinator_keys: frozenset[PeerId]) -> None:
+    With `revoked`, one of those in it is refused.
+    """
+
+    def __init__(
+        self,
+        network: str,
+        coordinator_keys: Set[PeerId],
+        revoked: RevokedSet | None = None,
+    ) -> None:
         self.network = network
         self.coordinator_keys = coordinator_keys
+        self.revoked = revoked if revoked is not None else RevokedSet()
 
     def check(self, data: bytes, peer: str, now: float) -> Signed[MembershipCertificate]:
         """The certificate of `peer` inside `data`. Raises EnvelopeError."""
-        return agreements.open_certificate(
+        found = agreements.open_certificate(
             data, network=self.network, coordinators=self.coordinator_keys, peer=peer, now=now
         )
+        refuse_revoked(self.revoked, found.message)
+        return found
+
+
+def refuse_revoked(revoked: RevokedSet, certificate: MembershipCertificate) -> None:
+    """Raise EnvelopeError `revoked` for a certificate that counts no more."""
+    if revoked.covers(certificate.peer, serial=certificate.serial, issued_at=certificate.issued_at):
+        raise EnvelopeError("revoked")
+
+
+def refuse_revoked_seller(revoked: RevokedSet, advert: Advert) -> None:
+    """Raise EnvelopeError `revoked` for a checked advert whose certificate counts no more."""
+    if len(revoked):
+        payload = envelope.decode(advert.certificate).payload
+        refuse_revoked(revoked, codec.decode_payload(payload, MembershipCertificate))
 
 
 class AdvertGate:
-    """Checks an advert with nothing but its bytes, the clock and the coordinators' keys."""
+    """Checks an advert with its bytes, the clock, the coordinators' keys and who is revoked."""
 
-    def __init__(self, network: str, coordinator_keys: frozenset[PeerId]) -> None:
+    def __init__(
+        self,
+        network: str,
+        coordinator_keys: Set[PeerId],
+        revoked: RevokedSet | None = None,
+    ) -> None:
         self.network = network
-        self._members = MembershipGate(network, coordinator_keys)
+        self._members = MembershipGate(network, coordinator_keys, revoked)
 
     def check(self, data: bytes, now: float) -> Signed[Advert]:
         """The advert inside `data`. Raises EnvelopeError with the code of what is wrong."""
@@ -61,9 +93,14 @@ class AdvertGate:
 class DemandGate:
     """Checks a buyer's demand; it is gossiped, so what is wrong with it goes no further."""
 
-    def __init__(self, network: str, coordinator_keys: frozenset[PeerId]) -> None:
+    def __init__(
+        self,
+        network: str,
+        coordinator_keys: Set[PeerId],
+        revoked: RevokedSet | None = None,
+    ) -> None:
         self.network = network
-        self._members = MembershipGate(network, coordinator_keys)
+        self._members = MembershipGate(network, coordinator_keys, revoked)
         self._buckets = TokenBuckets(
             per_s=DEMANDS_PER_S_PER_BUYER, burst=DEMANDS_BURST_PER_BUYER, names_max=_BUYERS_MAX
         )

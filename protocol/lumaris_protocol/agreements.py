@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,7 @@ from lumaris_protocol.limits import CERTIFICATE_LIFETIME_S_MAX, SESSION_KEY_LIFE
 from lumaris_protocol.messages.advert import MembershipCertificate
 from lumaris_protocol.messages.budget import BudgetGrant
 from lumaris_protocol.messages.negotiation import Agreement, Quote, QuoteRequest
+from lumaris_protocol.messages.payment import Amendment
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ def join(by_buyer: bytes, by_seller: bytes, *, network: str) -> Contract:
     if not 0 < agreement.ends_at - agreement.issued_at <= SESSION_KEY_LIFETIME_S_MAX:
         raise EnvelopeError("malformed", "The agreement's session keys live too long.")
     return Contract(agreement, digest(payload), first.data, second.data)
+
+
+def coordinator_of(data: bytes) -> str:
+    """The coordinator that one signed copy names, before it is verified. Raises EnvelopeError."""
+    return codec.decode_payload(envelope.decode(data).payload, Agreement).coordinator
 
 
 def payload_hash(data: bytes) -> str:
@@ -133,11 +140,58 @@ def open_grant(
     return grant
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """What an agreement came to after `n` amendments."""
+
+    n: int
+    cap_nanos: int
+    ends_at: int
+
+
+def bounds_of(contract: Contract) -> Bounds:
+    """What the agreement itself says."""
+    agreement = contract.agreement
+    return Bounds(0, agreement.terms.cap_nanos, agreement.ends_at)
+
+
+def amend(
+    contract: Contract, before: Bounds, by_buyer: bytes, by_seller: bytes | None, *, network: str
+) -> Bounds:
+    """Check one amendment against what held before it; what holds after it.
+
+    Raises EnvelopeError, or RefusedError `amendment_refused` when it does not follow, lowers
+    something, changes nothing, or lasts longer without the seller or than session keys may.
+    """
+    agreement = contract.agreement
+    signed = codec.open_signed(by_buyer, Amendment, network=network, signer=agreement.buyer)
+    message = signed.message
+    if message.agreement_hash != contract.hash or message.session != agreement.session:
+        raise RefusedError("amendment_refused", "The amendment is another agreement's.")
+    if by_seller is not None:
+        other = codec.open_signed(by_seller, Amendment, network=network, signer=agreement.seller)
+        if other.message != message:
+            raise EnvelopeError("terms_changed", "The two sides signed different amendments.")
+    after = Bounds(message.n, message.cap_nanos, message.ends_at)
+    if after.n <= before.n:
+        raise RefusedError("amendment_refused", f"Amendment {before.n} is in force.")
+    if after.cap_nanos < before.cap_nanos or after.ends_at < before.ends_at:
+        raise RefusedError("amendment_refused", "An amendment only raises.")
+    longer = after.ends_at > before.ends_at
+    if not longer and after.cap_nanos == before.cap_nanos:
+        raise RefusedError("amendment_refused", "The amendment changes nothing.")
+    if longer and by_seller is None:
+        raise RefusedError("amendment_refused", "The seller must sign a longer lease as well.")
+    if longer and after.ends_at - agreement.issued_at > SESSION_KEY_LIFETIME_S_MAX:
+        raise RefusedError("amendment_refused", "The agreement's session keys live too long.")
+    return after
+
+
 def open_certificate(
     data: bytes,
     *,
     network: str,
-    coordinators: frozenset[str],
+    coordinators: Set[str],
     peer: str,
     role: Literal["buyer", "seller"] | None = None,
     now: float,

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final, Generic, TypeVar
+from typing import Annotated, Any, Final, Generic, TypeVar
 
 import msgspec
 
 from lumaris_protocol import codes, receipts
 from lumaris_protocol.errors import LumarisError, RefusedError
-from lumaris_protocol.limits import MIB
+from lumaris_protocol.limits import CONSISTENCY_HASHES_MAX, MIB
+from lumaris_protocol.messages.base import Digest
 
 T = TypeVar("T")
 
@@ -38,6 +39,8 @@ class Info(msgspec.Struct, frozen=True):
     test_credit_nanos: int
     version: str
     time: int
+    currencies: list[str] = []
+    bond_release_s: int = 0
 
 
 class Challenge(msgspec.Struct, frozen=True):
@@ -62,14 +65,36 @@ class Bootstrap(msgspec.Struct, frozen=True):
     addresses: list[str]
 
 
+class Wallet(msgspec.Struct, frozen=True):
+    """Money in one currency: free, and held in open sessions."""
+
+    currency: str
+    free_nanos: int
+    held_nanos: int
+    sessions_open: int
+
+
 class Account(msgspec.Struct, frozen=True):
-    """A peer's own account."""
+    """A peer's own account: the main currency's money, and every wallet."""
 
     account: str
     peer: str
     currency: str
     free_nanos: int
     held_nanos: int
+    wallets: list[Wallet] = []
+
+
+class Payout(msgspec.Struct, frozen=True):
+    """Money on its way out of the market; `held` until the adapter has paid."""
+
+    payout: str
+    adapter: str
+    currency: str
+    amount_nanos: int
+    state: str
+    reference: str
+    reason: str
 
 
 class Claimed(msgspec.Struct, frozen=True):
@@ -79,6 +104,59 @@ class Claimed(msgspec.Struct, frozen=True):
     settle_by: int
 
 
+class Escrow(msgspec.Struct, frozen=True):
+    """The money of a session; `runway_s` is how long it lasts at the session's full rate."""
+
+    number: int
+    session: str
+    agreement_hash: str
+    buyer: str
+    seller: str
+    currency: str
+    state: str
+    version: int
+    cap_nanos: int
+    vouchered_nanos: int
+    paid_nanos: int
+    held_nanos: int
+    disputes_open: int
+    granted_at: int
+    ends_at: int
+    settle_by: int
+    runway_s: int
+    receipt: str | None
+
+
+class EscrowPage(msgspec.Struct, frozen=True):
+    """Escrows, oldest first; `next` is the `after` of the next page, None at the end."""
+
+    escrows: list[Escrow]
+    next: int | None
+
+
+class BondRelease(msgspec.Struct, frozen=True):
+    """A part of a bond that was asked back and is paid when due."""
+
+    amount_nanos: int
+    due: int
+
+
+class Bond(msgspec.Struct, frozen=True):
+    """A peer's bond in a currency."""
+
+    currency: str
+    locked_nanos: int
+    band: int
+    releases: list[BondRelease]
+    peer: str = ""
+
+
+class Bonds(msgspec.Struct, frozen=True):
+    """The bonds of one peer, or of each of the caller's."""
+
+    bonds: list[Bond]
+
+
 class Audit(msgspec.Struct, frozen=True):
     """The ledger recomputed from its transfers."""
 
@@ -86,6 +164,69 @@ class Audit(msgspec.Struct, frozen=True):
     accounts: int
     transfers: int
     sum_nanos: int
+
+
+class _Consistency(msgspec.Struct, frozen=True):
+    hashes: Annotated[list[Digest], msgspec.Meta(max_length=CONSISTENCY_HASHES_MAX)]
+
+
+class Dispute(msgspec.Struct, frozen=True):
+    """A dispute as its parties see it; times are the coordinator's seconds."""
+
+    dispute: str
+    number: int
+    agreement_hash: str
+    claim: str
+    order: int
+    opener: str
+    buyer: str
+    seller: str
+    state: str
+    currency: str
+    amount_nanos: int
+    bond_nanos: int
+    stake_nanos: int
+    opened_at: int
+    evidence_until: int
+    check_until: int | None
+    ended_at: int | None
+
+
+class DisputeRuling(msgspec.Struct, frozen=True):
+    """What a ruling says; the dispute file proves it."""
+
+    fault: str
+    rule: str
+    award_nanos: int
+    refund_nanos: int
+    slash_nanos: int
+    collected_nanos: int
+    victim_nanos: int
+    bond_returned: bool
+
+
+class ShownEvidence(msgspec.Struct, frozen=True):
+    """One bundle by its hash; number 0 is the opening."""
+
+    n: int
+    by: str
+    done: bool
+    hash: str
+
+
+class DisputeDetail(Dispute, frozen=True, kw_only=True):
+    """A dispute with what was shown, who checks, and how it was ruled."""
+
+    evidence: list[ShownEvidence]
+    checkers: list[str]
+    ruling: DisputeRuling | None
+
+
+class DisputePage(msgspec.Struct, frozen=True):
+    """Disputes, oldest first; `next` is the `after` of the next page, None at the end."""
+
+    disputes: list[Dispute]
+    next: int | None
 
 
 class _Problem(msgspec.Struct, frozen=True):
@@ -137,9 +278,19 @@ def bootstrap() -> Request[Bootstrap]:
     return Request("GET", "/v1/bootstrap", _json(Bootstrap))
 
 
+def key_list() -> Request[bytes]:
+    """The signed list of the coordinator's keys."""
+    return Request("GET", "/.well-known/lumaris-keys", lambda _status, body: body)
+
+
 def shards() -> Request[bytes]:
     """The signed shard map."""
     return Request("GET", "/v1/shards", lambda _status, body: body)
+
+
+def revocations(after: int) -> Request[bytes]:
+    """The signed revocations that follow a number."""
+    return Request("GET", f"/v1/revocations?after={after}", lambda _status, body: body)
 
 
 def challenge(peer: str) -> Request[Challenge]:
@@ -164,9 +315,46 @@ def credit(credit_request: bytes) -> Request[Account]:
     return _post("/v1/credits", credit_request, _json(Account))
 
 
+def payout(payout_request: bytes) -> Request[Payout]:
+    """Send a signed PayoutRequest."""
+    return _post("/v1/payouts", payout_request, _json(Payout))
+
+
+def payout_state(payout_id: str, token: str) -> Request[Payout]:
+    """Where a payout of the caller's stands."""
+    return Request("GET", f"/v1/payouts/{payout_id}", _json(Payout), headers=_bearer(token))
+
+
 def grant(grant_request: bytes) -> Request[bytes]:
     """Send a signed GrantRequest; the answer is a BudgetGrant envelope."""
     return _post("/v1/grants", grant_request, lambda _status, body: body)
+
+
+def amend(amend_request: bytes) -> Request[bytes]:
+    """Send a signed AmendRequest; the answer is the new BudgetGrant envelope."""
+    return _post("/v1/amendments", amend_request, lambda _status, body: body)
+
+
+def bond(bond_request: bytes) -> Request[Bonds]:
+    """Send a signed BondRequest; the answer is the peer's bonds."""
+    return _post("/v1/bonds", bond_request, _json(Bonds))
+
+
+def bonds(token: str) -> Request[Bonds]:
+    """The bonds of the caller's peers."""
+    return Request("GET", "/v1/bonds/me", _json(Bonds), headers=_bearer(token))
+
+
+def escrows(token: str, *, after: int = 0, state: str = "") -> Request[EscrowPage]:
+    """A page of the caller's escrows, of one state or of all."""
+    only = f"&state={state}" if state else ""
+    path = f"/v1/escrows?after={after}{only}"
+    return Request("GET", path, _json(EscrowPage), headers=_bearer(token))
+
+
+def escrow(session: str, token: str) -> Request[Escrow]:
+    """The money of one of the caller's sessions."""
+    return Request("GET", f"/v1/escrows/{session}", _json(Escrow), headers=_bearer(token))
 
 
 def settle(claim: bytes) -> Request[bytes | Claimed]:
@@ -184,6 +372,60 @@ def receipt(receipt_id: str, token: str) -> Request[bytes]:
     return Request(
         "GET", f"/v1/receipts/{receipt_id}", lambda _status, body: body, headers=_bearer(token)
     )
+
+
+def log_checkpoint() -> Request[str]:
+    """The newest head of the receipts log: a signed note."""
+    return Request("GET", "/log/checkpoint", _text)
+
+
+def log_consistency(old: int, new: int) -> Request[tuple[bytes, ...]]:
+    """The proof that the log of `new` leaves extends that of `old`."""
+    return Request("GET", f"/log/consistency?old={old}&new={new}", _read_hashes)
+
+
+def add_cosignature(note: str) -> Request[bytes]:
+    """Hand in a head of the log with a witness's cosignature."""
+    headers = {"content-type": "text/plain; charset=utf-8"}
+    return Request("POST", "/log/add-cosignature", lambda _, body: body, note.encode(), headers)
+
+
+def open_dispute(opening: bytes) -> Request[Dispute]:
+    """Send a signed DisputeOpen."""
+    return _post("/v1/disputes", opening, _json(Dispute))
+
+
+def add_evidence(dispute: str, bundle: bytes) -> Request[Dispute]:
+    """Send a signed DisputeEvidence."""
+    return _post(f"/v1/disputes/{dispute}/evidence", bundle, _json(Dispute))
+
+
+def withdraw_dispute(dispute: str, withdrawal: bytes) -> Request[Dispute]:
+    """Send a signed DisputeWithdraw."""
+    return _post(f"/v1/disputes/{dispute}/withdraw", withdrawal, _json(Dispute))
+
+
+def split_dispute(dispute: str, split: bytes) -> Request[Dispute]:
+    """Send one side's signed DisputeSplit."""
+    return _post(f"/v1/disputes/{dispute}/split", split, _json(Dispute))
+
+
+def disputes(token: str, *, after: int = 0) -> Request[DisputePage]:
+    """A page of the caller's disputes."""
+    path = f"/v1/disputes?after={after}"
+    return Request("GET", path, _json(DisputePage), headers=_bearer(token))
+
+
+def dispute(dispute_id: str, token: str) -> Request[DisputeDetail]:
+    """One dispute of the caller's."""
+    path = f"/v1/disputes/{dispute_id}"
+    return Request("GET", path, _json(DisputeDetail), headers=_bearer(token))
+
+
+def dispute_document(dispute_id: str, token: str) -> Request[bytes]:
+    """The dispute file, as `dispute_file.verify` replays it."""
+    path = f"/v1/disputes/{dispute_id}/file"
+    return Request("GET", path, lambda _status, body: body, headers=_bearer(token))
 
 
 def audit() -> Request[Audit]:
@@ -208,6 +450,18 @@ def _json(kind: type[T]) -> Callable[[int, bytes], T]:
         return record  # type: ignore[no-any-return]
 
     return parse
+
+
+def _text(_status: int, body: bytes) -> str:
+    try:
+        return body.decode()
+    except UnicodeDecodeError:
+        raise RefusedError("malformed", "The coordinator's answer is no text.") from None
+
+
+def _read_hashes(status: int, body: bytes) -> tuple[bytes, ...]:
+    found = _json(_Consistency)(status, body)
+    return tuple(bytes.fromhex(name.removeprefix("sha256:")) for name in found.hashes)
 
 
 def _read_settled(status: int, body: bytes) -> bytes | Claimed:

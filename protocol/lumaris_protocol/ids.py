@@ -19,8 +19,10 @@ PREFIXES: Final = {
     "dispute": "dsp",
     "demand": "dmd",
     "account": "acc",
+    "user": "usr",
     "transfer": "trf",
     "challenge": "chl",
+    "webhook": "whk",
 }
 
 # `\Z` and not `$`, which would also let a line break follow.

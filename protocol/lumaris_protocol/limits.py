@@ -62,6 +62,65 @@ CHALLENGE_LIFETIME_S = 300
 SETTLE_WINDOW_S_DEFAULT = 30 * 24 * 3600
 SETTLE_WINDOW_S_MAX = 400 * 24 * 3600
 
+# --- notices of a coordinator --------------------------------------------------------------------
+# A notice is gossiped to everybody; at its largest it is 64 revocations of 200 bytes.
+NOTICE_BYTES_MAX = 24 * KIB
+REVOCATIONS_PER_NOTICE_MAX = 64
+# One rotation a month, with keys kept for twice the longest settle window.
+SIGNING_KEYS_MAX = 32
+# What a peer keeps and tells newcomers: the newest of each type, and revocations that still matter.
+NOTICES_KEPT_MAX = 64
+# Revocations matter for as long as a certificate lives: a crowd of this many needs 5 MB.
+REVOCATIONS_REMEMBERED_MAX = 20_000
+# How often nodes ask for revocations that gossip did not bring, and pages of them at a time.
+REVOCATIONS_CHECK_S = 240
+REVOCATION_PAGES_MAX = 64
+# A newcomer asks a few peers; a coordinator speaks a few times a minute.
+NOTICE_ASKS_PER_S_PER_PEER = 0.2
+NOTICE_ASKS_BURST_PER_PEER = 10
+# A request for a TLS certificate with the largest key accepted, RSA of 4,096 bits, is 1.7 kB.
+CSR_BYTES_MAX = 4 * KIB
+
+# --- disputes ------------------------------------------------------------------------------------
+# A work order, delivery or event with the longest lists of files.
+SESSION_DOCUMENT_BYTES_MAX = 4 * ENVELOPE_BYTES_MAX - KIB
+# One opening or evidence bundle: the largest session document in base64, its agreement and a few
+# more. It arrives in one request.
+DISPUTE_DOCUMENT_BYTES_MAX = 8 * ENVELOPE_BYTES_MAX
+# Each side has half of what a dispute may hold, so that neither can use up the other's room.
+EVIDENCE_BYTES_MAX = 1 * MIB
+# Each is a signature to verify, again whenever the dispute goes on: 128 are 10 ms.
+EVIDENCE_DOCUMENTS_MAX = 64
+EVIDENCE_BUNDLES_MAX = 8
+# A silent checker is replaced this often; with the default times a check then takes three days.
+CHECKERS_MAX = 3
+# 256 candidates are 25 kB: one envelope. The sellers with the largest bonds are taken.
+CHECKER_CANDIDATES_MAX = 256
+# Replicas of one order: a majority of seven is four that would all have to lie alike.
+REPLICAS_MAX = 7
+# The opener's bond: at 12 % of what is asked a false dispute does not pay while fewer than one
+# checker in ten lies. The least of it pays for keeping the dispute for ever.
+DISPUTE_BOND_BPS = 1_200
+DISPUTE_BOND_NANOS_MIN = 1_000_000
+# What the loser owes beyond the amount itself: a tenth for what was not delivered or not paid, as
+# much again for a wrong result (a tenth of a bond of ten prices).
+PENALTY_BPS = 1_000
+PENALTY_WRONG_BPS = 10_000
+# A bond counts in the draw of a checker up to this, so that no one seller is drawn every time.
+CHECKER_WEIGHT_NANOS_MAX = 100_000_000_000
+# An order may run this much over its wall limit before its delivery is late: the kill takes time.
+LATE_BPS = 11_000
+# A dispute file: all evidence in base64, three draws and a ruling.
+DISPUTE_FILE_BYTES_MAX = 4 * MIB
+
+# --- the receipts log ----------------------------------------------------------------------------
+# A checkpoint with sixteen cosignatures, at 220 characters each, is 4 kB.
+CHECKPOINT_CHARS_MAX = 8 * KIB
+NOTE_SIGNATURES_MAX = 32
+WITNESSES_MAX = 16
+CONSISTENCY_HASHES_MAX = 63  # the most that a witness is sent (C2SP tlog-witness)
+WITNESS_CHARS_MAX = 12 * KIB  # a checkpoint after as many hashes in base64
+
 # --- one job ------------------------------------------------------------------------------------
 INPUT_FILES_MAX = 1_000
 INPUT_BYTES_MAX = 4 * GIB
@@ -114,6 +173,10 @@ CHALLENGE_STATES_MAX = 65
 # 2**53 - 1 nanos is 9,007,199 credits: exact in every JSON reader, far above any session's cap.
 NANOS_MAX = (1 << 53) - 1
 FEE_BPS_MAX = 10_000
+# Of one agreement: a session lives a day at most, and a receipt file carries each of them twice.
+AMENDMENTS_MAX = 32
+# Of one agreement's escrow: its receipt file carries the rulings that paid from it.
+DISPUTES_PER_ESCROW_MAX = 16
 VOUCHER_INTERVAL_S_MIN = 1
 VOUCHER_INTERVAL_S_MAX = 60
 SEQ_MAX = (1 << 53) - 1
@@ -194,8 +257,8 @@ SHARD_ID_MAX = 4_095
 SHARD_REGIONS_MAX = 32
 # Each shard costs a follower its gossip: 12 adverts/s at 4.4 ms of CPU. Others are asked for.
 SHARDS_FOLLOWED_MAX = 4
-# The overlay's Unix socket: a header holds one advert in base64 and a few addresses.
-SOCKET_HEADER_BYTES_MAX = 16 * KIB
+# The overlay's Unix socket: a header holds one notice in base64 at most.
+SOCKET_HEADER_BYTES_MAX = 34 * KIB
 SOCKET_STREAMS_WAITING_MAX = 256
 SOCKET_CLAIM_S = 5
 
@@ -249,3 +312,7 @@ LINKS_MAX = 256
 LINKS_PER_PEER_MAX = 16
 # What all lanes together may leave unread before the link with most of it is ended.
 LINKS_UNREAD_BYTES_MAX = 256 * MIB
+
+# An Idempotency-Key: a UUID has 36 characters.
+IDEMPOTENCY_KEY_CHARS_MAX = 255
+WEBHOOK_URL_CHARS_MAX = 2_048

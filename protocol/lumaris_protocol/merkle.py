@@ -12,19 +12,27 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from lumaris_protocol import keys
+from lumaris_protocol import notes
 from lumaris_protocol.errors import EnvelopeError
 from lumaris_protocol.keys import KeyPair
 from lumaris_protocol.messages.execution import File
+from lumaris_protocol.notes import NoteKey
 
 EMPTY_ROOT: Final = hashlib.sha256(b"").digest()
-_CHECKPOINT_CHARS_MAX: Final = 4096
-_ED25519_NOTE_TYPE: Final = 0x01
+SALT_BYTES: Final = 32
+_SIZE_DIGITS_MAX: Final = 18
 
 
 def leaf_hash(data: bytes) -> bytes:
     """Hash of a leaf."""
     return hashlib.sha256(b"\x00" + data).digest()
+
+
+def commitment(salt: bytes, document: bytes) -> bytes:
+    """What stands in the log for a document: without its salt it says nothing about it."""
+    if len(salt) != SALT_BYTES:
+        raise ValueError(f"a salt has {SALT_BYTES} bytes")
+    return hashlib.sha256(salt + document).digest()
 
 
 def node_hash(left: bytes, right: bytes) -> bytes:
@@ -100,6 +108,10 @@ class Tree:
         if not whole:
             path.append(self._range_root(start, end))
         return path[::-1]
+
+    def node(self, height: int, index: int) -> bytes:
+        """The hash of the complete subtree `index` of 2**height leaves. Raises IndexError."""
+        return self._levels[height][index]
 
     def _check_size(self, size: int) -> None:
         if not 0 <= size <= len(self):
@@ -183,52 +195,42 @@ class Checkpoint:
 
 def sign_checkpoint(checkpoint: Checkpoint, key: KeyPair) -> str:
     """The checkpoint as a C2SP signed note."""
-    name = checkpoint.origin
-    signature = _key_hash(name, key.public_key) + key.sign(checkpoint.body.encode())
-    return f"{checkpoint.body}\n— {name} {base64.b64encode(signature).decode()}\n"
+    return f"{checkpoint.body}\n{notes.sign(checkpoint.body, key, name=checkpoint.origin)}"
 
 
-def open_checkpoint(note: str, public_key: bytes) -> Checkpoint:
-    """The checkpoint of a signed note, verified under `public_key`; other signatures are ignored.
+def open_checkpoint(note: str, *public_keys: bytes) -> Checkpoint:
+    """The checkpoint of a note that one of these keys signed as its log; others are passed over.
 
     Raises EnvelopeError: `malformed`, `oversize` or `bad_signature`.
     """
-    if len(note) > _CHECKPOINT_CHARS_MAX:
-        raise EnvelopeError("oversize", "The checkpoint is too long.")
-    body, separator, signatures = note.partition("\n\n")
-    lines = body.split("\n")
-    size = lines[1] if len(lines) == 3 else ""
-    if not separator or not lines[0] or not (size.isascii() and size.isdigit()):
-        raise EnvelopeError("malformed", "The checkpoint is not a C2SP signed note.")
-    try:
-        root = base64.b64decode(lines[2], validate=True)
-    except ValueError:
-        root = b""
-    if len(root) != 32 or len(size) > 18 or str(int(size)) != size:
-        raise EnvelopeError("malformed", "The checkpoint's size or root is not valid.")
-    checkpoint = Checkpoint(lines[0], int(size), root)
-    for line in signatures.split("\n"):
-        if _verify_note_line(line, checkpoint, public_key):
+    parsed = notes.parse(note)
+    checkpoint = parse_checkpoint(parsed.text)
+    for public_key in public_keys:
+        key = NoteKey(checkpoint.origin, notes.ED25519, public_key)
+        if notes.verify(parsed, key) is not None:
             return checkpoint
     raise EnvelopeError("bad_signature", "The checkpoint is not signed by the expected key.")
 
 
-def _verify_note_line(line: str, checkpoint: Checkpoint, public_key: bytes) -> bool:
-    start = f"— {checkpoint.origin} "
-    if not line.startswith(start):
-        return False
+def parse_checkpoint(text: str) -> Checkpoint:
+    """The checkpoint that a note's text is. Our logs add no lines, so more are refused.
+
+    Raises EnvelopeError `malformed`.
+    """
+    lines = text.split("\n")
+    size = lines[1] if len(lines) == 4 and not lines[3] else ""
+    if not lines[0] or not (size.isascii() and size.isdigit()):
+        raise EnvelopeError("malformed", "The note is not a C2SP checkpoint.")
     try:
-        blob = base64.b64decode(line[len(start) :], validate=True)
+        root = base64.b64decode(lines[2], validate=True)
     except ValueError:
-        return False
-    if blob[:4] != _key_hash(checkpoint.origin, public_key):
-        return False
-    return keys.verify(public_key, checkpoint.body.encode(), blob[4:])
-
-
-def _key_hash(name: str, public_key: bytes) -> bytes:
-    data = name.encode() + b"\n" + bytes([_ED25519_NOTE_TYPE]) + public_key
-    return hashlib.sha256(data).digest()[:4]
+        root = b""
+    if len(size) > _SIZE_DIGITS_MAX or len(root) != 32:
+        raise EnvelopeError("malformed", "The checkpoint's size or root is not valid.")
+    checkpoint = Checkpoint(lines[0], int(size), root)
+    if checkpoint.body != text:
+        raise EnvelopeError("malformed", "The checkpoint is not spelled as it is signed.")
+    return checkpoint
 
 
 def _split(width: int) -> int:

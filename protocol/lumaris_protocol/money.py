@@ -45,3 +45,8 @@ def split_fee(amount_nanos: int, *, fee_bps: int) -> tuple[Nanos, Nanos]:
         raise ValueError("fee_bps or amount out of range")
     fee = amount_nanos * fee_bps // FEE_BPS_MAX
     return Nanos(amount_nanos - fee), Nanos(fee)
+
+
+def bond_band(nanos: int) -> int:
+    """How large a bond is, in powers of ten: 0 below one credit, 1 from one, 2 from ten, ..."""
+    return len(str(nanos // NANOS_PER_CREDIT)) if nanos >= NANOS_PER_CREDIT else 0

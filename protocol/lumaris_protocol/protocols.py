@@ -21,6 +21,8 @@ TENDER: Final = "/lumaris/tender/1"
 ATTACH: Final = "/lumaris/attach/1"  # a running order: log, input, commands, ports
 CONTENT: Final = "/lumaris/content/1"  # images and modules by hash, between sellers
 CHALLENGE: Final = "/lumaris/challenge/1"  # proof of cores and memory
+WITNESS: Final = "/lumaris/witness/1"  # the receipts log's head, to be cosigned
+NOTICES: Final = "/lumaris/notices/1"  # what coordinators tell everybody, for newcomers
 
 
 # Which stream the bytes of a DATA frame are: its first byte.

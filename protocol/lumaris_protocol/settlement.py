@@ -50,24 +50,36 @@ class Papers:
 
 @dataclass(frozen=True)
 class Claim:
-    """A checked claim: which fact it is for the escrow, and the amount it proves."""
+    """A checked claim: which fact it is for the escrow, and the amount it proves.
+
+    With the two `closes` the total is theirs, which may be less than the voucher's.
+    """
 
     fact: ClaimFact
     total_nanos: int
     contract: Contract
     grant: Signed[BudgetGrant]
     voucher: Signed[Voucher] | None
+    closes: tuple[bytes, ...] = ()
+
+    @property
+    def vouchered_nanos(self) -> int:
+        """The total of the enclosed voucher."""
+        return self.voucher.message.total_nanos if self.voucher is not None else 0
 
 
-def open_voucher(data: bytes, agreement: Agreement, *, network: str) -> Signed[Voucher]:
-    """Check a voucher against its agreement.
+def open_voucher(
+    data: bytes, agreement: Agreement, *, network: str, cap_nanos: int | None = None
+) -> Signed[Voucher]:
+    """Check a voucher against its agreement, or against the higher cap of a later grant.
 
     Raises EnvelopeError, or RefusedError `voucher_foreign` or `over_cap`.
     """
     voucher = codec.open_signed(data, Voucher, network=network, signer=agreement.buyer_session_key)
     if voucher.message.session != agreement.session:
         raise RefusedError("voucher_foreign")
-    if voucher.message.total_nanos > agreement.terms.cap_nanos:
+    cap = agreement.terms.cap_nanos if cap_nanos is None else cap_nanos
+    if voucher.message.total_nanos > cap:
         raise RefusedError("over_cap")
     return voucher
 
@@ -107,24 +119,36 @@ def open_claim(settle: Signed[Settle], *, network: str, coordinator: str) -> Cla
     )
     voucher = None
     if message.voucher is not None:
-        voucher = open_voucher(message.voucher, agreement, network=network)
+        voucher = open_voucher(
+            message.voucher, agreement, network=network, cap_nanos=grant.message.cap_nanos
+        )
     proven = voucher.message.total_nanos if voucher is not None else 0
-    if message.total_nanos != proven:
-        raise RefusedError("claim_unproven", "The claimed total is not the voucher's.")
     fact: ClaimFact = "seller_claim" if message.party == agreement.seller else "buyer_claim"
+    closes: tuple[bytes, ...] = ()
     if len(message.closes) == 2:
-        _check_closes(message, agreement, network=network)
-        fact = "both_closed"
-    return Claim(fact, proven, contract, grant, voucher)
-
-
-def _check_closes(message: Settle, agreement: Agreement, *, network: str) -> None:
-    """Both sides closed with the claimed total. Raises EnvelopeError or RefusedError."""
-    signers = (agreement.buyer_session_key, agreement.seller_session_key)
-    for data, signer in zip(message.closes, signers, strict=True):
-        close = codec.open_signed(data, Close, network=network, signer=signer).message
-        if close.session != agreement.session or close.total_nanos != message.total_nanos:
+        fact, closes = "both_closed", message.closes
+        if open_closes(closes, agreement, network=network) != message.total_nanos:
             raise RefusedError("claim_unproven", "The co-signed end names another total.")
+    if message.total_nanos != proven and not (closes and message.total_nanos < proven):
+        raise RefusedError("claim_unproven", "The claimed total is not the voucher's.")
+    return Claim(fact, message.total_nanos, contract, grant, voucher, closes)
+
+
+def open_closes(closes: tuple[bytes, ...], agreement: Agreement, *, network: str) -> int:
+    """The total that buyer and seller both closed the session with.
+
+    Raises EnvelopeError or RefusedError.
+    """
+    signers = (agreement.buyer_session_key, agreement.seller_session_key)
+    totals = set()
+    for data, signer in zip(closes, signers, strict=True):
+        close = codec.open_signed(data, Close, network=network, signer=signer).message
+        if close.session != agreement.session:
+            raise RefusedError("claim_unproven", "The co-signed end is another session's.")
+        totals.add(close.total_nanos)
+    if len(totals) != 1:
+        raise RefusedError("claim_unproven", "The two sides closed with different totals.")
+    return totals.pop()
 
 
 def make_receipt(

@@ -23,6 +23,7 @@ from lumaris.coordinator import CoordinatorLink
 from lumaris.images import Image
 from lumaris.job_logs import JobLogs
 from lumaris.jobs import JobRequest, JobResult, JobUpdate, LogLine, Observer, Source, ignore
+from lumaris.log_watch import LogWatch
 from lumaris.market import BuyerTerms, Market, SellerError
 from lumaris.membership import Standing
 from lumaris.pool import LEASE_S, Approve, Pool, plan_of_session
@@ -102,12 +103,15 @@ class Buyer:
         self.profile, self.standing, self.key = profile, standing, key
         self.store, self.overlay = store, overlay
         self._link = link
+        self._trusted = standing.trusted()
         terms = BuyerTerms(
             network=standing.info.network,
             coordinator=standing.info.coordinator,
             fee_bps=standing.info.fee_bps,
             certificate=lambda: self.standing.certificate,
             token=lambda: self.standing.token,
+            trusted=self._trusted,
+            log=LogWatch(standing.info.network, lambda: self._trusted),
         )
         self.market = Market(overlay, key, terms)
         self._settling = Settling(link, store, key, terms, overlay)
@@ -390,6 +394,8 @@ class Buyer:
             self.standing = await membership.renew(self._link, self.key, cache, self.standing)
             try:
                 await self.overlay.present(self.standing.certificate)
+                if self.standing.key_list and self._trusted.learn(self.standing.key_list):
+                    await self.overlay.publish_notice(self.standing.key_list)
             except LumarisError as error:
                 log.warning("certificate not shown code=%s", error.code)
 

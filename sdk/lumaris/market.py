@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,20 +13,25 @@ import trio
 from msgspec import structs
 
 from lumaris.demands import Demands
+from lumaris.log_watch import LogWatch
 from lumaris.quoting import REPLY_S, Asker, Offered, Round, Wish
-from lumaris_overlay.ports import AdvertEvent, Overlay
-from lumaris_overlay.validate import AdvertGate
+from lumaris_overlay.notice_upkeep import follow_notices
+from lumaris_overlay.ports import AdvertEvent, Notice, Overlay
+from lumaris_overlay.validate import AdvertGate, refuse_revoked_seller
 from lumaris_protocol import agreements, codec, matching
 from lumaris_protocol.agreements import Contract
 from lumaris_protocol.codec import Signed
-from lumaris_protocol.errors import LumarisError, RefusedError
+from lumaris_protocol.errors import EnvelopeError, LumarisError, RefusedError
 from lumaris_protocol.frames import Kind
+from lumaris_protocol.key_list import TrustedKeys
 from lumaris_protocol.keys import KeyPair, PeerId
 from lumaris_protocol.limits import DIRECTORY_ADVERTS_MAX
 from lumaris_protocol.matching import Match, MatchReport
 from lumaris_protocol.messages.advert import Advert, Verification
 from lumaris_protocol.messages.negotiation import Requirements
+from lumaris_protocol.messages.notice import CheckpointNotice, KeyList
 from lumaris_protocol.offer_index import OfferIndex
+from lumaris_protocol.revocations import RevokedSet
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +53,14 @@ class BuyerTerms:
     fee_bps: int
     certificate: Callable[[], bytes]
     token: Callable[[], str]
+    trusted: TrustedKeys | None = None  # every key of the coordinator that counts
+    log: LogWatch | None = None  # compares the heads of the receipts log that we are shown
+
+    @property
+    def coordinators(self) -> Set[PeerId]:
+        """What certificates and receipts may be signed with."""
+        alone: Set[PeerId] = frozenset((PeerId(self.coordinator),))
+        return self.trusted if self.trusted is not None else alone
 
 
 class SellerError(LumarisError):
@@ -67,9 +80,10 @@ class Market:
         self._changed = trio.Event()
         self._settled = False
         self._sought: dict[tuple[tuple[str, ...], bool], float] = {}
-        gate = AdvertGate(terms.network, frozenset({PeerId(terms.coordinator)}))
+        self._revoked = RevokedSet()
+        gate = AdvertGate(terms.network, terms.coordinators, self._revoked)
         self._demands = Demands(overlay, key, gate, terms.certificate, self._put)
-        self._asker = Asker(overlay, key, terms.network, terms.certificate)
+        self._asker = Asker(overlay, key, terms.network, terms.certificate, self._revoked)
 
     @property
     def adverts(self) -> tuple[Signed[Advert], ...]:
@@ -80,9 +94,35 @@ class Market:
         """Keep the view current, for as long as the client lives."""
         async with self._overlay.adverts() as events, trio.open_nursery() as nursery:
             nursery.start_soon(self._demands.run)
+            nursery.start_soon(self._follow_notices)
             async for event in events:
                 self._take(event)
             nursery.cancel_scope.cancel()
+
+    async def _follow_notices(self) -> None:
+        """Sellers that the coordinator no longer vouches for are not matched."""
+        await follow_notices(self._overlay, self._revoked, clock=time.time, heard=self._heed)
+
+    def _heed(self, notice: Notice, peers: frozenset[str]) -> None:
+        if notice.kind == KeyList.TYPE and self._terms.trusted is not None:
+            try:
+                self._terms.trusted.learn(notice.envelope)
+            except LumarisError as error:
+                log.warning("key list not taken code=%s", error.code)
+        if notice.kind == CheckpointNotice.TYPE and self._terms.log is not None:
+            self._terms.log.heard(notice.envelope)
+        for seller in peers:
+            held = self._index.get(seller)
+            if held is not None and self._is_revoked(held.message):
+                self._index.remove(seller)
+                self._tell()
+
+    def _is_revoked(self, advert: Advert) -> bool:
+        try:
+            refuse_revoked_seller(self._revoked, advert)
+        except EnvelopeError:
+            return True
+        return False
 
     async def settle_in(self) -> None:
         """Wait until the first adverts of a fresh overlay are in, and no more follow at once."""
@@ -229,6 +269,8 @@ class Market:
 
     def _put(self, advert: Signed[Advert]) -> None:
         """Take in what is newer; a full directory takes in no new seller."""
+        if self._is_revoked(advert.message):
+            return
         held = self._index.get(advert.message.seller)
         if held is None and len(self._index) >= DIRECTORY_ADVERTS_MAX:
             return

@@ -16,10 +16,11 @@ from lumaris.coordinator import CoordinatorLink
 from lumaris.profile import Profile
 from lumaris_overlay.private_files import write_private_file
 from lumaris_overlay.supervisor import OverlayConfig
-from lumaris_protocol import codec, coordinator_api
+from lumaris_protocol import codec, coordinator_api, key_list
 from lumaris_protocol.coordinator_api import TRANSIENT, Account, Info
 from lumaris_protocol.errors import LumarisError
-from lumaris_protocol.keys import KeyPair, PeerId
+from lumaris_protocol.key_list import TrustedKeys
+from lumaris_protocol.keys import KeyPair
 from lumaris_protocol.limits import CLOCK_SKEW_S
 from lumaris_protocol.messages.budget import CreditRequest, Registration
 
@@ -43,6 +44,14 @@ class Standing(msgspec.Struct, frozen=True):
     expires_at: int
     bootstrap: tuple[str, ...]
     peer: str = ""
+    key_list: bytes = b""
+
+    def trusted(self) -> TrustedKeys:
+        """The coordinator's keys, as its list said when it was asked last."""
+        info = self.info
+        return TrustedKeys(
+            info.coordinator, network=info.network, clock=time.time, data=self.key_list
+        )
 
     def is_valid(self, now: float, *, for_s: float = CLOCK_SKEW_S) -> bool:
         """Whether the certificate is accepted for some time to come."""
@@ -62,13 +71,15 @@ async def enter(link: CoordinatorLink, key: KeyPair, profile: Profile) -> Standi
 async def join(link: CoordinatorLink, key: KeyPair, cache: Path, *, url: str) -> Standing:
     """Our standing with the coordinator at `url`: the cached one while it is good, else a new one.
 
+    What the coordinator says of its keys must follow from what is cached.
+
     Raises LumarisError; `coordinator_unreachable` only when nothing valid is cached.
     """
     cached = await trio.to_thread.run_sync(_read, cache, url, key.peer_id)
     if cached is not None and cached.is_valid(time.time(), for_s=_RENEW_BEFORE_S):
         return cached
     try:
-        standing = await _register(link, key, url)
+        standing = await _register(link, key, url, cached)
     except LumarisError as error:
         usable = cached is not None and cached.is_valid(time.time())
         if cached is not None and usable and error.code in TRANSIENT:
@@ -86,7 +97,7 @@ async def renew(link: CoordinatorLink, key: KeyPair, cache: Path, standing: Stan
         if standing.is_valid(time.time(), for_s=_RENEW_BEFORE_S):
             continue
         try:
-            found = await _register(link, key, standing.url)
+            found = await _register(link, key, standing.url, standing)
         except LumarisError as error:
             log.warning("certificate not renewed code=%s", error.code)
             continue
@@ -112,10 +123,12 @@ async def refresh_bootstrap(link: CoordinatorLink, cache: Path, standing: Standi
 
 def overlay_config(profile: Profile, standing: Standing) -> OverlayConfig:
     """The buyer's overlay process: all programs of one profile ask for the same one."""
+    trusted = standing.trusted()
     return OverlayConfig(
         key_file=profile.key_file,
         network=standing.info.network,
-        coordinator_keys=frozenset({PeerId(standing.info.coordinator)}),
+        coordinator_keys=frozenset(trusted),
+        roots=trusted.roots,
         state_dir=profile.overlay,
         listen=profile.listen,
         bootstrap=(*profile.bootstrap, *standing.bootstrap),
@@ -138,8 +151,11 @@ async def deposit_test_credit(
     return await link.call(coordinator_api.credit(signed.data))
 
 
-async def _register(link: CoordinatorLink, key: KeyPair, url: str) -> Standing:
+async def _register(
+    link: CoordinatorLink, key: KeyPair, url: str, known: Standing | None
+) -> Standing:
     info = await link.call(coordinator_api.info())
+    trusted = await _learn_keys(link, info, known)
     challenge = await link.call(coordinator_api.challenge(key.peer_id))
     registration = Registration(
         peer=key.peer_id,
@@ -159,7 +175,29 @@ async def _register(link: CoordinatorLink, key: KeyPair, url: str) -> Standing:
         expires_at=membership.expires_at,
         bootstrap=(),
         peer=key.peer_id,
+        key_list=trusted.data,
     )
+
+
+async def _learn_keys(link: CoordinatorLink, info: Info, known: Standing | None) -> TrustedKeys:
+    """The coordinator's keys by its list, which must follow from the one known; a coordinator set
+    up anew at the same address is met for the first time. Raises LumarisError."""
+    try:
+        data = await link.call(coordinator_api.key_list())
+    except LumarisError as error:
+        if error.code != "not_found":
+            raise
+        data = b""
+    if known is not None and known.info.network == info.network:
+        trusted = known.trusted()
+        if not key_list.is_another(
+            data, trusted, coordinator=info.coordinator, network=info.network
+        ):
+            trusted.meet(info.coordinator, data)
+            return trusted
+    trusted = TrustedKeys(info.coordinator, network=info.network, clock=time.time)
+    trusted.meet(info.coordinator, data)
+    return trusted
 
 
 def _read(cache: Path, url: str, peer: str) -> Standing | None:

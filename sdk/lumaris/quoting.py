@@ -23,6 +23,7 @@ from lumaris_overlay.framed_stream import FramedStream
 from lumaris_overlay.networks import network_of
 from lumaris_overlay.ports import Overlay
 from lumaris_overlay.tasks import shielded
+from lumaris_overlay.validate import refuse_revoked_seller
 from lumaris_protocol import codec, envelope, ids, pricing
 from lumaris_protocol.codec import Signed
 from lumaris_protocol.errors import LumarisError, RefusedError
@@ -33,6 +34,7 @@ from lumaris_protocol.matching import Match
 from lumaris_protocol.messages.advert import Advert, MembershipCertificate, Verification
 from lumaris_protocol.messages.negotiation import Quote, QuoteRequest, Requirements
 from lumaris_protocol.protocols import NEGOTIATE
+from lumaris_protocol.revocations import RevokedSet
 
 log = logging.getLogger(__name__)
 
@@ -79,14 +81,21 @@ class Asker:
     """Asks one seller for one quote."""
 
     def __init__(
-        self, overlay: Overlay, key: KeyPair, network: str, certificate: Callable[[], bytes]
+        self,
+        overlay: Overlay,
+        key: KeyPair,
+        network: str,
+        certificate: Callable[[], bytes],
+        revoked: RevokedSet | None = None,
     ) -> None:
         self._overlay, self._key = overlay, key
         self._network, self._certificate = network, certificate
+        self._revoked = revoked if revoked is not None else RevokedSet()
 
     async def ask(self, wish: Wish, match: Match) -> Offered:
         """The seller's quote, checked. Raises LumarisError; then no stream is left open."""
         seller = match.advert.message.seller
+        refuse_revoked_seller(self._revoked, match.advert.message)
         request = self._request(wish, seller)
         try:
             with trio.fail_after(REPLY_S):

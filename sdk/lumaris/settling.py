@@ -51,7 +51,7 @@ class Settling:
         """Have the coordinator hold an agreement's cap. Raises LumarisError."""
         request = GrantRequest(
             buyer=self._key.peer_id,
-            coordinator=self._terms.coordinator,
+            coordinator=agreements.coordinator_of(by_buyer),
             agreement_by_buyer=by_buyer,
             agreement_by_seller=by_seller,
             issued_at=int(time.time()),
@@ -103,9 +103,11 @@ class Settling:
 
     async def _keep(self, item: Unsettled, answer: bytes) -> None:
         bundle = receipts.decode_bundle(answer)
-        receipt = codec.open_signed(
-            bundle.receipt, Receipt, network=self._terms.network, signer=self._terms.coordinator
-        )
+        receipt = codec.open_signed(bundle.receipt, Receipt, network=self._terms.network)
+        if receipt.signer not in self._terms.coordinators:
+            raise LumarisError("wrong_signer", "The receipt is not signed by the coordinator.")
+        if self._terms.log is not None:
+            self._terms.log.shown(bundle.checkpoint)
         await self._store.keep_receipt(item.papers.session, receipt.message.receipt, answer)
 
     async def _fetch_receipt(self, item: Unsettled) -> bytes:
@@ -158,6 +160,6 @@ class Settling:
             item.papers,
             self._key,
             network=self._terms.network,
-            coordinator=self._terms.coordinator,
+            coordinator=agreements.coordinator_of(item.papers.by_buyer),
             now=int(time.time()),
         )

@@ -14,9 +14,15 @@ from lumaris_protocol import codec
 from lumaris_protocol.ids import derive_id, digest
 from lumaris_protocol.keys import KeyPair
 from lumaris_protocol.messages.advert import Resources
-from lumaris_protocol.messages.budget import CreditRequest, GrantRequest, Registration
+from lumaris_protocol.messages.budget import (
+    AmendRequest,
+    BondRequest,
+    CreditRequest,
+    GrantRequest,
+    Registration,
+)
 from lumaris_protocol.messages.negotiation import Agreement, PriceTerms
-from lumaris_protocol.messages.payment import Close, Settle, Voucher
+from lumaris_protocol.messages.payment import Amendment, Close, Settle, Voucher
 from lumaris_protocol.money import TEST_CURRENCY
 
 NETWORK = "devnet"
@@ -93,6 +99,29 @@ def credit_request(
     return codec.sign(message, party.key, NETWORK).data
 
 
+def bond_request(
+    party: Party,
+    coordinator: str,
+    action: Any,
+    amount: int,
+    *,
+    now: int = START,
+    currency: str = TEST_CURRENCY,
+    nonce: str | None = None,
+    **changes: Any,
+) -> bytes:
+    message = BondRequest(
+        peer=changes.get("peer", party.peer),
+        coordinator=coordinator,
+        action=action,
+        amount_nanos=amount,
+        currency=currency,
+        nonce=nonce or f"{next(_numbers):032x}",
+        issued_at=now,
+    )
+    return codec.sign(message, party.key, NETWORK).data
+
+
 @dataclass
 class Deal:
     """One session's documents. `changes` overrides fields of its agreement."""
@@ -162,6 +191,45 @@ class Deal:
         fields.update(changes)
         signing = (signer or self.buyer).key
         return codec.sign(GrantRequest(**fields), signing, self.network).data
+
+    def amendment(
+        self, signer: Party, n: int, *, cap: int, longer_s: int = 0, **changes: Any
+    ) -> bytes:
+        """One signed copy of an amendment, whose lease is `longer_s` longer than agreed."""
+        fields: dict[str, Any] = {
+            "agreement_hash": self.hash,
+            "session": self.session,
+            "n": n,
+            "cap_nanos": cap,
+            "ends_at": self.agreement.ends_at + longer_s,
+            "issued_at": self.now,
+        }
+        fields.update(changes)
+        return codec.sign(Amendment(**fields), signer.key, self.network).data
+
+    def amend_request(
+        self,
+        n: int,
+        *,
+        cap: int,
+        longer_s: int = 0,
+        by_seller: bool = False,
+        signer: Party | None = None,
+        **changes: Any,
+    ) -> bytes:
+        """The buyer's request to hold what an amendment adds."""
+        fields: dict[str, Any] = {
+            "buyer": self.buyer.peer,
+            "coordinator": self.coordinator,
+            "agreement_hash": self.hash,
+            "amendment_by_buyer": self.amendment(self.buyer, n, cap=cap, longer_s=longer_s),
+            "amendment_by_seller": (
+                self.amendment(self.seller, n, cap=cap, longer_s=longer_s) if by_seller else None
+            ),
+            "issued_at": self.now,
+        }
+        fields.update(changes)
+        return codec.sign(AmendRequest(**fields), (signer or self.buyer).key, self.network).data
 
     def voucher(self, total: int, *, seq: int = 0, signer: KeyPair | None = None) -> bytes:
         message = Voucher(session=self.session, seq=seq, prev=self.hash, total_nanos=total)
@@ -253,6 +321,9 @@ class Market:
         answer = await self.client.post("/v1/grants", content=deal.grant_request())
         assert answer.status_code == 200, answer.text
         return answer.content
+
+    async def amend(self, body: bytes) -> httpx.Response:
+        return await self.client.post("/v1/amendments", content=body)
 
     async def settle(self, body: bytes) -> httpx.Response:
         return await self.client.post("/v1/settle", content=body)

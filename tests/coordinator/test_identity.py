@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
+from functools import partial
 
 import pytest
 
-from lumaris_coordinator.store import sqlite
-from lumaris_coordinator.store.sqlite import Connection
+from lumaris_coordinator.store.port import Connection, all_rows
 from lumaris_protocol import agreements
 from tests.coordinator.builders import NETWORK, START, Market, Party, registration
+from tests.coordinator.postgres import INTEGRITY
 
 
 async def test_registration_gives_a_certificate_that_checks_offline(market: Market) -> None:
@@ -54,7 +55,7 @@ async def test_an_account_has_one_peer(market: Market) -> None:
         sql = "UPDATE peer SET account = ? WHERE account = ?"
         connection.execute(sql, (ann["account"], ben["account"]))
 
-    with pytest.raises(sqlite.driver.IntegrityError):
+    with pytest.raises(INTEGRITY):
         await market.coordinator.store.submit(share)
 
 
@@ -107,9 +108,9 @@ async def test_token_ends_with_the_certificate_and_is_pruned(market: Market) -> 
     assert (answer.status_code, answer.json()["code"]) == (401, "unauthorized")
     assert answer.headers["www-authenticate"] == "Bearer"
     await market.coordinator.run_chores()
-    reader = market.coordinator.store.reader
-    assert reader.execute("SELECT count(*) FROM token").fetchall() == [(0,)]
-    assert reader.execute("SELECT count(*) FROM used_challenge").fetchall() == [(0,)]
+    for table in ("token", "used_challenge"):
+        sql = f"SELECT count(*) FROM {table}"
+        assert await market.coordinator.store.read(partial(all_rows, sql=sql)) == [(0,)]
 
 
 async def test_tokens_of_a_peer_are_bounded(market: Market) -> None:
@@ -135,7 +136,7 @@ async def test_token_is_not_stored_in_clear(market: Market) -> None:
     ann = await market.party("ann")
     state = market.coordinator.settings.state
     secret = market.tokens[ann.name].encode()
-    assert all(secret not in path.read_bytes() for path in state.iterdir())
+    assert all(secret not in path.read_bytes() for path in state.rglob("*") if path.is_file())
 
 
 async def test_bootstrap_names_sellers_registered_lately(market: Market) -> None:

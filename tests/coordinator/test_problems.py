@@ -41,7 +41,9 @@ def test_every_status_is_for_a_code_that_exists() -> None:
 
 async def test_what_the_router_refuses(market: Market) -> None:
     check(await market.client.get("/nothing/here"), 404, "not_found")
-    check(await market.client.get("/v1/grants"), 405, "not_found")
+    answer = await market.client.get("/v1/grants")
+    check(answer, 405, "method_not_allowed")
+    assert answer.headers["allow"] == "POST"
     check(await market.client.get("/log/consistency?old=a&new=1"), 400, "malformed")
 
 
@@ -156,13 +158,15 @@ async def test_requests_are_counted_by_route(market: Market) -> None:
 
 
 async def test_status_and_documentation(market: Market) -> None:
-    for path in ("/healthz", "/readyz", "/docs", "/openapi.json"):
+    for path in ("/healthz", "/readyz"):
         assert (await market.client.get(path)).status_code == 200
-    paths = (await market.client.get("/openapi.json")).json()["paths"]
+    for path in ("/docs", "/redoc", "/openapi.json"):
+        assert (await market.client.get(path)).status_code == 404
+    paths = (await market.client.get("/v1/openapi.json")).json()["paths"]
     assert set(paths) >= {"/v1/grants", "/v1/settle", "/v1/receipts/{receipt}", "/v1/info"}
     assert "requestBody" in paths["/v1/settle"]["post"]
     assert "default" in paths["/v1/settle"]["post"]["responses"]
-    schemes = (await market.client.get("/openapi.json")).json()["components"]["securitySchemes"]
+    schemes = (await market.client.get("/v1/openapi.json")).json()["components"]["securitySchemes"]
     assert set(schemes) == {"bearer"} == set(*paths["/v1/accounts/me"]["get"]["security"])
 
 
@@ -221,7 +225,9 @@ def test_state_directory_that_cannot_be(tmp_path: Path) -> None:
         {"fee_bps": -1},
         {"settle_window_s": -1},
         {"test_credit_nanos": 1 << 53},
-        {"currency": "x"},
+        {"currencies": ("x",)},
+        {"currencies": ()},
+        {"currencies": ("EUR", "EUR")},
     ],
 )
 def test_settings_out_of_range(tmp_path: Path, change: dict[str, object]) -> None:

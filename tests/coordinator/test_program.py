@@ -28,7 +28,8 @@ CAP = 10_000
 
 
 def command(state: Path, *extra: str) -> list[str]:
-    return [sys.executable, "-m", "lumaris_coordinator", "--state", str(state), *extra]
+    start = [sys.executable, "-m", "lumaris_coordinator", "--state", str(state), "--no-overlay"]
+    return [*start, *extra]
 
 
 @dataclass

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import pytest
 from pymerkle import InmemoryTree
 
+from lumaris_coordinator.store.port import all_rows
 from lumaris_coordinator.store.sqlite import Connection, connect
 from lumaris_protocol import keys, merkle, receipts
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.messages.receipt import ReceiptBundle
+from tests import independent_log
 from tests.coordinator.builders import Clock, Market
 from tests.coordinator.conftest import open_market
+
+STORES = ("sqlite", "postgres")
 
 
 async def settle_some(market: Market, count: int) -> list[bytes]:
@@ -38,6 +43,9 @@ async def test_receipts_verify_offline(market: Market) -> None:
     for data in await settle_some(market, 5):
         report = receipts.verify_bundle(data, trusted=frozenset({market.peer}))
         assert report.verdict == "valid", report.checks
+        receipt, _ = independent_log.check_file(data, coordinator=market.peer)
+        assert report.receipt is not None
+        assert receipt["receipt"] == report.receipt.receipt
         assert receipts.verify_bundle(data, trusted=frozenset()).verdict == "unknown"
         changed = receipts.decode_bundle(data)
         flipped = bytearray(changed.receipt)
@@ -45,6 +53,8 @@ async def test_receipts_verify_offline(market: Market) -> None:
         bad = receipts.encode_bundle(msgspec.structs.replace(changed, receipt=bytes(flipped)))
         report = receipts.verify_bundle(bad, trusted=frozenset({market.peer}))
         assert report.verdict == "invalid"
+        with pytest.raises(independent_log.Wrong):
+            independent_log.check_file(bad, coordinator=market.peer)
 
 
 @pytest.mark.slow
@@ -53,14 +63,14 @@ async def test_the_log_is_the_tree_of_an_independent_implementation(market: Mark
     bundles = [receipts.decode_bundle(data) for data in await settle_some(market, count)]
     oracle = InmemoryTree(algorithm="sha256")
     for bundle in bundles:
-        oracle.append_entry(bundle.receipt)
+        oracle.append_entry(merkle.commitment(bundle.salt, bundle.receipt))
     head = await checkpoint(market)
     assert (head.size, head.root, head.origin) == (count, oracle.get_root(), "lumaris.devnet/log")
     for bundle in bundles:
         size, index = bundle.proof.size, bundle.proof.index
         signed = merkle.open_checkpoint(bundle.checkpoint, keys.public_key_of(market.peer))
         assert (signed.size, signed.root) == (size, oracle.get_root(size))
-        fold = hashlib.sha256(b"\0" + bundle.receipt).digest()
+        fold = merkle.leaf_hash(hashlib.sha256(bundle.salt + bundle.receipt).digest())
         path = oracle.prove_inclusion(index + 1, size).serialize()["path"]
         assert [fold.hex(), *hex_of(bundle.proof.hashes)] == path
     for old in range(1, count + 1):
@@ -142,6 +152,7 @@ async def test_a_log_that_was_tampered_with_is_not_served(tmp_path: Path) -> Non
 
 async def test_one_checkpoint_per_batch_with_receipts(market: Market) -> None:
     await settle_some(market, 4)
-    rows = market.coordinator.store.reader.execute("SELECT size, note FROM checkpoint").fetchall()
+    sql = "SELECT size, note FROM checkpoint ORDER BY size"
+    rows = await market.coordinator.store.read(partial(all_rows, sql=sql))
     assert [size for size, _ in rows] == [1, 2, 3, 4]
     assert base64.b64encode((await checkpoint(market)).root).decode() in rows[-1][1]

@@ -10,8 +10,11 @@ from typing import Any, cast
 import pytest
 import trio
 
+from lumaris_coordinator import bounds
 from lumaris_coordinator.store import sqlite
-from lumaris_coordinator.store.sqlite import Connection
+from lumaris_coordinator.store import writer as writers
+from lumaris_coordinator.store.file import SqliteFile
+from lumaris_coordinator.store.port import Connection, all_rows
 from lumaris_coordinator.store.writer import Writer
 from lumaris_protocol import receipts
 from lumaris_protocol.errors import LumarisError
@@ -19,27 +22,37 @@ from tests.coordinator.builders import Market
 
 
 class Faulty:
-    """A connection whose COMMIT fails as long as `broken` is set."""
+    """A connection on which one kind of statement fails as long as `broken` is set."""
 
-    def __init__(self, inner: Connection, broken: threading.Event) -> None:
-        self._inner, self._broken = inner, broken
+    def __init__(self, inner: Connection, broken: threading.Event, start: str = "COMMIT") -> None:
+        self._inner, self._broken, self._start = inner, broken, start
 
     def execute(self, sql: str, values: Any = ()) -> Any:
-        if sql == "COMMIT" and self._broken.is_set():
-            raise sqlite.driver.OperationalError("disk I/O error")
+        if sql.startswith(self._start) and self._broken.is_set():
+            raise disk_error()
         return self._inner.execute(sql, values)
 
     def close(self) -> None:
         self._inner.close()
 
 
-def writer_on(path: Path, broken: threading.Event | None = None, **options: Any) -> Writer:
+def disk_error() -> Exception:
+    """As SQLite reports that the disk could not be read or written."""
+    error = sqlite.driver.OperationalError("disk I/O error")
+    error.sqlite_errorcode = 10  # SQLITE_IOERR
+    return error
+
+
+def writer_on(
+    path: Path, broken: threading.Event | None = None, start: str = "COMMIT", **options: Any
+) -> Writer:
     def connect() -> Connection:
         connection = sqlite.connect(path)
         connection.execute("CREATE TABLE IF NOT EXISTS entry (n INTEGER PRIMARY KEY) STRICT")
-        return cast("Connection", Faulty(connection, broken)) if broken else connection
+        return Faulty(connection, broken, start) if broken else connection
 
-    return Writer(connect, clock=lambda: 0.0, **options)
+    failed = SqliteFile(path.parent).failed
+    return Writer(connect, clock=lambda: 0.0, failed=failed, **options)
 
 
 async def test_a_commit_that_fails_in_a_settlement_leaves_no_trace(market: Market) -> None:
@@ -54,7 +67,8 @@ async def test_a_commit_that_fails_in_a_settlement_leaves_no_trace(market: Marke
     assert (answer.status_code, answer.json()["code"]) == (503, "busy")
     assert "not known whether" in answer.json()["detail"]
     assert answer.json()["hint"].startswith("Repeat the same request")
-    assert market.coordinator.log.head.size == 0
+    head = await market.coordinator.store.read(market.coordinator.log.head)
+    assert head.size == 0
     assert await market.free(seller) == 0
     answer = await market.settle(claim)  # over a new connection, which does commit
     assert answer.status_code == 200
@@ -165,6 +179,172 @@ async def test_a_failed_commit_acknowledges_nobody_and_the_writer_recovers(tmp_p
         assert writer.alive
     assert entries(tmp_path / "db") == [1, 4]
     assert writer.stats.failed_batches == 2
+
+
+async def test_a_disk_error_in_an_operation_fails_its_whole_batch(tmp_path: Path) -> None:
+    """SQLite may have rolled everything back by then, so nothing of the batch may be believed."""
+    broken = threading.Event()
+    writer = writer_on(tmp_path / "db", broken, "INSERT")
+    outcomes: list[str] = []
+
+    async def run(operation: Callable[[Connection], Any]) -> None:
+        try:
+            await writer.submit(operation)
+        except LumarisError as error:
+            outcomes.append(error.code)
+
+    async with writer.running():
+        release = threading.Event()
+        async with trio.open_nursery() as nursery:
+            await blocked(writer, release, nursery)
+            nursery.start_soon(run, lambda _connection: None)
+            nursery.start_soon(run, adding(1))
+            await wait_until(lambda: writer.depth == 2)
+            broken.set()
+            release.set()
+        assert outcomes == ["busy", "busy"]
+        broken.clear()
+        await writer.submit(adding(2))
+    assert entries(tmp_path / "db") == [2]
+
+
+async def test_a_batch_that_cannot_begin_is_tried_again(tmp_path: Path) -> None:
+    """As when a database server restarts: the caller waits, and is served."""
+    broken = threading.Event()
+    writer = writer_on(tmp_path / "db", broken, "BEGIN")
+    async with writer.running():
+        broken.set()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(writer.submit, adding(1))
+            await wait_until(lambda: writer.stats.failed_batches >= 2)
+            assert not writer.alive
+            broken.clear()
+        assert writer.alive
+    assert entries(tmp_path / "db") == [1]
+
+
+async def test_it_recovers_by_itself(tmp_path: Path) -> None:
+    broken = threading.Event()
+    writer = writer_on(tmp_path / "db", broken, probe=adding(100))
+    async with writer.running():
+        broken.set()
+        with pytest.raises(LumarisError, match="could not be confirmed"):
+            await writer.submit(adding(1))
+        assert not writer.alive
+        broken.clear()
+        await wait_until(lambda: writer.alive)
+    assert entries(tmp_path / "db") == [100]
+
+
+@pytest.mark.slow
+async def test_a_full_disk_loses_nothing_acknowledged_and_space_heals_it(tmp_path: Path) -> None:
+    pages: list[int] = []
+
+    def connect() -> Connection:
+        connection = sqlite.connect(tmp_path / "db")
+        connection.execute("CREATE TABLE IF NOT EXISTS entry (n INTEGER PRIMARY KEY, body BLOB)")
+        if pages:
+            connection.execute(f"PRAGMA max_page_count = {pages[0]}")
+        return connection
+
+    def add_much(n: int) -> Callable[[Connection], None]:
+        def operation(connection: Connection) -> None:
+            sql = "INSERT INTO entry (n, body) VALUES (?, zeroblob(40000))"
+            connection.execute(sql, (n,))
+
+        return operation
+
+    failed = SqliteFile(tmp_path).failed
+    writer = Writer(connect, clock=lambda: 0.0, failed=failed, probe=add_much(10_000))
+    pages.append(40)
+    kept = []
+    async with writer.running():
+        for n in range(8):
+            try:
+                await writer.submit(add_much(n))
+            except LumarisError as error:
+                assert error.code == "busy"  # noqa: PT017 - one of two outcomes
+            else:
+                kept.append(n)
+        assert 0 < len(kept) < 8
+        assert not writer.alive
+        assert entries(tmp_path / "db") == kept
+        pages.clear()
+        await wait_until(lambda: writer.alive)
+        await writer.submit(add_much(8))
+    assert entries(tmp_path / "db") == [*kept, 8, 10_000]
+
+
+async def test_a_queue_that_stands_still_refuses_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writers, "WRITER_STALLED_S", -1.0)
+    few = bounds.WRITER_STALLED_QUEUE_MAX
+    writer = writer_on(tmp_path / "db")
+    async with writer.running():
+        release = threading.Event()
+        async with trio.open_nursery() as nursery:
+            await blocked(writer, release, nursery)
+            for n in range(few):
+                nursery.start_soon(writer.submit, adding(n))
+            await wait_until(lambda: writer.depth == few)
+            with pytest.raises(LumarisError, match="busy"):
+                await writer.submit(adding(few))
+            release.set()
+    assert entries(tmp_path / "db") == list(range(few))
+
+
+async def test_readiness_tells_of_writes_and_space(
+    market: Market, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = (await market.client.get("/readyz")).json()
+    assert answer["ready"]
+    assert market.coordinator.settings.database or answer["free_bytes"] > 0
+    assert answer["last_commit_s"] >= 0
+    monkeypatch.setattr(market.coordinator.store.backend, "free_bytes", lambda: 1_000)
+    refused = await market.client.get("/readyz")
+    assert (refused.status_code, refused.json()["code"]) == (503, "busy")
+    assert "1000 bytes" in refused.json()["detail"]
+    monkeypatch.undo()
+    writer, broken = market.coordinator.store.writer, threading.Event()
+    assert writer._connection is not None
+    writer._connection = cast("Connection", Faulty(writer._connection, broken))
+    broken.set()
+    connect = writer._connect
+    monkeypatch.setattr(writer, "_connect", lambda: Faulty(connect(), broken))
+    with pytest.raises(LumarisError):
+        await market.coordinator._beat()
+    refused = await market.client.get("/readyz")
+    assert (refused.status_code, refused.json()["detail"]) == (
+        503,
+        "The store does not take writes.",
+    )
+    broken.clear()
+    with trio.fail_after(10):
+        while (await market.client.get("/readyz")).status_code != 200:
+            await trio.sleep(0.01)
+
+
+@pytest.mark.parametrize(("seconds", "away"), [(60, []), (600, [(600,)])])
+async def test_an_outage_of_the_store_is_downtime(
+    market: Market, monkeypatch: pytest.MonkeyPatch, seconds: int, away: list[tuple[int]]
+) -> None:
+    """Nobody could settle while nothing could be written. A moment is none."""
+    coordinator, writer = market.coordinator, market.coordinator.store.writer
+    await coordinator._beat()
+    broken, connect = threading.Event(), writer._connect
+    broken.set()
+    monkeypatch.setattr(writer, "_connect", lambda: Faulty(connect(), broken))
+    assert writer._connection is not None
+    writer._connection = Faulty(writer._connection, broken)
+    market.clock.now += seconds
+    with pytest.raises(LumarisError, match="busy"):
+        await coordinator._beat()
+    broken.clear()
+    for _ in range(2):
+        await coordinator._beat()
+    sql = "SELECT until - since FROM downtime"
+    assert await coordinator.store.read(lambda connection: all_rows(connection, sql)) == away
 
 
 async def test_an_operation_that_ends_the_transaction_fails_its_batch(tmp_path: Path) -> None:

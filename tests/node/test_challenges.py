@@ -97,7 +97,7 @@ async def opened(folder: Path, modules: Path) -> AsyncIterator[Pair]:
     quotes, closed = QuoteDesk(Resources(cpu_millis=4000, memory_bytes=GIB)), list[str]()
     challenges = Challenges(
         SELLER,
-        Belonging(NETWORK, COORDINATOR.peer_id),
+        Belonging(NETWORK, frozenset({COORDINATOR.peer_id})),
         wasm=wasm,
         folder=folder / "challenges",
         aside=quotes.aside,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,11 @@ from trio.testing import MockClock
 
 from lumaris_node.membership import Enrolment, Standing
 from lumaris_node.store import Store
+from lumaris_protocol import codec
 from lumaris_protocol.coordinator_api import Bootstrap, Info, Membership
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.keys import KeyPair
+from lumaris_protocol.messages.notice import KeyList, SigningKey
 
 URL = "http://coordinator"
 KEY = KeyPair(b"m" * 32)
@@ -30,6 +33,7 @@ class FakeLink:
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock, self.down, self.coordinator = clock, "", "C1"
         self.asked: list[str] = []
+        self.key_list = b""
         self.registered: list[tuple[str, ...]] = []
 
     def _note(self, what: str) -> None:
@@ -47,7 +51,11 @@ class FakeLink:
         number = len(self.registered)
         return Membership(b"cert %d" % number, "acc", f"token {number}", int(clock()) + LIFE_S)
 
-    async def call(self, _request: object) -> Bootstrap:
+    async def call(self, request: Any) -> Bootstrap:
+        if request.path.startswith("/.well-known/"):
+            if self.down or not self.key_list:
+                raise LumarisError(self.down or "not_found")
+            return self.key_list  # type: ignore[return-value]
         self._note("bootstrap")
         return Bootstrap(["/ip4/192.0.2.9/tcp/1/p2p/x"])
 
@@ -231,3 +239,82 @@ async def test_advert_numbers_grow_over_restarts_and_a_clock_that_goes_back(
         store.close()
     assert numbers == sorted(set(numbers))
     assert numbers[-2] == 1_800_000_100
+
+
+def listed(root: str, seq: int, *names: str) -> bytes:
+    keys = tuple(
+        SigningKey(peer=named(name).peer_id, not_before=0, not_after=1 << 39) for name in names
+    )
+    key = named(root)
+    message = KeyList(root=key.peer_id, seq=seq, keys=keys, issued_at=1_700_000_000)
+    return codec.sign(message, key, "net").data
+
+
+def named(name: str) -> KeyPair:
+    return KeyPair(hashlib.sha256(name.encode()).digest())
+
+
+async def test_a_rotated_coordinator_is_the_same_one(world: World) -> None:
+    world.link.coordinator, world.link.key_list = named("one").peer_id, listed("root", 1, "one")
+    before = await world.start().join()
+    world.link.coordinator = named("two").peer_id
+    world.link.key_list = listed("root", 2, "one", "two")
+    enrolment = world.start()
+    standing = await enrolment.join()
+    assert standing.certificate == before.certificate  # good until it ends
+    assert standing.info.coordinator == named("two").peer_id
+    assert set(enrolment.trusted) == {named("one").peer_id, named("two").peer_id}
+    world.link.down = "coordinator_unreachable"
+    enrolment = world.start()
+    await enrolment.join()
+    assert set(enrolment.trusted) == {named("one").peer_id, named("two").peer_id}
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (listed("another", 9, "one"), "root_changed"),
+        (listed("root", 1, "one"), "list_stale"),
+        (listed("root", 3, "two"), "wrong_signer"),
+        (b"", "list_stale"),
+    ],
+)
+async def test_a_list_that_does_not_follow_is_refused(world: World, data: bytes, code: str) -> None:
+    world.link.coordinator, world.link.key_list = named("one").peer_id, listed("root", 2, "one")
+    await world.start().join()
+    world.link.key_list = data
+    with pytest.raises(LumarisError) as caught:
+        await world.start().join()
+    assert caught.value.code == code
+
+
+async def test_a_coordinator_set_up_anew_is_met_for_the_first_time(world: World) -> None:
+    world.link.coordinator, world.link.key_list = named("one").peer_id, listed("root", 2, "one")
+    before = await world.start().join()
+    world.link.coordinator, world.link.key_list = named("new").peer_id, listed("root2", 1, "new")
+    enrolment = world.start()
+    assert (await enrolment.join()).certificate != before.certificate
+    assert enrolment.trusted.roots == {named("root2").peer_id}
+
+
+async def test_a_renewal_takes_the_new_key_up(world: World, autojump_clock: MockClock) -> None:
+    world.link.coordinator, world.link.key_list = named("one").peer_id, listed("root", 1, "one")
+    enrolment = world.start()
+    await enrolment.join()
+    await enrolment.announce(HERE)
+    world.link.coordinator = named("two").peer_id
+    world.link.key_list = listed("root", 2, "one", "two")
+    renewed: list[Standing] = []
+
+    async def here() -> tuple[str, ...]:
+        return HERE
+
+    async def changed(standing: Standing) -> None:
+        renewed.append(standing)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(enrolment.keep, here, changed)
+        await trio.sleep(LIFE_S * 0.6)
+        nursery.cancel_scope.cancel()
+    assert renewed[-1].info.coordinator == named("two").peer_id
+    assert named("two").peer_id in enrolment.trusted

@@ -18,8 +18,10 @@ from lumaris_overlay.ports import Overlay, OverlayStream
 from lumaris_protocol import envelope
 from lumaris_protocol.errors import EnvelopeError, LumarisError, RemoteError
 from lumaris_protocol.keys import KeyPair
+from tests.overlay.notice_documents import next_notice, revocations
 from tests.overlay.shard_maps import needs, regional, shard_map
 from tests.overlay.world import (
+    COORDINATOR,
     advert,
     certificate,
     demand,
@@ -323,3 +325,54 @@ class Conformance:
             assert found.seq == 1
             await one.overlay.publish_advert(regional(one.key, "here", 2))
             assert (await next_of(events, one.key.peer_id)).seq == 2
+
+    async def test_notice_reaches_the_publisher_and_its_peers(self, world: World):
+        data = revocations(key_of("somebody").peer_id, seq=3)
+        async with world.one.overlay.notices() as own, world.two.overlay.notices() as notices:
+            await world.one.overlay.publish_notice(data)
+            await next_notice(own, data)
+            notice = await next_notice(notices, data)
+        assert (notice.kind, notice.seq, notice.signer) == (
+            "revocations",
+            3,
+            COORDINATOR.peer_id,
+        )
+        async with world.two.overlay.notices() as again:
+            await next_notice(again, data)
+
+    async def test_late_joiner_is_told_of_earlier_notices(self, world: World):
+        data = revocations(key_of("somebody").peer_id)
+        await world.one.overlay.publish_notice(data)
+        async with world.three.overlay.notices() as notices:
+            assert await world.three.overlay.connect(world.addresses) == 1
+            await next_notice(notices, data)
+
+    async def test_invalid_notice_is_refused_at_publish(self, world: World):
+        for data, code in (
+            (revocations(signer=key_of("forger")), "wrong_signer"),
+            (revocations(now=1_000_000), "expired"),
+            (advert(world.one.key), "wrong_type"),
+            (b"x" * 30_000, "oversize"),
+        ):
+            with pytest.raises(EnvelopeError) as caught:
+                await world.one.overlay.publish_notice(data)
+            assert caught.value.code == code
+
+    async def test_revoked_peer_is_refused_and_its_advert_leaves(self, world: World):
+        seller = world.two.key.peer_id
+        async with world.one.overlay.adverts() as events:
+            await world.two.overlay.publish_advert(advert(world.two.key))
+            assert (await next_of(events, seller)).envelope is not None
+            # Dated ahead of the certificate that the test's hosts were made with.
+            await world.one.overlay.publish_notice(revocations(seller, at=time.time() + 60))
+            assert (await next_of(events, seller)).envelope is None
+        with trio.fail_after(10):
+            while await world.one.overlay.peers():
+                await trio.sleep(0.02)
+        assert await world.one.overlay.find_peer(seller) is None
+        with pytest.raises(RemoteError) as caught:
+            await world.two.overlay.open_stream(
+                world.one.key.peer_id, PROTOCOL, addresses=world.addresses
+            )
+        assert caught.value.code == "unreachable"
+        assert await world.three.overlay.connect(world.addresses) == 1

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from lumaris_protocol import agreements, codec, ids, merkle, settlement
+from lumaris_protocol import agreements, codec, ids, merkle, notes, settlement
 from lumaris_protocol.agreements import Contract
 from lumaris_protocol.codec import Signed
 from lumaris_protocol.keys import KeyPair
@@ -32,6 +32,7 @@ from lumaris_protocol.messages.receipt import LogProof, Receipt, ReceiptBundle
 
 NETWORK = "testnet"
 NOW = 1_800_000_000
+SALT = bytes(range(100, 132))
 
 
 def key_of(name: str) -> KeyPair:
@@ -233,9 +234,10 @@ def settled(paid_nanos: int = 123_457, *, leaves: int = 5, index: int = 3) -> Se
         now=NOW + 100,
     )
     receipt = codec.sign(text, COORDINATOR, NETWORK)
-    bodies = [receipt.data if n == index else f"leaf {n}".encode() for n in range(leaves)]
+    ours = merkle.commitment(SALT, receipt.data)
+    bodies = [ours if n == index else f"leaf {n}".encode() for n in range(leaves)]
     tree = merkle.Tree(merkle.leaf_hash(body) for body in bodies)
-    checkpoint = merkle.Checkpoint("lumaris.example/testnet", leaves, tree.root())
+    checkpoint = merkle.Checkpoint(notes.log_origin(NETWORK), leaves, tree.root())
     bundle = ReceiptBundle(
         format="lumaris-receipt/1",
         network=NETWORK,
@@ -244,6 +246,7 @@ def settled(paid_nanos: int = 123_457, *, leaves: int = 5, index: int = 3) -> Se
         agreement_by_seller=agreed.by_seller,
         grant=grant(agreed).data,
         voucher=paid_by.data if paid_by else None,
+        salt=SALT,
         proof=LogProof(
             index=index,
             size=leaves,

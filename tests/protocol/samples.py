@@ -11,6 +11,16 @@ from lumaris_protocol.messages.base import Message
 from lumaris_protocol.messages.budget import CreditRequest, GrantRequest, Registration
 from lumaris_protocol.messages.challenge import Challenge, ChallengeAnswer
 from lumaris_protocol.messages.demand import Demand
+from lumaris_protocol.messages.dispute import (
+    Candidate,
+    CheckerDraw,
+    DisputeEvidence,
+    DisputeOpen,
+    DisputeSplit,
+    DisputeWithdraw,
+    Facts,
+    Ruling,
+)
 from lumaris_protocol.messages.endpoint import Endpoint
 from lumaris_protocol.messages.execution import (
     Acceptance,
@@ -24,6 +34,8 @@ from lumaris_protocol.messages.execution import (
     Usage,
     WorkOrder,
 )
+from lumaris_protocol.messages.money import PayoutRequest
+from lumaris_protocol.messages.notice import CheckpointNotice
 from lumaris_protocol.messages.payment import Close, Settle, Voucher
 from lumaris_protocol.messages.shard_map import Shard, ShardMap
 from tests.protocol import parties as p
@@ -41,15 +53,21 @@ def samples() -> dict[str, tuple[Message, KeyPair]]:
         (p.grant(agreed).message, p.COORDINATOR),
         (p.settled().receipt.message, p.COORDINATOR),
         (_shard_map(), p.COORDINATOR),
+        (_checkpoint_notice(), p.COORDINATOR),
         (_demand(), p.BUYER),
         (_endpoint(), p.SELLER),
         (_challenge(), p.BUYER),
         (_challenge_answer(), p.SELLER),
         *_to_coordinator(),
+        *_disputes(),
         *((message, p.BUYER_SESSION) for message in _of_buyer()),
         *((message, p.SELLER_SESSION) for message in _of_seller()),
     ]
     return {message.TYPE: (message, key) for message, key in signed}
+
+
+def _checkpoint_notice() -> CheckpointNotice:
+    return CheckpointNotice(seq=p.NOW, checkpoint=p.settled().bundle.checkpoint, issued_at=p.NOW)
 
 
 def _shard_map() -> ShardMap:
@@ -136,6 +154,14 @@ def _to_coordinator() -> list[tuple[Message, KeyPair]]:
         **common,
     )
     credit = CreditRequest(peer=p.BUYER.peer_id, amount_nanos=10**9, nonce="0" * 31 + "2", **common)
+    payout = PayoutRequest(
+        peer=p.SELLER.peer_id,
+        adapter="test-credit",
+        amount_nanos=10**9,
+        currency="TEST",
+        nonce="0" * 31 + "4",
+        **common,
+    )
     request = GrantRequest(buyer=p.BUYER.peer_id, **both, **common)
     settle = Settle(
         session=agreed.agreement.session,
@@ -146,7 +172,86 @@ def _to_coordinator() -> list[tuple[Message, KeyPair]]:
         **both,
         **common,
     )
-    return [(registration, p.SELLER), (credit, p.BUYER), (request, p.BUYER), (settle, p.SELLER)]
+    return [
+        (registration, p.SELLER),
+        (credit, p.BUYER),
+        (payout, p.SELLER),
+        (request, p.BUYER),
+        (settle, p.SELLER),
+    ]
+
+
+def _disputes() -> list[tuple[Message, KeyPair]]:
+    agreed = p.contract()
+    text = agreed.agreement
+    name = p.id_of("dispute", "1")
+    about: dict[str, Any] = {
+        "dispute": name,
+        "agreement_hash": agreed.hash,
+        "issued_at": p.NOW,
+    }
+    shown = (p.voucher(agreed, 500).data,)
+    opened = DisputeOpen(
+        dispute=name,
+        coordinator=p.COORDINATOR.peer_id,
+        opener=text.buyer,
+        agreement_by_buyer=agreed.by_buyer,
+        agreement_by_seller=agreed.by_seller,
+        grant=p.grant(agreed).data,
+        claim="not_delivered",
+        order=0,
+        amount_nanos=500,
+        evidence=shown,
+        issued_at=p.NOW,
+    )
+    drawn = CheckerDraw(
+        dispute=name,
+        round=0,
+        checkpoint=p.settled().bundle.checkpoint,
+        candidates=(Candidate(peer=p.STRANGER.peer_id, weight_nanos=10**9),),
+        checker=p.STRANGER.peer_id,
+        check_by=p.NOW + 86_400,
+        issued_at=p.NOW,
+    )
+    facts = Facts(
+        paid_nanos=500,
+        remainder_nanos=0,
+        bond_nanos=1_000_000,
+        stake_nanos=550,
+        ended="deadline",
+        opened_at=p.NOW,
+        evidence_until=p.NOW + 3_600,
+        checkers=(p.STRANGER.peer_id,),
+    )
+    ruling = Ruling(
+        claim="not_delivered",
+        order=0,
+        opener=text.buyer,
+        buyer=text.buyer,
+        seller=text.seller,
+        currency="TEST",
+        fault="seller",
+        rule="not_delivered",
+        award_nanos=0,
+        refund_nanos=500,
+        slash_nanos=550,
+        collected_nanos=550,
+        victim_nanos=25,
+        bond_returned=True,
+        evidence_root=p.digest_of("evidence"),
+        documents=2,
+        facts=facts,
+        **about,
+    )
+    more = DisputeEvidence(party=text.seller, n=0, evidence=shown, done=True, **about)
+    return [
+        (opened, p.BUYER),
+        (more, p.SELLER),
+        (DisputeWithdraw(party=text.buyer, **about), p.BUYER),
+        (DisputeSplit(award_nanos=1, refund_nanos=2, **about), p.BUYER),
+        (drawn, p.COORDINATOR),
+        (ruling, p.COORDINATOR),
+    ]
 
 
 def _chain_part() -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumaris_protocol import merkle
+from lumaris_protocol import limits, merkle
 from lumaris_protocol.errors import EnvelopeError
 from tests.protocol import parties as p
 
@@ -209,18 +209,20 @@ def test_what_is_not_a_note_is_malformed(note: str) -> None:
 
 
 def test_a_note_is_bounded() -> None:
-    refused(NOTE + "\n" * 4096, "oversize")
+    refused(NOTE + "\n" * limits.CHECKPOINT_CHARS_MAX, "oversize")
+    lines = NOTE.partition("\n\n")[2] * (limits.NOTE_SIGNATURES_MAX + 1)
+    refused(f"{POINT.body}\n{lines}", "oversize")
 
 
 def test_the_wrong_key_name_or_blob_is_a_bad_signature() -> None:
     refused(NOTE, "bad_signature", p.STRANGER.public_key)
     head, _, line = NOTE.partition("\n\n")
     refused(f"{head}\n\n{line.replace('testnet', 'mainnet')}", "bad_signature")
-    refused(f"{head}\n\n— {POINT.origin} not base64!\n", "bad_signature")
+    refused(f"{head}\n\n— {POINT.origin} not base64!\n", "malformed")
     blob = base64.b64decode(line.rsplit(" ", 1)[1])
     short = base64.b64encode(blob[:-1]).decode()
     refused(f"{head}\n\n— {POINT.origin} {short}\n", "bad_signature")
 
 
 def test_only_a_line_feed_ends_a_signature_line() -> None:
-    refused(NOTE.replace("\n\n", "\n\nx\u2028"), "bad_signature")
+    refused(NOTE.replace("\n\n", "\n\nx\u2028"), "malformed")

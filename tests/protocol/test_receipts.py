@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from lumaris_protocol import codec, merkle, receipts
+from lumaris_protocol import codec, merkle, notes, receipts
 from lumaris_protocol.errors import RefusedError
 from lumaris_protocol.messages.receipt import LogProof, ReceiptBundle
+from tests import independent_log
 from tests.protocol import parties as p
 
 TRUSTED = frozenset({p.COORDINATOR.peer_id})
 DONE = p.settled()
 DATA = receipts.encode_bundle(DONE.bundle)
+ORIGIN = notes.log_origin(p.NETWORK)
 
 
 def verdict(data: bytes) -> tuple[str, str]:
@@ -33,8 +39,8 @@ def resigned(**changes: Any) -> bytes:
     """The coordinator signs another receipt and logs it properly."""
     text = msgspec.structs.replace(DONE.receipt.message, **changes)
     data = codec.sign(text, p.COORDINATOR, p.NETWORK).data
-    tree = merkle.Tree([merkle.leaf_hash(data)])
-    point = merkle.Checkpoint("lumaris.example/testnet", 1, tree.root())
+    tree = merkle.Tree([merkle.leaf_hash(merkle.commitment(p.SALT, data))])
+    point = merkle.Checkpoint(ORIGIN, 1, tree.root())
     return changed(
         receipt=data,
         proof=LogProof(index=0, size=1, hashes=()),
@@ -114,6 +120,8 @@ OTHER = p.contract(name="2")
         ({"proof": LogProof(index=3, size=6, hashes=DONE.bundle.proof.hashes)}, "log"),
         ({"proof": LogProof(index=3, size=5, hashes=DONE.bundle.proof.hashes[:-1])}, "log"),
         ({"proof": LogProof(index=3, size=5, hashes=())}, "log"),
+        ({"salt": bytes(32)}, "log"),
+        ({"salt": b""}, "form"),
         ({"checkpoint": ""}, "log"),
         ({"checkpoint": DONE.bundle.checkpoint.replace("\n5\n", "\n6\n")}, "log"),
     ],
@@ -123,8 +131,8 @@ def test_each_part_has_its_check(changes: dict[str, Any], check: str) -> None:
 
 
 def test_a_checkpoint_of_another_key_is_no_proof() -> None:
-    tree = merkle.Tree([merkle.leaf_hash(DONE.bundle.receipt)])
-    point = merkle.Checkpoint("lumaris.example/testnet", 1, tree.root())
+    tree = merkle.Tree([merkle.leaf_hash(merkle.commitment(p.SALT, DONE.bundle.receipt))])
+    point = merkle.Checkpoint(ORIGIN, 1, tree.root())
     proof = LogProof(index=0, size=1, hashes=())
     forged = changed(proof=proof, checkpoint=merkle.sign_checkpoint(point, p.STRANGER))
     assert verdict(forged) == ("invalid", "log")
@@ -190,3 +198,87 @@ def test_a_huge_file_is_not_read() -> None:
 def test_the_largest_honest_bundle_fits() -> None:
     assert len(DATA) * 10 < receipts.BUNDLE_BYTES_MAX
     assert set(ReceiptBundle.__struct_fields__) >= set(DOCUMENTS)
+
+
+# --- the second checker ---
+
+
+def other_holds(data: bytes) -> bool:
+    try:
+        independent_log.check_file(data, coordinator=p.COORDINATOR.peer_id)
+    except independent_log.Wrong:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("paid", [0, 1, 123_457])
+@pytest.mark.parametrize(("leaves", "index"), [(1, 0), (5, 4), (7, 3), (64, 63)])
+def test_a_second_implementation_finds_it_valid(paid: int, leaves: int, index: int) -> None:
+    settled = p.settled(paid, leaves=leaves, index=index)
+    data = receipts.encode_bundle(settled.bundle)
+    receipt, cosigned = independent_log.check_file(data, coordinator=p.COORDINATOR.peer_id)
+    assert receipt["paid_nanos"] == paid
+    assert cosigned == {}
+    with pytest.raises(independent_log.Wrong):
+        independent_log.check_file(data, coordinator=p.STRANGER.peer_id)
+
+
+SIGNED = ("receipt", "agreement_by_buyer", "agreement_by_seller", "grant", "voucher", "salt")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(SIGNED), st.integers(0, 10_000), st.integers(0, 7))
+def test_both_refuse_any_flipped_bit(name: str, place: int, bit: int) -> None:
+    data = bytearray(getattr(DONE.bundle, name))
+    data[place % len(data)] ^= 1 << bit
+    bad = changed(**{name: bytes(data)})
+    assert verdict(bad)[0] == "invalid"
+    assert not other_holds(bad)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2), st.integers(0, 255), st.integers(0, 7))
+def test_both_refuse_a_flipped_bit_of_the_proof(which: int, place: int, bit: int) -> None:
+    hashes = [bytearray.fromhex(name[7:]) for name in DONE.bundle.proof.hashes]
+    hashes[which % len(hashes)][place % 32] ^= 1 << bit
+    names = tuple(f"sha256:{node.hex()}" for node in hashes)
+    bad = changed(proof=msgspec.structs.replace(DONE.bundle.proof, hashes=names))
+    assert verdict(bad) == ("invalid", "log")
+    assert not other_holds(bad)
+
+
+@pytest.mark.parametrize("position", range(0, len(DONE.bundle.checkpoint), 3))
+def test_both_refuse_a_changed_checkpoint(position: int) -> None:
+    note = DONE.bundle.checkpoint
+    if position == len(note) - 1:
+        return
+    bad = changed(
+        checkpoint=note[:position] + ("A" if note[position] != "A" else "B") + note[position + 1 :]
+    )
+    assert verdict(bad) == ("invalid", "log")
+    assert not other_holds(bad)
+
+
+def test_the_log_of_another_network_is_no_proof() -> None:
+    tree = merkle.Tree([merkle.leaf_hash(merkle.commitment(p.SALT, DONE.bundle.receipt))])
+    point = merkle.Checkpoint(notes.log_origin("othernet"), 1, tree.root())
+    bad = changed(
+        proof=LogProof(index=0, size=1, hashes=()),
+        checkpoint=merkle.sign_checkpoint(point, p.COORDINATOR),
+    )
+    assert verdict(bad) == ("invalid", "log")
+    assert not other_holds(bad)
+
+
+def test_the_proof_in_the_form_of_other_tools() -> None:
+    """C2SP tlog-proof, read by its text."""
+    text = receipts.tlog_proof(DONE.bundle)
+    head, _, note = text.partition("\n\n")
+    first, extra, index, *path = head.split("\n")
+    assert first == "c2sp.org/tlog-proof@v1"
+    salt = base64.b64decode(extra.removeprefix("extra "))
+    leaf = independent_log.leaf_hash(hashlib.sha256(salt + DONE.bundle.receipt).digest())
+    size, root = independent_log.open_head(note, ORIGIN, p.COORDINATOR.public_key)
+    hashes = [base64.b64decode(line) for line in path]
+    place = int(index.removeprefix("index "))
+    assert independent_log.root_from_path(leaf, place, size, hashes) == root

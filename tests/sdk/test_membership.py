@@ -35,6 +35,8 @@ class FakeLink:
             return Info("net", KEY.peer_id, "TEST", 500, 60, 0, "1", int(self.now))
         if request.path == "/v1/identity/challenge":
             return Challenge("ab" * 16, int(self.now) + 60)
+        if request.path.startswith("/.well-known/"):
+            raise LumarisError("not_found")
         assert request.path == "/v1/identity/register"
         self.count += 1
         return Membership(b"cert", "acc", f"token {self.count}", int(self.now) + LIFE_S)

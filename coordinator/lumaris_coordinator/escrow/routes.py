@@ -1,12 +1,17 @@
-"""/v1/grants, /v1/settle, /v1/escrows."""
+"""/v1/grants, /v1/amendments, /v1/settle, /v1/escrows."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import Response
 
+from lumaris_coordinator.bounds import ESCROWS_PAGE_MAX
+from lumaris_coordinator.conditional import answer
 from lumaris_coordinator.edge import read_body
+from lumaris_coordinator.escrow import views
 from lumaris_coordinator.http import (
     BEARER,
     OCTETS,
@@ -15,26 +20,35 @@ from lumaris_coordinator.http import (
     document_body,
     json_response,
 )
+from lumaris_protocol.limits import SEQ_MAX
 
 router = APIRouter(tags=["escrow"])
+State = Literal["held", "claimed", "disputed", "settled", "expired"]
 
 
 @router.post("/v1/grants", openapi_extra=document_body("grant_request"))
 async def grant(request: Request) -> Response:
     """The signed BudgetGrant: the agreement's cap is held. Repeating it returns the same bytes."""
-    found = await coordinator_of(request).escrows.grant(await read_body(request))
+    found = await coordinator_of(request).grants.grant(await read_body(request))
+    return Response(found, media_type=OCTETS)
+
+
+@router.post("/v1/amendments", openapi_extra=document_body("amend_request"))
+async def amend(request: Request) -> Response:
+    """The BudgetGrant with what an amendment adds. Repeating it returns the same bytes."""
+    found = await coordinator_of(request).grants.amend(await read_body(request))
     return Response(found, media_type=OCTETS)
 
 
 @router.post("/v1/settle", openapi_extra=document_body("settle"))
 async def settle(request: Request) -> Response:
-    """200 with the receipt file, or 202 {state, settle_by} while the seller may still claim."""
+    """200 with the receipt file, or 202 {state, settle_by, vouchered_nanos} while the seller may
+    still claim or a dispute is open."""
     coordinator = coordinator_of(request)
-    found = await coordinator.escrows.settle(await read_body(request))
-    escrow = found.escrow
-    if found.receipt is not None:
-        bundle = coordinator.receipts.bundle(escrow, found.receipt)
-        return Response(bundle, media_type="application/json")
+    escrow = await coordinator.escrows.settle(await read_body(request))
+    if escrow.final:
+        file = await coordinator.receipts.file(escrow.agreement_hash)
+        return Response(file, media_type="application/json")
     return json_response(
         {
             "state": escrow.state,
@@ -45,9 +59,23 @@ async def settle(request: Request) -> Response:
     )
 
 
+@router.get("/v1/escrows", openapi_extra=BEARER)
+async def escrows(
+    request: Request,
+    after: Annotated[int, Query(ge=0, le=SEQ_MAX)] = 0,
+    limit: Annotated[int, Query(ge=1, le=ESCROWS_PAGE_MAX)] = ESCROWS_PAGE_MAX,
+    state: State | None = None,
+) -> Response:
+    """{escrows, next}: the sessions of the caller's peers, oldest first; `next` is `after`."""
+    caller = await caller_of(request)
+    context = coordinator_of(request).context
+    found = await views.page(context, caller, after=after, limit=limit, state=state)
+    return answer(request, found)
+
+
 @router.get("/v1/escrows/{session}", openapi_extra=BEARER)
 async def show(request: Request) -> Response:
-    """The money of a session, for its parties."""
+    """The money of a session, for its parties; the ETag changes with what is shown."""
     session = request.path_params["session"]
     caller = await caller_of(request)
-    return json_response(await coordinator_of(request).escrows.show(session, caller))
+    return answer(request, await views.show(coordinator_of(request).context, session, caller))

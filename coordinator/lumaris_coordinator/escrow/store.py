@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
+from lumaris_coordinator.bounds import ESCROW_EVENTS_SHOWN_MAX
 from lumaris_coordinator.store.port import Connection, all_rows, first
 from lumaris_protocol.agreements import Contract
 from lumaris_protocol.codec import Signed
@@ -16,17 +18,24 @@ from lumaris_protocol.messages.payment import Voucher
 
 @dataclass(frozen=True)
 class Escrow:
-    """One row. Amounts are nanos; the documents are kept as they were signed."""
+    """One row. Amounts are nanos; the documents are kept as they were signed.
+
+    `number` counts escrows. `claimed_total` is what a final claim asked, or what the seller claimed
+    while `disputes` were open.
+    """
 
     agreement_hash: str
+    number: int
     session: str
     buyer: str
     seller: str
     account: str
+    currency: str
     cap: int
     paid: int
     state: str
     version: int
+    not_after: int
     settle_by: int
     by_buyer: bytes
     by_seller: bytes
@@ -34,12 +43,37 @@ class Escrow:
     voucher: bytes | None
     voucher_total: int
     claimed_total: int | None
+    close_by_buyer: bytes | None
+    close_by_seller: bytes | None
+    disputes: int
     granted_at: int
 
     @property
     def final(self) -> bool:
         """Whether the money has come to rest."""
         return self.state in ESCROW.final
+
+    @property
+    def remainder(self) -> int:
+        """What is still held."""
+        return 0 if self.final else self.cap - self.paid
+
+    @property
+    def closes(self) -> tuple[bytes, ...]:
+        """The co-signed end, when there is one."""
+        if self.close_by_buyer is None or self.close_by_seller is None:
+            return ()
+        return (self.close_by_buyer, self.close_by_seller)
+
+
+@dataclass(frozen=True)
+class Amended:
+    """One amendment as it was signed, and the grant it led to."""
+
+    n: int
+    by_buyer: bytes
+    by_seller: bytes | None
+    budget_grant: bytes
 
 
 @dataclass(frozen=True)
@@ -63,12 +97,16 @@ def find(connection: Connection, agreement_hash: str) -> Escrow | None:
     return Escrow(*row) if row else None
 
 
-def find_of_party(connection: Connection, session: str, peer: str) -> Escrow | None:
-    """The newest escrow of a session that the peer is a party of."""
+def find_of_parties(connection: Connection, session: str, peers: Sequence[str]) -> Escrow | None:
+    """The newest escrow of a session that one of the peers is a party of."""
+    if not peers:
+        return None
+    marks = ", ".join("?" * len(peers))
     row = first(
         connection,
-        _SELECT + " WHERE session = ?1 AND ?2 IN (buyer, seller) ORDER BY granted_at DESC LIMIT 1",
-        (session, peer),
+        f"{_SELECT} WHERE session = ? AND (buyer IN ({marks}) OR seller IN ({marks}))"
+        " ORDER BY number DESC LIMIT 1",
+        (session, *peers, *peers),
     )
     return Escrow(*row) if row else None
 
@@ -83,35 +121,75 @@ def open_of_buyer(connection: Connection, buyer: str) -> int:
     """How many of a buyer's escrows still hold money."""
     row = first(
         connection,
-        "SELECT count(*) FROM escrow WHERE buyer = ? AND state IN ('held', 'claimed')",
+        "SELECT count(*) FROM escrow WHERE buyer = ? AND state IN ('held', 'claimed', 'disputed')",
         (buyer,),
     )
     return int(row[0]) if row else 0
 
 
+def held_of_buyers(connection: Connection, buyers: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """(nanos, escrows) that the buyers' open sessions hold, by currency."""
+    if not buyers:
+        return {}
+    marks = ", ".join("?" * len(buyers))
+    rows = all_rows(
+        connection,
+        "SELECT currency, sum(cap - paid), count(*) FROM escrow"
+        f" WHERE buyer IN ({marks}) AND state IN ('held', 'claimed', 'disputed')"
+        " GROUP BY currency",
+        tuple(buyers),
+    )
+    return {str(currency): (int(held), int(number)) for currency, held, number in rows}
+
+
+def page_of_parties(
+    connection: Connection,
+    peers: Sequence[str],
+    *,
+    after: int,
+    limit: int,
+    state: str | None = None,
+) -> list[Escrow]:
+    """Escrows that one of the peers is a party of, with a number above `after`, oldest first."""
+    if not peers:
+        return []
+    marks = ", ".join("?" * len(peers))
+    only = " AND state = ?" if state is not None else ""
+    rows = all_rows(
+        connection,
+        f"{_SELECT} WHERE number > ? AND (buyer IN ({marks}) OR seller IN ({marks})){only}"
+        " ORDER BY number LIMIT ?",
+        (after, *peers, *peers, *(() if state is None else (state,)), limit),
+    )
+    return [Escrow(*row) for row in rows]
+
+
 def next_serial(connection: Connection) -> int:
-    """The serial of the next grant."""
+    """The serial of the next grant; a later grant of the same money has a higher one."""
     row = first(connection, "SELECT coalesce(max(serial), 0) + 1 FROM escrow")
     return int(row[0]) if row else 1
 
 
 def insert(
-    connection: Connection, contract: Contract, grant: Signed[BudgetGrant], *, account: str
-) -> None:
+    connection: Connection, contract: Contract, grant: Signed[BudgetGrant], account: str
+) -> Escrow:
     """Add a held escrow with its first event."""
     message = grant.message
     connection.execute(
-        "INSERT INTO escrow (agreement_hash, session, buyer, seller, account, cap, state,"
-        " settle_by, serial, by_buyer, by_seller, budget_grant, granted_at)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO escrow (agreement_hash, number, session, buyer, seller, account, currency,"
+        " cap, state, not_after, settle_by, serial, by_buyer, by_seller, budget_grant, granted_at)"
+        " VALUES (?, (SELECT coalesce(max(number), 0) + 1 FROM escrow),"
+        " ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             contract.hash,
             message.session,
             message.buyer,
             message.seller,
             account,
+            message.currency,
             message.cap_nanos,
             ESCROW.initial,
+            message.not_after,
             message.settle_by,
             message.serial,
             contract.by_buyer,
@@ -122,6 +200,7 @@ def insert(
     )
     event = Event(0, "granted", "", ESCROW.initial, grant.hash, message.issued_at)
     _note(connection, contract.hash, event)
+    return _found(connection, contract.hash)
 
 
 def advance(
@@ -141,32 +220,130 @@ def advance(
     assert changed.rowcount == 1, "the one writer saw another version"
     event = Event(escrow.version + 1, fact, escrow.state, machine.state, evidence, now)
     _note(connection, escrow.agreement_hash, event)
-    found = find(connection, escrow.agreement_hash)
-    assert found is not None
-    return found
+    return replace(escrow, state=machine.state, version=escrow.version + 1)
 
 
-def record_voucher(connection: Connection, escrow: Escrow, voucher: Signed[Voucher]) -> None:
+def record_voucher(connection: Connection, escrow: Escrow, voucher: Signed[Voucher]) -> Escrow:
     """Keep the voucher that counts."""
+    kept = replace(escrow, voucher=voucher.data, voucher_total=voucher.message.total_nanos)
     connection.execute(
         "UPDATE escrow SET voucher = ?, voucher_total = ? WHERE agreement_hash = ?",
-        (voucher.data, voucher.message.total_nanos, escrow.agreement_hash),
+        (kept.voucher, kept.voucher_total, escrow.agreement_hash),
     )
+    return kept
 
 
 def save_settlement(connection: Connection, escrow: Escrow) -> None:
-    """Keep what a final state paid, on which claim, with which voucher."""
+    """Keep what was paid until now, on which claim, and how many disputes are open."""
     connection.execute(
-        "UPDATE escrow SET paid = ?, claimed_total = ?, voucher = ?, voucher_total = ?"
-        " WHERE agreement_hash = ?",
+        "UPDATE escrow SET paid = ?, claimed_total = ?, close_by_buyer = ?, close_by_seller = ?,"
+        " disputes = ? WHERE agreement_hash = ?",
         (
             escrow.paid,
             escrow.claimed_total,
-            escrow.voucher,
-            escrow.voucher_total,
+            escrow.close_by_buyer,
+            escrow.close_by_seller,
+            escrow.disputes,
             escrow.agreement_hash,
         ),
     )
+
+
+def amendments(connection: Connection, agreement_hash: str) -> list[Amended]:
+    """All amendments of an agreement, oldest first: at most AMENDMENTS_MAX."""
+    rows = all_rows(
+        connection,
+        "SELECT n, by_buyer, by_seller, budget_grant FROM amendment"
+        " WHERE agreement_hash = ? ORDER BY n",
+        (agreement_hash,),
+    )
+    return [Amended(*row) for row in rows]
+
+
+def amend(
+    connection: Connection,
+    escrow: Escrow,
+    amended: Amended,
+    grant: Signed[BudgetGrant],
+) -> Escrow:
+    """Keep an amendment, and hold the escrow to its grant from now on; the escrow after it."""
+    message = grant.message
+    connection.execute(
+        "INSERT INTO amendment (agreement_hash, n, by_buyer, by_seller, budget_grant, at)"
+        " VALUES (?, ?, ?, ?, ?, ?)",
+        (
+            escrow.agreement_hash,
+            amended.n,
+            amended.by_buyer,
+            amended.by_seller,
+            amended.budget_grant,
+            message.issued_at,
+        ),
+    )
+    connection.execute(
+        "UPDATE escrow SET cap = ?, not_after = ?, settle_by = ?, serial = ?, budget_grant = ?"
+        " WHERE agreement_hash = ?",
+        (
+            message.cap_nanos,
+            message.not_after,
+            message.settle_by,
+            message.serial,
+            grant.data,
+            escrow.agreement_hash,
+        ),
+    )
+    return _found(connection, escrow.agreement_hash)
+
+
+def add_ruling(connection: Connection, agreement_hash: str, ruling: bytes, *, award: int) -> None:
+    """Keep a ruling on the escrow, with what it gave the seller before the fee."""
+    connection.execute(
+        "INSERT INTO escrow_ruling (agreement_hash, n, ruling, award) VALUES (?1,"
+        " (SELECT coalesce(max(n), 0) + 1 FROM escrow_ruling WHERE agreement_hash = ?1), ?2, ?3)",
+        (agreement_hash, ruling, award),
+    )
+
+
+def rulings(connection: Connection, agreement_hash: str) -> tuple[bytes, ...]:
+    """The rulings on an escrow, oldest first: at most DISPUTES_PER_ESCROW_MAX."""
+    rows = all_rows(
+        connection,
+        "SELECT ruling FROM escrow_ruling WHERE agreement_hash = ? ORDER BY n",
+        (agreement_hash,),
+    )
+    return tuple(row[0] for row in rows)
+
+
+def disputes_ever(connection: Connection, agreement_hash: str) -> int:
+    """How many disputes were ever opened on an escrow."""
+    row = first(
+        connection,
+        "SELECT count(*) FROM escrow_event WHERE agreement_hash = ? AND fact = 'dispute_opened'",
+        (agreement_hash,),
+    )
+    return int(row[0]) if row else 0
+
+
+@dataclass(frozen=True)
+class Enclosed:
+    """What a receipt file carries beside the agreement, the grant and the voucher."""
+
+    closes: tuple[bytes, ...]
+    amendments: tuple[bytes, ...]
+    rulings: tuple[bytes, ...]
+
+
+def enclosed(connection: Connection, escrow: Escrow) -> Enclosed:
+    """The documents that a settled escrow's receipt follows from. A co-signed end stands over
+    the rulings before it."""
+    copies = (
+        copy
+        for one in amendments(connection, escrow.agreement_hash)
+        for copy in (one.by_buyer, one.by_seller)
+        if copy is not None
+    )
+    ruled = () if escrow.closes else rulings(connection, escrow.agreement_hash)
+    return Enclosed(escrow.closes, tuple(copies), ruled)
 
 
 def due(connection: Connection, *, now: int, limit: int) -> list[str]:
@@ -183,21 +360,28 @@ def due(connection: Connection, *, now: int, limit: int) -> list[str]:
 def extend_open(connection: Connection, *, seconds: int) -> None:
     """Move every open deadline by some downtime."""
     connection.execute(
-        "UPDATE escrow SET settle_by = settle_by + ? WHERE state IN ('held', 'claimed')",
+        "UPDATE escrow SET settle_by = settle_by + ?"
+        " WHERE state IN ('held', 'claimed', 'disputed')",
         (seconds,),
     )
 
 
 def events(connection: Connection, agreement_hash: str) -> list[dict[str, Any]]:
-    """The escrow's history. A session has few events: repeated claims move nothing."""
+    """The escrow's history: repeated claims are no events, and only rising vouchers add to it."""
     rows = all_rows(
         connection,
         "SELECT n, fact, after, evidence, at FROM escrow_event WHERE agreement_hash = ?"
-        " ORDER BY n LIMIT 100",
-        (agreement_hash,),
+        " ORDER BY n LIMIT ?",
+        (agreement_hash, ESCROW_EVENTS_SHOWN_MAX),
     )
     names = ("n", "fact", "state", "evidence", "at")
     return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def _found(connection: Connection, agreement_hash: str) -> Escrow:
+    found = find(connection, agreement_hash)
+    assert found is not None
+    return found
 
 
 def _note(connection: Connection, agreement_hash: str, event: Event) -> None:

@@ -57,6 +57,14 @@ async def register(request: Request) -> Response:
     return json_response(await coordinator_of(request).identity.register(await read_body(request)))
 
 
+@router.post("/v1/identity/tls-certificate", openapi_extra=document_body("tls_request"))
+async def tls_certificate(request: Request) -> Response:
+    """{certificate, ca, expires_at} in PEM: a TLS client certificate for the peer that signed."""
+    coordinator = coordinator_of(request)
+    body = await read_body(request)
+    return json_response(await coordinator.identity.tls_certificate(body, coordinator.authority))
+
+
 @router.get("/v1/bootstrap")
 async def bootstrap(request: Request) -> Response:
     """{addresses} of sellers that registered lately."""

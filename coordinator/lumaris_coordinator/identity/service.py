@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import base64
-import hashlib
+import contextlib
+import hmac
 import json
-import secrets
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from lumaris_coordinator.bounds import (
+    API_KEY_USED_GRAIN_S,
     BOOTSTRAP_ADDRESSES_MAX,
     BOOTSTRAP_ADDRESSES_PER_PEER,
     CERTIFICATE_LIFETIME_S,
     PEERS_MAX,
 )
-from lumaris_coordinator.identity import store
+from lumaris_coordinator.identity import people, store
+from lumaris_coordinator.identity.caller import Caller, Scope, peer_caller
 from lumaris_coordinator.identity.challenges import Challenges
+from lumaris_coordinator.identity.secrets import Vault, is_token, key_id, make_token
+from lumaris_coordinator.ledger.bonds import band
 from lumaris_coordinator.ledger.store import open_account
 from lumaris_coordinator.store.port import Connection
 from lumaris_protocol import codec, keys
@@ -25,21 +29,13 @@ from lumaris_protocol.ids import derive_id
 from lumaris_protocol.limits import CHALLENGE_LIFETIME_S
 from lumaris_protocol.messages.advert import MembershipCertificate
 from lumaris_protocol.messages.budget import Registration
+from lumaris_protocol.messages.identity import TlsRequest
 
 if TYPE_CHECKING:
+    from lumaris_coordinator.authority import Authority
     from lumaris_coordinator.context import Context
 
-TOKEN_PREFIX: Final = "lum_"  # noqa: S105 - the public prefix of every token
-_TOKEN_BYTES: Final = 24
-_TOKEN_CHARS_MAX: Final = 64
-
-
-@dataclass(frozen=True)
-class Caller:
-    """Whom a token belongs to."""
-
-    peer: str
-    account: str
+__all__ = ["Caller", "Identity", "Scope"]
 
 
 class Identity:
@@ -47,8 +43,8 @@ class Identity:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._challenges = Challenges(context.key.seed)
-        self._token_key = hashlib.blake2b(context.key.seed, person=b"lumaris-token").digest()
+        self._challenges = Challenges(context.keys.first.seed)
+        self.vault = Vault(context.keys.first.seed)
 
     def challenge(self, peer: str) -> dict[str, Any]:
         """A challenge for the peer to sign. Raises LumarisError `malformed` for no peer id."""
@@ -62,15 +58,15 @@ class Identity:
     async def register(self, body: bytes) -> dict[str, Any]:
         """Check a signed Registration and answer it.
 
-        Raises EnvelopeError, or LumarisError `replayed`, `unauthorized`, `expired`, `busy`.
+        Raises EnvelopeError, or LumarisError `replayed`, `unauthorized`, `expired`, `revoked`,
+        `busy`.
         """
         context, now = self._context, self._context.now()
         found = codec.open_signed(body, Registration, network=context.settings.network)
         message = found.message
         if found.signer != message.peer:
             raise LumarisError("wrong_signer", "A peer can register only itself.")
-        if message.coordinator != context.peer:
-            raise LumarisError("wrong_domain", "The registration names another coordinator.")
+        context.keys.check(message.coordinator)
         codec.check_times(
             issued_at=message.issued_at,
             expires_at=message.issued_at + CHALLENGE_LIFETIME_S,
@@ -80,16 +76,15 @@ class Identity:
         if not all(map(_is_address, message.addresses)):
             raise LumarisError("malformed", "An address is not printable ASCII text.")
         challenge_ends = self._challenges.check(message.challenge, message.peer, now=now)
-        token = TOKEN_PREFIX + secrets.token_urlsafe(_TOKEN_BYTES)
+        token = make_token()
 
         def operation(connection: Connection) -> tuple[str, bytes]:
-            if not store.use_challenge(connection, message.challenge, expires_at=challenge_ends):
-                raise LumarisError("replayed", "The challenge was answered before.")
+            store.use_challenge(connection, message.challenge, expires_at=challenge_ends)
             account, certificate = self._certify(connection, message, now)
             store.save_token(
                 connection,
-                token_hash=self._hash(token),
-                peer=message.peer,
+                token_hash=self.vault.hash(token),
+                holder=message.peer,
                 expires_at=now + CERTIFICATE_LIFETIME_S,
             )
             return account, certificate
@@ -106,11 +101,11 @@ class Identity:
         self, connection: Connection, message: Registration, now: int
     ) -> tuple[str, bytes]:
         context = self._context
-        account = store.account_of(connection, message.peer)
+        account = store.member(connection, message.peer)
         if account is None:
             if store.is_full(connection, peers_max=PEERS_MAX):
                 raise LumarisError("busy", "No more peers can register here.")
-            account = derive_id("account", f"{context.peer}{message.peer}".encode())
+            account = derive_id("account", f"{context.keys.first.peer_id}{message.peer}".encode())
             open_account(connection, owner=account, kind="peer", currency=context.settings.currency)
         serial = store.next_serial(connection)
         certificate = codec.sign(
@@ -118,7 +113,7 @@ class Identity:
                 peer=message.peer,
                 account=account,
                 roles=message.roles,
-                bond_band=0,
+                bond_band=band(connection, message.peer, context.settings.currency),
                 serial=serial,
                 issued_at=now,
                 expires_at=now + CERTIFICATE_LIFETIME_S,
@@ -139,22 +134,86 @@ class Identity:
         )
         return account, certificate.data
 
+    async def tls_certificate(self, body: bytes, authority: Authority) -> dict[str, Any]:
+        """A TLS client certificate for a signed TlsRequest; the peer need not be registered yet.
+
+        Raises EnvelopeError, or LumarisError `replayed`, `unauthorized`, `expired`, `revoked`,
+        `malformed`.
+        """
+        context, now = self._context, self._context.now()
+        found = codec.open_signed(body, TlsRequest, network=context.settings.network)
+        message = found.message
+        if found.signer != message.peer:
+            raise LumarisError("wrong_signer", "A peer can ask only for itself.")
+        context.keys.check(message.coordinator)
+        codec.check_times(
+            issued_at=message.issued_at,
+            expires_at=message.issued_at + CHALLENGE_LIFETIME_S,
+            now=now,
+            what="TLS request",
+        )
+        ends = self._challenges.check(message.challenge, message.peer, now=now)
+        issued = authority.issue(message.csr, peer=message.peer, now=now)
+
+        def operation(connection: Connection) -> None:
+            store.use_challenge(connection, message.challenge, expires_at=ends)
+            store.member(connection, message.peer)
+
+        await context.store.submit(operation)
+        return {
+            "certificate": issued.decode(),
+            "ca": authority.pem.decode(),
+            "expires_at": now + CERTIFICATE_LIFETIME_S,
+        }
+
     async def authenticate(self, authorization: str) -> Caller:
         """Whose `Authorization: Bearer …` header it is. Raises LumarisError `unauthorized`."""
-        scheme, _, token = authorization.partition(" ")
+        scheme, _, secret = authorization.partition(" ")
         found = None
-        if (
-            scheme.lower() == "bearer"
-            and token.startswith(TOKEN_PREFIX)
-            and len(token) <= _TOKEN_CHARS_MAX
-        ):
-            name, now = self._hash(token), self._context.now()
+        if scheme.lower() == "bearer" and is_token(secret):
+            name = self.vault.hash(secret)
             found = await self._context.store.read(
-                lambda connection: store.find_token(connection, name, now=now)
+                lambda connection: self._by_token(connection, name)
             )
+        elif scheme.lower() == "bearer" and (key := key_id(secret)) is not None:
+            found = await self._by_key(key, self.vault.hash(secret))
         if found is None:
             raise LumarisError("unauthorized")
-        return Caller(*found)
+        return found
+
+    def _by_token(self, connection: Connection, token_hash: bytes) -> Caller | None:
+        holder = store.holder_of(connection, token_hash, now=self._context.now())
+        if holder is None:
+            return None
+        user = people.find(connection, holder)
+        if user is not None:
+            return people.caller(connection, user, frozenset(("read", "write")))
+        account = store.account_of(connection, holder)
+        return peer_caller(holder, account) if account is not None else None
+
+    async def _by_key(self, name: str, key_hash: bytes) -> Caller | None:
+        now = self._context.now()
+
+        def look(connection: Connection) -> tuple[Caller, int] | None:
+            row = people.find_key(connection, name, now=now)
+            if row is None or not hmac.compare_digest(row.hash, key_hash):
+                return None
+            user = people.find(connection, row.holder)
+            assert user is not None
+            caller = people.caller(connection, user, frozenset(row.scopes))
+            return replace(caller, counted_as=name, rate=row.rate), row.used_at
+
+        found = await self._context.store.read(look)
+        if found is None:
+            return None
+        caller, used_at = found
+        if now - used_at >= API_KEY_USED_GRAIN_S:
+            # A busy store is no reason to refuse a read.
+            with contextlib.suppress(LumarisError):
+                await self._context.store.submit(
+                    lambda connection: people.key_used(connection, name, now=now)
+                )
+        return caller
 
     async def bootstrap(self) -> list[str]:
         """Addresses of sellers that registered lately: where a newcomer's overlay begins."""
@@ -171,12 +230,6 @@ class Identity:
         """Forget what has expired."""
         now = self._context.now()
         await self._context.store.submit(lambda connection: store.prune(connection, now=now))
-
-    def _hash(self, token: str) -> bytes:
-        # A keyed fast hash suffices: the token is 192 random bits, there is nothing to guess.
-        return hashlib.blake2b(
-            token.encode(errors="replace"), key=self._token_key, digest_size=32
-        ).digest()
 
 
 def _is_address(text: str) -> bool:

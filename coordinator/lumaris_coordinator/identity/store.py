@@ -1,19 +1,21 @@
-"""Rows of peers and tokens."""
+"""Rows of peers, tokens and challenges."""
 
 from __future__ import annotations
 
-from lumaris_coordinator.bounds import TOKENS_PER_PEER_MAX
+from lumaris_coordinator.bounds import TOKENS_PER_HOLDER_MAX
 from lumaris_coordinator.store.port import Connection, all_rows, first
+from lumaris_protocol.errors import LumarisError
 
 
-def use_challenge(connection: Connection, challenge: str, *, expires_at: int) -> bool:
-    """Whether the challenge was unused until now; from now on it is used."""
+def use_challenge(connection: Connection, challenge: str, *, expires_at: int) -> None:
+    """Mark a challenge as used. Raises LumarisError `replayed` when it was."""
     cursor = connection.execute(
         "INSERT INTO used_challenge (challenge, expires_at) VALUES (?, ?)"
         " ON CONFLICT (challenge) DO NOTHING",
         (challenge, expires_at),
     )
-    return cursor.rowcount == 1
+    if cursor.rowcount != 1:
+        raise LumarisError("replayed", "The challenge was answered before.")
 
 
 def next_serial(connection: Connection) -> int:
@@ -59,29 +61,52 @@ def save_peer(
     )
 
 
-def save_token(connection: Connection, *, token_hash: bytes, peer: str, expires_at: int) -> None:
-    """Add a token and drop the peer's oldest ones beyond the bound."""
+def save_token(connection: Connection, *, token_hash: bytes, holder: str, expires_at: int) -> None:
+    """Add a peer's or user's token and drop its oldest ones beyond the bound."""
     connection.execute(
-        "INSERT INTO token (id, hash, peer, expires_at)"
+        "INSERT INTO token (id, hash, holder, expires_at)"
         " VALUES ((SELECT coalesce(max(id), 0) + 1 FROM token), ?, ?, ?)",
-        (token_hash, peer, expires_at),
+        (token_hash, holder, expires_at),
     )
     connection.execute(
-        "DELETE FROM token WHERE peer = ?1 AND id NOT IN"
-        " (SELECT id FROM token WHERE peer = ?1 ORDER BY id DESC LIMIT ?2)",
-        (peer, TOKENS_PER_PEER_MAX),
+        "DELETE FROM token WHERE holder = ?1 AND id NOT IN"
+        " (SELECT id FROM token WHERE holder = ?1 ORDER BY id DESC LIMIT ?2)",
+        (holder, TOKENS_PER_HOLDER_MAX),
     )
 
 
-def find_token(connection: Connection, token_hash: bytes, *, now: int) -> tuple[str, str] | None:
-    """(peer, account) of an unexpired token."""
+def holder_of(connection: Connection, token_hash: bytes, *, now: int) -> str | None:
+    """The peer id or user id of an unexpired token."""
     row = first(
         connection,
-        "SELECT peer, account FROM token JOIN peer USING (peer)"
-        " WHERE hash = ? AND token.expires_at > ?",
+        "SELECT holder FROM token WHERE hash = ? AND expires_at > ?",
         (token_hash, now),
     )
-    return (str(row[0]), str(row[1])) if row else None
+    return str(row[0]) if row else None
+
+
+def end_token(connection: Connection, holder: str, token_hash: bytes) -> bool:
+    """End one token of a peer or user; whether there was one."""
+    sql = "DELETE FROM token WHERE holder = ? AND hash = ?"
+    return connection.execute(sql, (holder, token_hash)).rowcount == 1
+
+
+def end_tokens(connection: Connection, holder: str, *, but: bytes = b"") -> None:
+    """End a peer's or user's tokens, all `but` the one of that hash."""
+    connection.execute("DELETE FROM token WHERE holder = ? AND hash <> ?", (holder, but))
+
+
+def member(connection: Connection, peer: str) -> str | None:
+    """The account of a peer that may begin something new; None when it never registered.
+
+    Raises LumarisError `revoked`.
+    """
+    row = first(connection, "SELECT account, revoked_at FROM peer WHERE peer = ?", (peer,))
+    if row is None:
+        return None
+    if row[1]:
+        raise LumarisError("revoked", f"The peer {peer} was revoked.")
+    return str(row[0])
 
 
 def sellers(connection: Connection, *, now: int, limit: int) -> list[str]:
@@ -96,6 +121,7 @@ def sellers(connection: Connection, *, now: int, limit: int) -> list[str]:
 
 
 def prune(connection: Connection, *, now: int) -> None:
-    """Forget expired tokens, and used challenges that could not be used again anyway."""
+    """Forget expired tokens and keys, and used challenges that could not be used again anyway."""
     connection.execute("DELETE FROM token WHERE expires_at <= ?", (now,))
+    connection.execute("DELETE FROM api_key WHERE expires_at <= ?", (now,))
     connection.execute("DELETE FROM used_challenge WHERE expires_at < ?", (now,))

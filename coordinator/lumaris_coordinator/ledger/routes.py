@@ -1,4 +1,4 @@
-"""/v1/credits, /v1/accounts, /v1/ledger."""
+"""/v1/credits, /v1/accounts, /v1/bonds, /v1/ledger."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ async def give_credit(request: Request) -> Response:
 
 @router.get("/v1/accounts/me", openapi_extra=BEARER)
 async def account(request: Request) -> Response:
-    """{account, peer, currency, free_nanos, held_nanos, sessions_open}."""
+    """{account, peer, currency, free_nanos, held_nanos, sessions_open, wallets}: `wallets` by
+    currency, the main one first and repeated before them."""
     return json_response(await coordinator_of(request).ledger.account(await caller_of(request)))
 
 
@@ -39,11 +40,27 @@ async def transfers(
     request: Request,
     after: Annotated[int, Query(ge=0, le=SEQ_MAX)] = 0,
     limit: Annotated[int, Query(ge=1, le=TRANSFERS_PAGE_MAX)] = TRANSFERS_PAGE_MAX,
+    currency: Annotated[str | None, Query(pattern=r"^[A-Z]{3,8}$")] = None,
 ) -> Response:
-    """{transfers, next}: what moved on the account, oldest first; pass `next` as `after`."""
+    """{transfers, next}: what moved on the wallet, oldest first; pass `next` as `after`."""
     caller = await caller_of(request)
-    found = await coordinator_of(request).ledger.transfers(caller, after=after, limit=limit)
+    found = await coordinator_of(request).ledger.transfers(
+        caller, currency=currency, after=after, limit=limit
+    )
     return json_response(found)
+
+
+@router.post("/v1/bonds", openapi_extra=document_body("bond_request"))
+async def bond(request: Request) -> Response:
+    """{peer, account, bonds}: money is locked, or its release begins."""
+    found = await coordinator_of(request).bonds.apply(await read_body(request))
+    return Response(found, media_type="application/json")
+
+
+@router.get("/v1/bonds/me", openapi_extra=BEARER)
+async def bonds(request: Request) -> Response:
+    """{bonds: [{peer, currency, locked_nanos, releases}]} of the caller's peers."""
+    return json_response(await coordinator_of(request).bonds.show(await caller_of(request)))
 
 
 @router.get("/v1/ledger/audit")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -14,9 +15,12 @@ from lumaris_coordinator.bounds import (
     CREDITS_PER_ACCOUNT_MAX,
     REQUEST_CREDIT_LIFETIME_S,
 )
+from lumaris_coordinator.escrow.store import held_of_buyers
+from lumaris_coordinator.events.outbox import emit
 from lumaris_coordinator.ledger import store
 from lumaris_coordinator.ledger.store import FEES, TEST_CREDIT
 from lumaris_coordinator.store.port import Connection, first
+from lumaris_coordinator.upkeep.freeze import require_thawed
 from lumaris_protocol import codec
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.messages.budget import CreditRequest
@@ -38,10 +42,15 @@ class Ledger:
 
     def open_accounts(self, connection: Connection) -> None:
         """The accounts that always exist. An operation for the writer."""
-        currency = self._context.settings.currency
-        store.open_account(connection, owner=FEES, kind="fees", currency=currency)
+        settings = self._context.settings
+        for currency in settings.currencies:
+            store.open_account(connection, owner=FEES, kind="fees", currency=currency)
         store.open_account(
-            connection, owner=TEST_CREDIT, kind="external", currency=currency, may_negative=True
+            connection,
+            owner=TEST_CREDIT,
+            kind="external",
+            currency=settings.currency,
+            may_negative=True,
         )
 
     async def give_credit(self, body: bytes) -> dict[str, Any]:
@@ -55,8 +64,7 @@ class Ledger:
         message = request.message
         if request.signer != message.peer:
             raise LumarisError("wrong_signer")
-        if message.coordinator != context.peer:
-            raise LumarisError("wrong_domain", "The request names another coordinator.")
+        context.keys.check(message.coordinator)
         codec.check_times(
             issued_at=message.issued_at,
             expires_at=message.issued_at + REQUEST_CREDIT_LIFETIME_S,
@@ -89,7 +97,7 @@ class Ledger:
         else:
             raise LumarisError("idempotency_mismatch", "The nonce was used for another amount.")
         return {
-            **self._summary(connection, owner, message.peer),
+            **self._summary(connection, owner, message.peer, frozenset((message.peer,))),
             "credited_nanos": message.amount_nanos,
             "transaction": txn,
         }
@@ -97,6 +105,7 @@ class Ledger:
     def _give_new(
         self, connection: Connection, account: str, message: CreditRequest, now: int
     ) -> int:
+        require_thawed(connection)
         given, number = store.credit_given(connection, account)
         limit = self._context.settings.test_credit_nanos
         if given + message.amount_nanos > limit:
@@ -105,38 +114,52 @@ class Ledger:
             )
         if number >= CREDITS_PER_ACCOUNT_MAX:
             raise LumarisError("credit_limit", f"Test credit was given {number} times before.")
-        return store.give_credit(
+        txn = store.give_credit(
             connection, account, nonce=message.nonce, amount_nanos=message.amount_nanos, now=now
         )
+        emit(
+            connection,
+            "account.credited",
+            ref=account,
+            parties=(message.peer,),
+            body={
+                "kind": "test_credit",
+                "currency": store.currency_of(account),
+                "amount_nanos": message.amount_nanos,
+                "transaction": txn,
+            },
+            now=now,
+        )
+        return txn
 
     async def account(self, caller: Caller) -> dict[str, Any]:
-        """The caller's money: free, and held in open sessions."""
+        """The caller's money by currency: free, and held in open sessions."""
         return await self._context.store.read(
-            lambda connection: self._summary(connection, caller.account, caller.peer)
+            lambda connection: self._summary(connection, caller.account, caller.peer, caller.peers)
         )
 
-    def _summary(self, connection: Connection, account: str, peer: str) -> dict[str, Any]:
-        held = first(
-            connection,
-            "SELECT coalesce(sum(cap), 0), count(*) FROM escrow"
-            " WHERE buyer = ? AND state IN ('held', 'claimed')",
-            (peer,),
-        )
-        assert held is not None
-        return {
-            "account": account,
-            "peer": peer,
-            "currency": self._context.settings.currency,
-            "free_nanos": store.balance(
-                connection, store.wallet(account, self._context.settings.currency)
-            ),
-            "held_nanos": held[0],
-            "sessions_open": held[1],
-        }
+    def _summary(
+        self, connection: Connection, account: str, peer: str, peers: Collection[str]
+    ) -> dict[str, Any]:
+        main, held = self._context.settings.currency, held_of_buyers(connection, sorted(peers))
+        names = dict.fromkeys((main, *store.currencies_of(connection, account), *held))
+        wallets = [
+            {
+                "currency": currency,
+                "free_nanos": store.balance(connection, store.wallet(account, currency)),
+                "held_nanos": held.get(currency, (0, 0))[0],
+                "sessions_open": held.get(currency, (0, 0))[1],
+            }
+            for currency in names
+        ]
+        return {"account": account, "peer": peer, **wallets[0], "wallets": wallets}
 
-    async def transfers(self, caller: Caller, *, after: int, limit: int) -> dict[str, Any]:
-        """A page of the caller's transfers; `next` continues after it, null at the end."""
-        account = store.wallet(caller.account, self._context.settings.currency)
+    async def transfers(
+        self, caller: Caller, *, currency: str | None, after: int, limit: int
+    ) -> dict[str, Any]:
+        """A page of the transfers of the caller's wallet in a currency, the main one without;
+        `next` continues after it, null at the end."""
+        account = store.wallet(caller.account, currency or self._context.settings.currency)
         found = await self._context.store.read(
             lambda connection: store.transfers(connection, account, after=after, limit=limit + 1)
         )

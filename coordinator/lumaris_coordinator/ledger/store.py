@@ -41,10 +41,17 @@ def open_account(
     return account
 
 
+def open_wallet(connection: Connection, owner: str, currency: str) -> str:
+    """The account of a peer's or user's money in a currency, made when there is none yet."""
+    kind = "user" if owner.startswith("usr_") else "peer"
+    return open_account(connection, owner=owner, kind=kind, currency=currency)
+
+
 def move(connection: Connection, *, kind: str, ref: str, legs: Iterable[Leg], now: int) -> int:
     """Record a transaction of some legs and apply it; its number. Legs of nothing are left out.
 
-    Raises LumarisError `no_funds` when an account that may not be negative would be.
+    Raises LumarisError `no_funds` when an account that may not be negative would be, and
+    ValueError for a leg between two currencies: nothing here changes one into the other.
     """
     row = first(
         connection,
@@ -57,10 +64,13 @@ def move(connection: Connection, *, kind: str, ref: str, legs: Iterable[Leg], no
     for leg in legs:
         if leg.amount_nanos == 0:
             continue
+        currency = currency_of(leg.debit)
+        if leg.amount_nanos < 0 or currency != currency_of(leg.credit):
+            raise ValueError(f"no leg of a transaction: {leg}")
         connection.execute(
             "INSERT INTO transfer (id, txn, debit, credit, currency, amount)"
             " VALUES ((SELECT coalesce(max(id), 0) + 1 FROM transfer), ?, ?, ?, ?, ?)",
-            (txn, leg.debit, leg.credit, currency_of(leg.debit), leg.amount_nanos),
+            (txn, leg.debit, leg.credit, currency, leg.amount_nanos),
         )
         taken = connection.execute(
             "UPDATE account SET balance = balance - ?1"
@@ -84,6 +94,14 @@ def balance(connection: Connection, account: str) -> int:
     """An account's balance in nanos; 0 for one that does not exist."""
     row = first(connection, "SELECT balance FROM account WHERE id = ?", (account,))
     return int(row[0]) if row else 0
+
+
+def currencies_of(connection: Connection, owner: str) -> list[str]:
+    """The currencies that an owner has an account in: at most those of the settings over time."""
+    rows = all_rows(
+        connection, "SELECT currency FROM account WHERE owner = ? ORDER BY currency", (owner,)
+    )
+    return [str(row[0]) for row in rows]
 
 
 def credit_given(connection: Connection, account: str) -> tuple[int, int]:
@@ -142,32 +160,37 @@ def last_transfer(connection: Connection) -> int:
 def audit(connection: Connection) -> dict[str, Any]:
     """Recompute every balance from the transfers and compare. In one snapshot.
 
-    `sum_nanos` is the sum of all balances, which is 0 because money only ever moves.
+    `sums_nanos` are the sums of all balances by currency, each 0 because money only ever moves;
+    `sum_nanos` is the one farthest from it.
     """
     rows = all_rows(
         connection,
-        "SELECT account.id, balance, coalesce(moved.net, 0) FROM account LEFT JOIN ("
+        "SELECT currency, balance, coalesce(moved.net, 0) FROM account LEFT JOIN ("
         " SELECT id, sum(net) AS net FROM ("
         "  SELECT credit AS id, amount AS net FROM transfer"
-        "  UNION ALL SELECT debit, -amount FROM transfer) GROUP BY id"
+        "  UNION ALL SELECT debit, -amount FROM transfer) AS leg GROUP BY id"
         ") AS moved ON moved.id = account.id",
     )
     counted = first(connection, "SELECT count(*), coalesce(max(id), 0) FROM transfer")
     stuck = first(
         connection,
         "SELECT count(*) FROM escrow JOIN account ON account.id = escrow.account"
-        " WHERE balance <> CASE WHEN state IN ('held', 'claimed') THEN cap ELSE 0 END",
+        " WHERE balance <> CASE WHEN state IN ('held', 'claimed', 'disputed') THEN cap - paid"
+        " ELSE 0 END",
     )
     assert counted is not None
     assert stuck is not None
     mismatches = sum(1 for _, stored, replayed in rows if stored != replayed)
-    total = sum(stored for _, stored, _ in rows)
+    sums: dict[str, int] = {}
+    for currency, stored, _ in rows:
+        sums[currency] = sums.get(currency, 0) + stored
     return {
-        "balanced": mismatches == 0 and total == 0 and stuck[0] == 0,
+        "balanced": mismatches == 0 and not any(sums.values()) and stuck[0] == 0,
         "accounts": len(rows),
         "transfers": counted[0],
         "last_transfer": counted[1],
-        "sum_nanos": total,
+        "sum_nanos": max(sums.values(), key=abs, default=0),
+        "sums_nanos": sums,
         "mismatches": mismatches,
         "escrow_mismatches": stuck[0],
     }

@@ -24,6 +24,7 @@ MIGRATIONS: Final = (
                 UNIQUE (id, currency),
                 CHECK (balance >= 0 OR may_negative = 1)
             )""",
+            "CREATE INDEX account_by_owner ON account (owner, currency)",
             """CREATE TABLE txn (
                 id INTEGER PRIMARY KEY,
                 kind TEXT NOT NULL,
@@ -50,6 +51,25 @@ MIGRATIONS: Final = (
                 txn INTEGER NOT NULL REFERENCES txn (id),
                 PRIMARY KEY (account, nonce)
             )""",
+            """CREATE TABLE bond_request (
+                peer TEXT NOT NULL,
+                nonce TEXT NOT NULL,
+                document TEXT NOT NULL,
+                answer BLOB NOT NULL,
+                at INTEGER NOT NULL,
+                PRIMARY KEY (peer, nonce)
+            )""",
+            "CREATE INDEX bond_request_by_time ON bond_request (at)",
+            """CREATE TABLE bond_release (
+                id INTEGER PRIMARY KEY,
+                peer TEXT NOT NULL,
+                currency TEXT NOT NULL,
+                amount INTEGER NOT NULL CHECK (amount > 0),
+                due INTEGER NOT NULL,
+                paid INTEGER
+            )""",
+            "CREATE INDEX bond_release_open ON bond_release (due) WHERE paid IS NULL",
+            "CREATE INDEX bond_release_by_peer ON bond_release (peer, currency) WHERE paid IS NULL",
         ),
         append_only=("txn", "transfer"),
     ),

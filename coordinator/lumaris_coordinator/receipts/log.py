@@ -1,98 +1,178 @@
-"""The RFC 6962 log over the receipt table, with one signed checkpoint per batch.
+"""The RFC 6962 log of what the coordinator signed, with one signed checkpoint per batch.
 
-The writer's thread appends, inside the transaction that adds the receipts; the event loop reads
-the published head, which changes only after the commit. A tree grows at its end only, so proofs
-for the published size are not disturbed by leaves that follow.
+The writer's thread appends in the transaction that adds the leaves, and keeps no more in memory
+than the edge of the tree. Everybody else reads committed rows, so a proof is never of something
+that could still be rolled back, and every replica sees the same log.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import base64
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
-from lumaris_coordinator.store.port import Connection, first
-from lumaris_protocol import merkle
+from lumaris_coordinator.receipts import tree
+from lumaris_coordinator.receipts.tree import Head, Proofs
+from lumaris_coordinator.store.port import Connection, all_rows, first
+from lumaris_protocol import merkle, notes, tiles
 from lumaris_protocol.errors import LumarisError
-from lumaris_protocol.keys import KeyPair
-from lumaris_protocol.merkle import Checkpoint, Tree
+from lumaris_protocol.keys import KeyPair, public_key_of
+from lumaris_protocol.merkle import Checkpoint
 from lumaris_protocol.messages.receipt import LogProof
+from lumaris_protocol.tiles import Edge
 
-
-@dataclass(frozen=True)
-class Head:
-    """What the public may see: a tree, the size that is committed, its signed note."""
-
-    tree: Tree
-    size: int
-    note: str
+if TYPE_CHECKING:
+    from lumaris_coordinator.identity.keys import KeyRing
 
 
 class ReceiptLog:
-    """A hook of the writer. Only `head` is read by other threads."""
+    """A hook of the writer, and what reads the log out of any connection."""
 
-    def __init__(self, *, network: str, key: KeyPair) -> None:
-        self.origin = f"lumaris.{network}/log"
-        self._key = key
-        self._tree = Tree()
-        self._next: Head | None = None
-        self.head = Head(Tree(), 0, "")
+    def __init__(
+        self,
+        *,
+        network: str,
+        key: Callable[[], KeyPair],
+        known: Callable[[], Iterable[str]],
+        revoked: Callable[[], Iterable[str]] = tuple,
+    ) -> None:
+        """`key` is the one that signs now; `known` are the peer ids of all that ever did, and those
+        that are `revoked` may sign for somebody else."""
+        self.network, self.origin = network, notes.log_origin(network)
+        self._key, self._known, self._revoked = key, known, revoked
+        self._edge = Edge()
+        self.proofs = Proofs()
+
+    @property
+    def keys(self) -> tuple[bytes, ...]:
+        """The public keys that a head in this store may be signed with."""
+        return (self._key().public_key, *map(public_key_of, self._known()))
+
+    @property
+    def trusted_keys(self) -> tuple[bytes, ...]:
+        """Those of them whose word counts when somebody else shows it."""
+        revoked = set(map(public_key_of, self._revoked()))
+        return tuple(key for key in self.keys if key not in revoked)
+
+    # --- the writer's hook ---
 
     def opened(self, connection: Connection) -> None:
-        """Rebuild the tree from the table. Raises LumarisError when it is not the one signed."""
-        tree = Tree()
-        for leaf, envelope in connection.execute(
-            "SELECT leaf, envelope FROM receipt ORDER BY leaf"
-        ):
-            if tree.append(merkle.leaf_hash(envelope)) != leaf:
-                raise LumarisError("internal", f"The receipts log has a gap before leaf {leaf}.")
-        row = first(connection, "SELECT size, note FROM checkpoint ORDER BY size DESC LIMIT 1")
-        size = int(row[0]) if row else 0
-        note = str(row[1]) if row else self._sign(tree)
-        signed = merkle.open_checkpoint(note, self._key.public_key)
-        if size != len(tree) or signed.root != tree.root() or signed.size != size:
+        """Find the end of the log. Raises LumarisError `internal` when it is not the one signed.
+
+        Costs the same for any size: what lies further back is looked at by `audit`.
+        """
+        self._edge = self._load(connection)
+        row = first(connection, "SELECT coalesce(max(leaf) + 1, 0) FROM leaf")
+        if row is None or int(row[0]) != self._edge.size:
             raise LumarisError("internal", "The receipts log is not the one last signed.")
-        self._tree, self._next = tree, None
-        self.head = Head(tree, size, note)
+        start = max(0, self._edge.size - tiles.WIDTH)
+        if changed(connection, start, self._edge.size):
+            raise LumarisError("internal", "The receipts log is not the one last signed.")
+
+    def followed(self, connection: Connection) -> None:
+        """Take over what other replicas have committed. Raises LumarisError as `opened`."""
+        head = tree.newest(connection)
+        if head is not None and head.size != self._edge.size:
+            self._edge = self._load(connection)
 
     def before_commit(self, connection: Connection, now: int) -> None:
-        """Append the batch's receipts and store the checkpoint over them, when there are any."""
-        size = len(self._tree)
-        for (envelope,) in connection.execute(
-            "SELECT envelope FROM receipt WHERE leaf >= ? ORDER BY leaf", (size,)
-        ):
-            self._tree.append(merkle.leaf_hash(envelope))
-        if len(self._tree) == size:
-            return
-        note = self._sign(self._tree)
-        connection.execute(
-            "INSERT INTO checkpoint (size, note, at) VALUES (?, ?, ?)", (len(self._tree), note, now)
+        """Put the batch's leaves into the tree and sign it, when there are any."""
+        edge, before = self._edge, self._edge.size
+        rows = all_rows(
+            connection, "SELECT commitment FROM leaf WHERE leaf >= ? ORDER BY leaf", (before,)
         )
-        self._next = Head(self._tree, len(self._tree), note)
+        for (commitment,) in rows:
+            for full in edge.append(merkle.leaf_hash(bytes(commitment))):
+                tree.save_tile(connection, full)
+        if rows:
+            connection.execute(
+                "INSERT INTO checkpoint (size, note, at) VALUES (?, ?, ?)",
+                (edge.size, self._sign(edge), now),
+            )
 
     def committed(self) -> None:
-        """Publish what is now durable."""
-        if self._next is not None:
-            self.head, self._next = self._next, None
+        """Nothing is kept back: readers see the rows."""
 
-    def prove(self, leaf: int) -> tuple[LogProof, str]:
-        """The inclusion proof of a leaf and the checkpoint it leads to."""
-        head = self.head
+    # --- readers ---
+
+    def head(self, connection: Connection) -> Head:
+        """The newest signed head."""
+        return tree.newest(connection) or Head(0, self._sign(Edge()))
+
+    def prove(self, connection: Connection, leaf: int, commitment: bytes, head: Head) -> LogProof:
+        """The inclusion proof of a leaf in a head.
+
+        Raises LumarisError `busy` for a leaf that is not in it yet, `internal` when the stored
+        document is not the one that was logged.
+        """
         if leaf >= head.size:
             raise LumarisError("busy", "The receipt is being written.")
-        hashes = head.tree.inclusion_proof(leaf, head.size)
-        proof = LogProof(
-            index=leaf, size=head.size, hashes=tuple(map(merkle.digest_of_hash, hashes))
-        )
-        return proof, head.note
+        path = self.proofs.inclusion(connection, leaf, head.size)
+        if not merkle.verify_inclusion(
+            leaf=merkle.leaf_hash(commitment),
+            index=leaf,
+            size=head.size,
+            path=path,
+            root=checkpoint_of(head).root,
+        ):
+            raise LumarisError("internal", f"Leaf {leaf} is not what was logged.")
+        hashes = tuple(map(merkle.digest_of_hash, path))
+        return LogProof(index=leaf, size=head.size, hashes=hashes)
 
-    def consistency(self, old: int, new: int) -> list[str]:
+    def consistency(self, connection: Connection, old: int, new: int) -> list[bytes]:
         """The proof that the log of `new` leaves extends that of `old`.
 
         Raises LumarisError `not_found` for sizes that the log never had.
         """
-        head = self.head
-        if not 0 < old <= new <= head.size:
-            raise LumarisError("not_found", f"The log has {head.size} leaves.")
-        return [merkle.digest_of_hash(node) for node in head.tree.consistency_proof(old, new)]
+        size = self.head(connection).size
+        if not 0 < old <= new <= size:
+            raise LumarisError("not_found", f"The log has {size} leaves.")
+        return self.proofs.consistency(connection, old, new)
 
-    def _sign(self, tree: Tree) -> str:
-        return merkle.sign_checkpoint(Checkpoint(self.origin, len(tree), tree.root()), self._key)
+    def _load(self, connection: Connection) -> Edge:
+        head = self.head(connection)
+        edge = tree.load_edge(connection, head.size)
+        signed = merkle.open_checkpoint(head.note, *self.keys)
+        if signed != Checkpoint(self.origin, edge.size, edge.root()):
+            raise LumarisError("internal", "The receipts log is not the one last signed.")
+        return edge
+
+    def _sign(self, edge: Edge) -> str:
+        point = Checkpoint(self.origin, edge.size, edge.root())
+        return merkle.sign_checkpoint(point, self._key())
+
+
+def log_of(network: str, keys: KeyRing) -> ReceiptLog:
+    """The log of a coordinator's keys: the current one signs, and what any of them signed holds."""
+    return ReceiptLog(
+        network=network,
+        key=lambda: keys.current,
+        known=lambda: [keys.first.peer_id, *(key.peer for key in keys.list.message.keys)],
+        revoked=lambda: [key.peer for key in keys.list.message.keys if key.revoked_at],
+    )
+
+
+def checkpoint_of(head: Head) -> Checkpoint:
+    """What a head says. Its note is our own, so it is not verified again."""
+    _, size, root, *_ = head.note.split("\n")
+    return Checkpoint(head.note.partition("\n")[0], int(size), base64.b64decode(root))
+
+
+def changed(connection: Connection, start: int, end: int) -> list[int]:
+    """The leaves of a range that no stored document accounts for: the range bounds the work."""
+    rows = all_rows(
+        connection,
+        "SELECT leaf.leaf, commitment, coalesce(receipt.salt, logged.salt),"
+        " coalesce(receipt.envelope, logged.envelope) FROM leaf"
+        " LEFT JOIN receipt ON receipt.leaf = leaf.leaf"
+        " LEFT JOIN logged ON logged.leaf = leaf.leaf"
+        " WHERE leaf.leaf >= ? AND leaf.leaf < ? ORDER BY leaf.leaf",
+        (start, end),
+    )
+    return [
+        int(leaf)
+        for leaf, commitment, salt, document in rows
+        if document is None
+        or len(salt) != merkle.SALT_BYTES
+        or merkle.commitment(bytes(salt), bytes(document)) != bytes(commitment)
+    ]

@@ -1,17 +1,20 @@
-"""Receipt files: a settlement's documents with their place in the log."""
+"""What is put into the log, and the files that prove it."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lumaris_coordinator.escrow import store as escrows
 from lumaris_coordinator.escrow.store import Escrow
+from lumaris_coordinator.receipts.cosignatures import best_head, signed_note
 from lumaris_coordinator.receipts.log import ReceiptLog
 from lumaris_coordinator.store.port import Connection, first
-from lumaris_protocol import codec, receipts
+from lumaris_protocol import codec, merkle, receipts
 from lumaris_protocol.errors import LumarisError
-from lumaris_protocol.messages.receipt import Receipt, ReceiptBundle
+from lumaris_protocol.ids import digest
+from lumaris_protocol.messages.receipt import LogProof, Receipt, ReceiptBundle
 
 if TYPE_CHECKING:
     from lumaris_coordinator.context import Context
@@ -20,27 +23,83 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Filed:
-    """A receipt and its place in the log."""
+    """A document and its place in the log. Without the salt its leaf says nothing about it."""
 
     leaf: int
+    salt: bytes
     envelope: bytes
+
+    @property
+    def commitment(self) -> bytes:
+        """What stands in the log for it."""
+        return merkle.commitment(self.salt, self.envelope)
 
 
 def append(connection: Connection, receipt: codec.Signed[Receipt]) -> None:
     """Give a receipt its leaf. The batch's checkpoint covers it in the same transaction."""
+    filed = _next(connection, receipt.data)
     connection.execute(
-        "INSERT INTO receipt (leaf, id, agreement_hash, envelope)"
-        " VALUES ((SELECT coalesce(max(leaf) + 1, 0) FROM receipt), ?, ?, ?)",
-        (receipt.message.receipt, receipt.message.agreement_hash, receipt.data),
+        "INSERT INTO receipt (leaf, id, agreement_hash, salt, envelope) VALUES (?, ?, ?, ?, ?)",
+        (
+            filed.leaf,
+            receipt.message.receipt,
+            receipt.message.agreement_hash,
+            filed.salt,
+            filed.envelope,
+        ),
     )
+
+
+def append_document(connection: Connection, envelope: bytes) -> Filed:
+    """Give any other signed document its leaf; the same bytes keep the leaf they have."""
+    held = find_document(connection, digest(envelope))
+    if held is not None:
+        return held
+    filed = _next(connection, envelope)
+    connection.execute(
+        "INSERT INTO logged (leaf, hash, salt, envelope) VALUES (?, ?, ?, ?)",
+        (filed.leaf, digest(envelope), filed.salt, envelope),
+    )
+    return filed
 
 
 def find(connection: Connection, agreement_hash: str) -> Filed | None:
     """The receipt of an agreement, if it is settled."""
     row = first(
-        connection, "SELECT leaf, envelope FROM receipt WHERE agreement_hash = ?", (agreement_hash,)
+        connection,
+        "SELECT leaf, salt, envelope FROM receipt WHERE agreement_hash = ?",
+        (agreement_hash,),
     )
-    return Filed(*row) if row else None
+    return _filed(row)
+
+
+def find_document(connection: Connection, name: str) -> Filed | None:
+    """A document that `append_document` was given, by its hash (`sha256:…`)."""
+    return _filed(
+        first(connection, "SELECT leaf, salt, envelope FROM logged WHERE hash = ?", (name,))
+    )
+
+
+def _filed(row: tuple[object, ...] | None) -> Filed | None:
+    if row is None:
+        return None
+    leaf, salt, envelope = row
+    assert isinstance(leaf, int)
+    assert isinstance(salt, bytes)
+    assert isinstance(envelope, bytes)
+    return Filed(leaf, salt, envelope)
+
+
+def _next(connection: Connection, envelope: bytes) -> Filed:
+    salt = os.urandom(merkle.SALT_BYTES)
+    row = first(
+        connection,
+        "INSERT INTO leaf (leaf, commitment)"
+        " VALUES ((SELECT coalesce(max(leaf) + 1, 0) FROM leaf), ?) RETURNING leaf",
+        (merkle.commitment(salt, envelope),),
+    )
+    assert row is not None
+    return Filed(int(row[0]), salt, envelope)
 
 
 class Receipts:
@@ -59,29 +118,51 @@ class Receipts:
     def _find_bundle(self, connection: Connection, receipt: str, caller: Caller) -> bytes:
         row = first(
             connection,
-            "SELECT escrow.agreement_hash FROM receipt JOIN escrow USING (agreement_hash)"
-            " WHERE receipt.id = ? AND ? IN (buyer, seller)",
-            (receipt, caller.peer),
+            "SELECT receipt.agreement_hash, buyer, seller FROM receipt"
+            " JOIN escrow ON escrow.agreement_hash = receipt.agreement_hash WHERE receipt.id = ?",
+            (receipt,),
         )
-        escrow = escrows.find(connection, str(row[0])) if row else None
-        filed = find(connection, escrow.agreement_hash) if escrow else None
-        if escrow is None or filed is None:
+        if row is None or not caller.may_see(row[1], row[2]):
             raise LumarisError("not_found", "There is no such receipt of yours.")
-        return self.bundle(escrow, filed)
+        return self._bundle(connection, str(row[0]))
 
-    def bundle(self, escrow: Escrow, filed: Filed) -> bytes:
-        """The receipt file of a settled escrow, with a proof to the newest checkpoint."""
-        proof, note = self._log.prove(filed.leaf)
-        return receipts.encode_bundle(
-            ReceiptBundle(
-                format="lumaris-receipt/1",
-                network=self._context.settings.network,
-                receipt=filed.envelope,
-                agreement_by_buyer=escrow.by_buyer,
-                agreement_by_seller=escrow.by_seller,
-                grant=escrow.budget_grant,
-                voucher=escrow.voucher,
-                proof=proof,
-                checkpoint=note,
-            )
+    async def file(self, agreement_hash: str) -> bytes:
+        """The receipt file of a settled agreement. Raises LumarisError `not_found`."""
+        return await self._context.store.read(
+            lambda connection: self._bundle(connection, agreement_hash)
+        )
+
+    def prove(self, connection: Connection, filed: Filed) -> tuple[LogProof, str]:
+        """A document's place in the log: the proof, and the checkpoint it leads to with the
+        cosignatures that there are."""
+        head = best_head(connection, after=filed.leaf) or self._log.head(connection)
+        proof = self._log.prove(connection, filed.leaf, filed.commitment, head)
+        return proof, signed_note(connection, head)
+
+    def _bundle(self, connection: Connection, agreement_hash: str) -> bytes:
+        escrow = escrows.find(connection, agreement_hash)
+        filed = find(connection, agreement_hash)
+        if escrow is None or filed is None:
+            raise LumarisError("not_found", "There is no such receipt.")
+        proof, note = self.prove(connection, filed)
+        return receipts.encode_bundle(self._file(connection, escrow, filed, proof, note))
+
+    def _file(
+        self, connection: Connection, escrow: Escrow, filed: Filed, proof: LogProof, note: str
+    ) -> ReceiptBundle:
+        papers = escrows.enclosed(connection, escrow)
+        return ReceiptBundle(
+            format="lumaris-receipt/1",
+            network=self._context.settings.network,
+            receipt=filed.envelope,
+            agreement_by_buyer=escrow.by_buyer,
+            agreement_by_seller=escrow.by_seller,
+            grant=escrow.budget_grant,
+            voucher=escrow.voucher,
+            closes=papers.closes,
+            amendments=papers.amendments,
+            rulings=papers.rulings,
+            salt=filed.salt,
+            proof=proof,
+            checkpoint=note,
         )

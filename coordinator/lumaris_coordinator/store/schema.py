@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from sqlite_utils import Database
 from sqlite_utils.migrations import Migrations
 
 from lumaris_coordinator.store.port import Migration
+from lumaris_protocol.errors import LumarisError
 
 if TYPE_CHECKING:
     from lumaris_coordinator.store.sqlite import Connection
@@ -16,12 +17,17 @@ if TYPE_CHECKING:
 _SET = "lumaris_coordinator"
 
 
-def migrate(connection: Connection, migrations: Iterable[Migration]) -> None:
-    """Apply what is not applied yet. Each migration is one transaction."""
+def migrate(connection: Connection, migrations: Sequence[Migration]) -> list[str]:
+    """Apply what is not applied yet; the names of that. Each migration is one transaction."""
     steps = Migrations(_SET)
     for migration in migrations:
         steps(name=migration.name)(_step(migration))
-    steps.apply(Database(connection))
+    database = Database(connection)
+    if {step.name for step in steps.applied(database)} - {step.name for step in migrations}:
+        raise LumarisError("config_invalid", "A newer version made the database.")
+    missing = [step.name for step in steps.pending(database)]
+    steps.apply(database)
+    return missing
 
 
 def _step(migration: Migration) -> Callable[[Database], None]:

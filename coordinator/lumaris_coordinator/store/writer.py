@@ -6,13 +6,17 @@ Nothing lingers on purpose: what queued up during the last commit is the next ba
 grows with the load and a lone request waits for no one.
 
 An operation that raises loses its savepoint and nothing else. When the transaction itself fails,
-nobody is told that anything happened, and the connection is opened anew.
+nobody is told that anything happened, and the connection is opened anew. A batch that could not
+even begin changed nothing, so it is tried again for a while: a database that restarts costs its
+callers a moment and no answer. While it fails, the writer tries by itself, ever more rarely, so
+that it is well again before the next request asks.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -23,7 +27,17 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
-from lumaris_coordinator.bounds import WRITE_S_MAX, WRITER_BATCH_MAX, WRITER_QUEUE_MAX
+from lumaris_coordinator.bounds import (
+    WRITE_AGAIN_S_MAX,
+    WRITE_S_MAX,
+    WRITER_BATCH_MAX,
+    WRITER_QUEUE_MAX,
+    WRITER_REST_S,
+    WRITER_REST_S_MAX,
+    WRITER_STALLED_QUEUE_MAX,
+    WRITER_STALLED_S,
+)
+from lumaris_coordinator.store.bus import Bus
 from lumaris_coordinator.store.port import Connection
 from lumaris_protocol.errors import LumarisError
 
@@ -39,6 +53,9 @@ class BatchHook(Protocol):
     def opened(self, connection: Connection) -> None:
         """The connection is new; what was seen of uncommitted batches is void."""
 
+    def followed(self, connection: Connection) -> None:
+        """Other replicas may have committed since; nothing of ours is uncommitted."""
+
     def before_commit(self, connection: Connection, now: int) -> None:
         """All operations of the batch have run."""
 
@@ -49,6 +66,7 @@ class BatchHook(Protocol):
 @dataclass(eq=False)
 class _Job:
     operation: Operation[Any]
+    since: float = field(default_factory=time.monotonic)
     done: anyio.Event = field(default_factory=anyio.Event)
     value: Any = None
     error: Exception | None = None
@@ -62,10 +80,20 @@ class WriterStats:
     operations: int = 0
     failed_batches: int = 0
     batch_largest: int = 0
+    committed_at: float = field(default_factory=time.monotonic)  # monotonic seconds
+
+
+def _no_failure(_error: Exception) -> bool:
+    return False
 
 
 class Writer:
-    """Submit operations; they are durable when `submit` returns."""
+    """Submit operations; they are durable when `submit` returns.
+
+    `failed` tells an error of the database itself, which ends the batch, from one of an operation.
+    `follows` says that others write as well. `probe` is written to find out whether a database that
+    failed is well again.
+    """
 
     def __init__(
         self,
@@ -73,18 +101,25 @@ class Writer:
         *,
         hooks: Sequence[BatchHook] = (),
         clock: Callable[[], float],
+        failed: Callable[[Exception], bool] = _no_failure,
+        follows: bool = False,
+        probe: Operation[None] | None = None,
         queue_max: int = WRITER_QUEUE_MAX,
         batch_max: int = WRITER_BATCH_MAX,
     ) -> None:
         self._connect = connect
         self._hooks = tuple(hooks)
         self._clock = clock
+        self._failed, self._follows, self._probe = failed, follows, probe
         self._queue_max, self._batch_max = queue_max, batch_max
         self._pending: deque[_Job] = deque()
         self._wake = threading.Condition()
         self._stopping = True
+        self._to_follow = False
+        self._rest = 0.0  # above 0 while it fails
         self._connection: Connection | None = None
         self._post: Callable[..., object] | None = None
+        self.bus = Bus()
         self.stats = WriterStats()
 
     @property
@@ -94,8 +129,8 @@ class Writer:
 
     @property
     def alive(self) -> bool:
-        """Whether operations are taken and the store is open."""
-        return not self._stopping and self._connection is not None
+        """Whether operations are taken and the last batch was kept."""
+        return not self._stopping and self._connection is not None and not self._rest
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -104,7 +139,8 @@ class Writer:
         # asyncio and trio each have one thread-safe way in; anyio's own blocks the calling thread.
         native: Any = anyio.lowlevel.current_token().native_token
         self._post = getattr(native, "call_soon_threadsafe", None) or native.run_sync_soon
-        self._stopping = False
+        self._stopping, self._rest = False, 0.0
+        self.stats.committed_at = time.monotonic()
         thread = threading.Thread(target=self._run, name="lumaris-writer", daemon=True)
         thread.start()
         try:
@@ -122,15 +158,15 @@ class Writer:
     async def submit(self, operation: Operation[T]) -> T:
         """Run an operation in the next batch; its result once that is durable.
 
-        Raises what the operation raises, and LumarisError `busy` when the queue is full, when the
-        commit failed or when it takes too long. After the last, the same request may be repeated:
-        every operation here is idempotent.
+        Raises what the operation raises, and LumarisError `busy` when the queue is full or stands
+        still, when the commit failed or when it takes too long. After the last two the same request
+        may be repeated: every operation here is idempotent.
         """
         job = _Job(operation)
         with self._wake:
             if self._stopping:
                 raise LumarisError("busy", "The coordinator is shutting down.")
-            if len(self._pending) >= self._queue_max:
+            if len(self._pending) >= self._queue_max or self._stalled(job.since):
                 raise LumarisError("busy")
             self._pending.append(job)
             self._wake.notify()
@@ -142,48 +178,124 @@ class Writer:
             raise job.error
         return cast("T", job.value)
 
+    def follow(self) -> None:
+        """Another replica committed: let the hooks see it, then wake the bus."""
+        with self._wake:
+            self._to_follow = True
+            self._wake.notify()
+
+    def _stalled(self, now: float) -> bool:
+        """A few may always wait, however slow the disk: they do not get in each other's way."""
+        waiting = self._pending
+        return len(waiting) >= WRITER_STALLED_QUEUE_MAX and (
+            now - waiting[0].since > WRITER_STALLED_S
+        )
+
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not self._pending and not self._stopping:
-                    self._wake.wait()
-                if not self._pending:
+                if self._rest and not self._stopping:
+                    self._wake.wait_for(lambda: self._stopping, self._rest)
+                else:
+                    self._wake.wait_for(lambda: self._pending or self._to_follow or self._stopping)
+                if not self._pending and self._stopping:
                     return
+                following, self._to_follow = self._to_follow, False
                 size = min(len(self._pending), self._batch_max)
                 batch = [self._pending.popleft() for _ in range(size)]
-            self._commit(batch)
-            self._deliver(batch)
+            if batch or self._rest:
+                self._write(batch)
+            elif following:
+                self._catch_up()
 
-    def _commit(self, batch: list[_Job]) -> None:
+    def _write(self, batch: list[_Job]) -> None:
+        """One batch, or while the database fails an attempt to write anything at all."""
+        jobs = batch or ([_Job(self._probe)] if self._probe else [])
+        begun = False
         try:
             if self._connection is None:
                 self._connection = self._open()
             connection = self._connection
             connection.execute("BEGIN IMMEDIATE")
-            for job in batch:
-                _run_one(connection, job)
-            for hook in self._hooks:
-                hook.before_commit(connection, int(self._clock()))
-            connection.execute("COMMIT")
+            begun = True
+            self._commit(connection, jobs)
         except Exception:
-            log.exception("a batch of %d operations was not committed", len(batch))
-            self.stats.failed_batches += 1
-            self._drop()
-            for job in batch:
-                job.value = None
-                job.error = _unconfirmed()
+            self._fail(batch, begun=begun)
             return
+        self._rest = 0.0
         self.stats.commits += 1
-        self.stats.operations += len(batch)
-        self.stats.batch_largest = max(self.stats.batch_largest, len(batch))
+        self.stats.operations += len(jobs)
+        self.stats.batch_largest = max(self.stats.batch_largest, len(jobs))
+        self.stats.committed_at = time.monotonic()
         for hook in self._hooks:
             hook.committed()
+        self._deliver(batch, news=True)
+
+    def _commit(self, connection: Connection, jobs: list[_Job]) -> None:
+        if self._follows:
+            for hook in self._hooks:
+                hook.followed(connection)
+        for job in jobs:
+            self._run_one(connection, job)
+        for hook in self._hooks:
+            hook.before_commit(connection, int(self._clock()))
+        connection.execute("COMMIT")
+
+    def _run_one(self, connection: Connection, job: _Job) -> None:
+        """One operation in its savepoint. Raises only when the transaction itself is lost."""
+        connection.execute("SAVEPOINT operation")
+        try:
+            job.value = job.operation(connection)
+        except Exception as error:
+            if self._failed(error):
+                raise
+            job.error = error
+            connection.execute("ROLLBACK TO operation")
+        connection.execute("RELEASE operation")
+
+    def _fail(self, batch: list[_Job], *, begun: bool) -> None:
+        """Nobody is acknowledged. Who waits only since a moment for a batch that did not begin
+        goes back in line."""
+        now = time.monotonic()
+        patient = not begun and not self._stopping
+        again = [job for job in batch if patient and now - job.since < WRITE_AGAIN_S_MAX]
+        lost = batch[: len(batch) - len(again)]
+        log.log(
+            logging.DEBUG if not batch else logging.ERROR,
+            "a batch of %d operations was not committed, %d are tried again",
+            len(batch),
+            len(again),
+            exc_info=True,
+        )
+        self.stats.failed_batches += bool(batch)
+        self._rest = min(2 * self._rest or WRITER_REST_S, WRITER_REST_S_MAX)
+        self._drop()
+        for job in lost:
+            job.value = None
+            job.error = _unconfirmed()
+        with self._wake:
+            self._pending.extendleft(reversed(again))
+        self._deliver(lost, news=False)
+
+    def _catch_up(self) -> None:
+        try:
+            if self._connection is None:
+                self._connection = self._open()
+            for hook in self._hooks:
+                hook.followed(self._connection)
+        except Exception:
+            self._fail([], begun=False)
+            return
+        self._deliver([], news=True)
 
     def _open(self) -> Connection:
+        """A new connection, which the hooks have read while nobody else writes."""
         connection = self._connect()
         try:
+            connection.execute("BEGIN IMMEDIATE")
             for hook in self._hooks:
                 hook.opened(connection)
+            connection.execute("ROLLBACK")
         except BaseException:
             connection.close()
             raise
@@ -198,24 +310,19 @@ class Writer:
             except Exception:
                 log.exception("the failed connection could not be closed")
 
-    def _deliver(self, batch: list[_Job]) -> None:
+    def _deliver(self, batch: list[_Job], *, news: bool) -> None:
         assert self._post is not None
         try:
-            self._post(_set_all, batch)
+            self._post(self._finish, batch, news)
         except RuntimeError:
             # The event loop has ended (trio's RunFinishedError is one too): nobody waits any more.
             log.debug("%d results came after the end of the event loop", len(batch))
 
-
-def _run_one(connection: Connection, job: _Job) -> None:
-    """One operation in its savepoint. Raises only when the transaction itself is gone."""
-    connection.execute("SAVEPOINT operation")
-    try:
-        job.value = job.operation(connection)
-    except Exception as error:
-        job.error = error
-        connection.execute("ROLLBACK TO operation")
-    connection.execute("RELEASE operation")
+    def _finish(self, batch: list[_Job], news: bool) -> None:
+        for job in batch:
+            job.done.set()
+        if news:
+            self.bus.wake()
 
 
 def _unconfirmed() -> LumarisError:
@@ -225,8 +332,3 @@ def _unconfirmed() -> LumarisError:
         "The write could not be confirmed: it is not known whether it was kept and money moved.",
         hint="Repeat the same request: it is applied once at most.",
     )
-
-
-def _set_all(batch: list[_Job]) -> None:
-    for job in batch:
-        job.done.set()

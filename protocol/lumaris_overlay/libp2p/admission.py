@@ -52,6 +52,7 @@ class Member:
     roles: tuple[str, ...]
     issued_at: int
     until: float
+    serial: int
 
 
 class Admission:
@@ -81,7 +82,7 @@ class Admission:
         held = self._members.pop(peer, None)
         if held is None or found.issued_at >= held.issued_at:
             until = found.expires_at + CLOCK_SKEW_S
-            held = Member(found.account, tuple(found.roles), found.issued_at, until)
+            held = Member(found.account, tuple(found.roles), found.issued_at, until, found.serial)
         while len(self._members) >= _MEMBERS_MAX:
             del self._members[next(iter(self._members))]
         self._members[peer] = held
@@ -90,7 +91,14 @@ class Admission:
     def member(self, peer: str) -> Member | None:
         """What is known of a member; None for a stranger."""
         held = self._members.get(peer)
-        return held if held is not None and self._clock() <= held.until else None
+        if held is None or self._clock() > held.until:
+            return None
+        revoked = self._gate.revoked.covers(peer, serial=held.serial, issued_at=held.issued_at)
+        return None if revoked else held
+
+    def refused(self, peer: str) -> bool:
+        """Whether a peer was revoked and has shown no certificate from after that."""
+        return self._gate.revoked.names(peer) and not self.admitted(peer)
 
     def admitted(self, peer: str) -> bool:
         """Whether a peer is a member now."""
@@ -137,7 +145,7 @@ class _MemberPattern(PatternXX):
 
 
 class AdmittingNoise(NoiseTransport):
-    """Noise that shows our certificate, reads the peer's, and refuses the banned."""
+    """Noise that shows our certificate, reads the peer's, and refuses the banned and revoked."""
 
     def __init__(
         self,
@@ -151,12 +159,12 @@ class AdmittingNoise(NoiseTransport):
         self._admission, self._banned = admission, banned
 
     async def secure_inbound(self, conn: IRawConnection) -> ISecureConn:
-        """The handshake of an accepted connection. Raises NoiseFailure for a banned peer."""
+        """The handshake of an accepted connection. Raises NoiseFailure for a refused peer."""
         pattern = self._pattern()
         return await self._judge(await pattern.handshake_inbound(conn), pattern)
 
     async def secure_outbound(self, conn: IRawConnection, peer_id: ID) -> ISecureConn:
-        """The handshake of a dialled connection. Raises NoiseFailure for a banned peer."""
+        """The handshake of a dialled connection. Raises NoiseFailure for a refused peer."""
         pattern = self._pattern()
         return await self._judge(await pattern.handshake_outbound(conn, peer_id), pattern)
 
@@ -170,11 +178,16 @@ class AdmittingNoise(NoiseTransport):
             await session.close()
             raise NoiseFailure(f"{peer} was sent away a moment ago")
         shown = pattern.shown()
+        revoked = False
         if shown:
             try:
                 self._admission.admit(peer, shown)
             except EnvelopeError as error:
                 strangers.note(peer, error.code, error.message)
+                revoked = error.code == "revoked"
+        if revoked or self._admission.refused(peer):
+            await session.close()
+            raise NoiseFailure(f"{peer} was revoked")
         return session
 
 

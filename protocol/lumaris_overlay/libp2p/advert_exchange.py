@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,14 +14,14 @@ from msgspec import structs
 
 from lumaris_overlay.advert_file import AdvertFile
 from lumaris_overlay.advert_filter import AdvertFacts, AdvertFilter, facts_of, passes
-from lumaris_overlay.demand_feed import DemandFeed
 from lumaris_overlay.directory import Directory
 from lumaris_overlay.feed import AdvertFeed
+from lumaris_overlay.latest_feed import LatestFeed
 from lumaris_overlay.libp2p import index
 from lumaris_overlay.libp2p.admission import Admission
 from lumaris_overlay.libp2p.conduct import Conduct
 from lumaris_overlay.libp2p.connections import Connections
-from lumaris_overlay.libp2p.gossip import ADVERTS, DEMANDS, Gossip
+from lumaris_overlay.libp2p.gossip import ADVERTS, DEMANDS, Gossip, Judge
 from lumaris_overlay.libp2p.guarded_pubsub import Judgement, Manners
 from lumaris_overlay.libp2p.overrides import strangers
 from lumaris_overlay.libp2p.streams import Libp2pStream
@@ -41,8 +41,8 @@ _SAVE_CHECK_S = 60.0
 # Checking an advert costs two signatures; other tasks run between batches.
 _LOAD_BATCH = 8
 _PULL_AGAIN_S = 60.0
-# An honest peer can pass these on: its clock differs, or the fault is ours.
-_NOT_HOSTILE = frozenset({"directory_full", "expired", "not_yet_valid"})
+# An honest peer can pass these on: its clock or its news differ, or the fault is ours.
+_NOT_HOSTILE = frozenset({"directory_full", "expired", "not_yet_valid", "revoked"})
 
 NewStream = Callable[[str, str], Awaitable[Libp2pStream]]
 
@@ -67,20 +67,21 @@ class AdvertExchange:
         demand_gate: DemandGate,
         desk: ShardDesk,
         saved: AdvertFile | None = None,
+        judges: Mapping[str, Judge] | None = None,
     ) -> None:
         self.directory = directory
         self._saved = saved
         self._written: list[bytes] = []
         self._desk = desk
         self.feed = AdvertFeed(nursery)
-        self.demands = DemandFeed()
+        self.demands = LatestFeed[DemandEvent]()
         self._admission, self._conduct, self._demand_gate = admission, conduct, demand_gate
         self._host, self._connections, self._nursery = host, connections, nursery
         self._new_stream = new_stream
         self.gossip = Gossip(
             host,
             network,
-            {ADVERTS: self._judge_advert, DEMANDS: self._judge_demand},
+            {ADVERTS: self._judge_advert, DEMANDS: self._judge_demand, **(judges or {})},
             manners=Manners(admission.admitted, conduct.fault),
         )
         self._own: dict[PeerId, bytes] = {}

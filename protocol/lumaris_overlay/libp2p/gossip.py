@@ -23,6 +23,7 @@ from lumaris_protocol.limits import (
     ADVERT_BYTES_MAX,
     ADVERT_REFRESH_S,
     DEMAND_BYTES_MAX,
+    NOTICE_BYTES_MAX,
     SHARD_ID_MAX,
     SHARDS_FOLLOWED_MAX,
 )
@@ -37,8 +38,14 @@ _PROTOCOLS = [TProtocol("/meshsub/1.1.0"), TProtocol("/meshsub/1.0.0")]
 # A peer follows its shards' topics; some room is left for a change of the shard map.
 _SUBSCRIPTIONS_MAX = 8 * SHARDS_FOLLOWED_MAX
 
-ADVERTS, DEMANDS = "adverts", "demands"
-_BYTES_MAX = {ADVERTS: ADVERT_BYTES_MAX, DEMANDS: DEMAND_BYTES_MAX}
+ADVERTS, DEMANDS, NOTICES = "adverts", "demands", "notices"
+_BYTES_MAX = {
+    ADVERTS: ADVERT_BYTES_MAX,
+    DEMANDS: DEMAND_BYTES_MAX,
+    NOTICES: NOTICE_BYTES_MAX,
+}
+# Notices are for everybody: their one topic is not divided, and ends with a version instead.
+NOTICES_SHARD = 1
 
 # What becomes of a document in this shard from this forwarder.
 Judge = Callable[[int, str, bytes], Judgement]
@@ -133,7 +140,7 @@ class Gossip:
         async with background_trio_service(self._pubsub), background_trio_service(self._router):
             await self._pubsub.wait_until_ready()
             for kind in self._judges:
-                await self.join(kind)
+                await self.join(kind, NOTICES_SHARD if kind == NOTICES else 0)
             task_status.started()
             await trio.sleep_forever()
 

@@ -26,17 +26,21 @@ from lumaris_overlay.libp2p.advert_exchange import AdvertExchange
 from lumaris_overlay.libp2p.conduct import Conduct
 from lumaris_overlay.libp2p.connections import Connections
 from lumaris_overlay.libp2p.dht import DhtRecords
+from lumaris_overlay.libp2p.gossip import NOTICES, NOTICES_SHARD
 from lumaris_overlay.libp2p.health import Health
 from lumaris_overlay.libp2p.hello import Hello
+from lumaris_overlay.libp2p.notice_exchange import NoticeExchange
 from lumaris_overlay.libp2p.overrides import ClosingTCP
 from lumaris_overlay.libp2p.peerbook import PeerBook
 from lumaris_overlay.libp2p.presence import Presence, ReachConfig
 from lumaris_overlay.libp2p.reach import Announcer
 from lumaris_overlay.libp2p.shard_follower import ShardFollower
 from lumaris_overlay.libp2p.streams import Libp2pStream
+from lumaris_overlay.notices import NoticeBoard, NoticeGate, revoked_in
 from lumaris_overlay.ports import (
     AdvertEvent,
     DemandEvent,
+    Notice,
     OverlayStream,
     PeerInfo,
     Ping,
@@ -51,7 +55,7 @@ from lumaris_overlay.validate import AdvertGate, DemandGate, MembershipGate, Tok
 from lumaris_protocol.envelope import decode
 from lumaris_protocol.errors import RemoteError
 from lumaris_protocol.keys import KeyPair, PeerId
-from lumaris_protocol.limits import ADDRESSES_MAX
+from lumaris_protocol.limits import ADDRESSES_MAX, NOTICE_BYTES_MAX, NOTICES_KEPT_MAX
 from lumaris_protocol.messages.negotiation import Requirements
 from lumaris_protocol.protocols import HELLO
 
@@ -78,6 +82,8 @@ class HostConfig:
     reach: ReachConfig = field(default_factory=ReachConfig)
     # The shards whose whole directory this host holds and hands out.
     index_shards: tuple[int, ...] = ()
+    # Whose lists of coordinator keys count.
+    roots: frozenset[PeerId] = frozenset()
 
 
 @asynccontextmanager
@@ -87,8 +93,9 @@ async def open_host(config: HostConfig) -> AsyncGenerator[Libp2pOverlay]:
     if config.listen_port:
         build.refuse_used_port(config.listen_ip, config.listen_port)
     transport = ClosingTCP()
+    board = NoticeBoard(NoticeGate(config.network, config.coordinator_keys, config.roots))
     admission = Admission(
-        MembershipGate(config.network, config.coordinator_keys), config.key.peer_id
+        MembershipGate(config.network, board.keys, board.revoked), config.key.peer_id
     )
     if config.certificate:
         admission.present(config.certificate)
@@ -97,7 +104,7 @@ async def open_host(config: HostConfig) -> AsyncGenerator[Libp2pOverlay]:
     host = build.build_host(config.key, announcer, transport, admission, conduct.banned)
     try:
         async with host.run([address]), background() as nursery:
-            overlay = Libp2pOverlay(config, host, nursery, admission, conduct, announcer)
+            overlay = Libp2pOverlay(config, host, nursery, admission, conduct, announcer, board)
             try:
                 await overlay.start()
                 yield overlay
@@ -120,13 +127,15 @@ class Libp2pOverlay:
         admission: Admission,
         conduct: Conduct,
         announcer: Announcer,
+        board: NoticeBoard,
     ) -> None:
         self.host, self.admission, self.conduct = host, admission, conduct
         self._config = config
         self._nursery = nursery
         self._handlers = HandlerTable()
         state = config.state_dir
-        self.directory = Directory(AdvertGate(config.network, config.coordinator_keys))
+        belonging = (config.network, board.keys, board.revoked)
+        self.directory = Directory(AdvertGate(*belonging))
         self.presence = Presence(
             host,
             announcer,
@@ -171,8 +180,19 @@ class Libp2pOverlay:
         )
         desk = ShardDesk(
             config.network,
-            config.coordinator_keys,
+            board.keys,
             state / "shards" if state is not None else None,
+        )
+        self.notice_board = NoticeExchange(
+            host,
+            board,
+            nursery,
+            new_stream=self._new_stream,
+            spread=self._spread_notice,
+            unreached=self._unreached,
+            heed=self._heed,
+            fault=conduct.fault,
+            saved=None if state is None else _notice_file(state / "notices"),
         )
         self.exchange = AdvertExchange(
             host,
@@ -183,13 +203,14 @@ class Libp2pOverlay:
             new_stream=self._new_stream,
             admission=admission,
             conduct=conduct,
-            demand_gate=DemandGate(config.network, config.coordinator_keys),
+            demand_gate=DemandGate(*belonging),
             desk=desk,
             saved=AdvertFile(state / "adverts") if state is not None else None,
+            judges={NOTICES: self.notice_board.judge},
         )
         self._signer = EndpointSigner(config.key, config.network)
         self._finds = TokenBuckets(per_s=_FINDS_PER_S, burst=_FINDS_BURST, names_max=_FINDS_MAX)
-        gate = RecordGate(config.network, config.coordinator_keys)
+        gate = RecordGate(*belonging)
         self.dht = DhtRecords(
             host,
             gate,
@@ -220,6 +241,7 @@ class Libp2pOverlay:
         self.host.set_stream_handler(TProtocol(HELLO), self.hello.serve)
         self.host.for_strangers.add_handler(TProtocol(HELLO), self.hello.serve)
         self._nursery.start_soon(self.strangers.run)
+        await self.notice_board.start()
         await self.exchange.start()
         await self._nursery.start(self.dht.run)
         await self._nursery.start(self.shards.run)
@@ -229,6 +251,7 @@ class Libp2pOverlay:
 
     async def stop(self) -> None:
         """Close everything at once."""
+        await self.notice_board.stop()
         await self.exchange.stop()
         await self.connections.drop_all()
         await self.host.close()
@@ -243,6 +266,7 @@ class Libp2pOverlay:
         """A connection is up. Whoever dialled says hello; strangers get nothing else."""
         if self.admission.admitted(str(peer)):
             self.exchange.greet(peer, dialled)
+            self.notice_board.greet(peer)
             self.dht.seen(str(peer))
         else:
             self.strangers.meet(peer)
@@ -255,6 +279,7 @@ class Libp2pOverlay:
         self.exchange.gossip.admit(known)
         self.host._schedule_identify(known, reason="admitted")  # noqa: SLF001 - refused at first
         self.exchange.greet(known, dialled=True)
+        self.notice_board.greet(known)
         self.presence.met(known)
         self.dht.seen(peer)
 
@@ -286,6 +311,28 @@ class Libp2pOverlay:
     def _part(self, peer: Any) -> None:
         self.admission.part(str(peer))
         self.hello.forget(str(peer))
+
+    def _heed(self, notice: Notice) -> None:
+        """What a coordinator says of peers holds from now on, for those connected too."""
+        named = revoked_in(notice)
+        for event in self.directory.revoke(named, time.time()):
+            self.exchange.feed.tell(event)
+        for peer in self.connections.live():
+            if str(peer) in named and not self.admission.admitted(str(peer)):
+                logger.info("revoked peer=%s event=sent_away", peer)
+                self._nursery.start_soon(self.connections.drop, peer)
+
+    def _unreached(self) -> list[Any]:
+        """Connected members to whom gossip of notices does not get by itself yet."""
+        reaches = self.exchange.gossip.reaches
+        return [
+            peer
+            for peer in self.connections.live()
+            if self.admission.admitted(str(peer)) and not reaches(peer, NOTICES, NOTICES_SHARD)
+        ]
+
+    async def _spread_notice(self, data: bytes) -> None:
+        await self.exchange.gossip.publish(NOTICES, data, NOTICES_SHARD)
 
     def _send_away(self, peer: str) -> None:
         self._nursery.start_soon(self.connections.drop, ID.from_base58(peer))
@@ -326,6 +373,14 @@ class Libp2pOverlay:
     def demands(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[DemandEvent]]:
         """Each demand of other peers from now on."""
         return self.exchange.demands.follow()
+
+    async def publish_notice(self, envelope: bytes) -> None:
+        """Gossip a coordinator's notice. Raises EnvelopeError when it is not valid."""
+        await self.notice_board.publish(envelope)
+
+    def notices(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[Notice]]:
+        """First what is known of the coordinators' notices, then each new one."""
+        return self.notice_board.feed.follow(self.notice_board.board.notices())
 
     async def publish_advert(self, envelope: bytes) -> None:
         """Gossip our advert. Raises EnvelopeError when an honest peer would refuse it."""
@@ -410,3 +465,7 @@ class Libp2pOverlay:
                 yield
             finally:
                 self.host.remove_stream_handler(TProtocol(protocol))
+
+
+def _notice_file(path: Path) -> AdvertFile:
+    return AdvertFile(path, document_bytes_max=NOTICE_BYTES_MAX, documents_max=NOTICES_KEPT_MAX)

@@ -25,6 +25,7 @@ from lumaris_overlay.links.wire import Address, Attach, Kind, Target
 from lumaris_overlay.ports import (
     AdvertEvent,
     DemandEvent,
+    Notice,
     Overlay,
     OverlayStream,
     PeerInfo,
@@ -386,6 +387,14 @@ class LinkedOverlay:
     def demands(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[DemandEvent]]:
         """Each demand of other peers from now on."""
         return self._inner.demands()
+
+    async def publish_notice(self, envelope: bytes) -> None:
+        """Gossip what a coordinator signed for everybody. Raises EnvelopeError."""
+        await self._inner.publish_notice(envelope)
+
+    def notices(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[Notice]]:
+        """First what is known of the coordinators' notices, then each new one."""
+        return self._inner.notices()
 
     async def find_peer(self, peer: str) -> bytes | None:
         """The newest signed record of a peer."""

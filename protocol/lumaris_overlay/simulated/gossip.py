@@ -14,11 +14,12 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from lumaris_overlay.advert_filter import AdvertFacts, facts_of
-from lumaris_overlay.validate import AdvertGate
+from lumaris_overlay.validate import AdvertGate, refuse_revoked_seller
 from lumaris_protocol.codec import Signed
 from lumaris_protocol.keys import PeerId
 from lumaris_protocol.limits import CLOCK_SKEW_S, DIRECTORY_ADVERTS_MAX, INDEX_PEERS_MAX
 from lumaris_protocol.messages.advert import Advert
+from lumaris_protocol.revocations import RevokedSet
 
 if TYPE_CHECKING:
     from lumaris_overlay.simulated.network import SimulatedOverlay
@@ -66,6 +67,24 @@ class SharedGate(AdvertGate):
             signed.message.certificate, signed.signer, signed.message.issued_at
         ).message
         return min(signed.message.expires_at, certificate.expires_at) + CLOCK_SKEW_S
+
+
+class HostGate(AdvertGate):
+    """The shared gate, and whom this one host knows to be revoked."""
+
+    def __init__(self, shared: SharedGate, revoked: RevokedSet) -> None:
+        super().__init__(shared.network, frozenset())
+        self._shared, self._revoked = shared, revoked
+
+    def check(self, data: bytes, now: float) -> Signed[Advert]:
+        """The advert inside `data`. Raises EnvelopeError with the code of what is wrong."""
+        signed = self._shared.check(data, now)
+        refuse_revoked_seller(self._revoked, signed.message)
+        return signed
+
+    def facts(self, data: bytes, now: float) -> AdvertFacts:
+        """What filters and shards look at in the advert. Raises EnvelopeError."""
+        return self._shared.facts(data, now)
 
 
 class ShardMembers:

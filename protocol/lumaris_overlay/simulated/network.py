@@ -19,12 +19,14 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 import trio
 
 from lumaris_overlay.advert_filter import AdvertFilter, filter_of, passes
-from lumaris_overlay.demand_feed import DemandFeed
 from lumaris_overlay.directory import Directory
 from lumaris_overlay.feed import AdvertFeed
+from lumaris_overlay.latest_feed import LatestFeed
+from lumaris_overlay.notices import NoticeBoard, NoticeGate, revoked_in
 from lumaris_overlay.ports import (
     AdvertEvent,
     DemandEvent,
+    Notice,
     OverlayStream,
     PeerInfo,
     Ping,
@@ -34,7 +36,7 @@ from lumaris_overlay.ports import (
 from lumaris_overlay.records import PeerRecord
 from lumaris_overlay.serving import HandlerTable
 from lumaris_overlay.shard_desk import ShardDesk
-from lumaris_overlay.simulated.gossip import ShardMembers, SharedGate, flood
+from lumaris_overlay.simulated.gossip import HostGate, ShardMembers, SharedGate, flood
 from lumaris_overlay.simulated.records import SimulatedRecords
 from lumaris_overlay.simulated.stream import SimulatedStream, stream_pair
 from lumaris_overlay.tasks import background
@@ -60,10 +62,12 @@ class SimulatedNetwork:
         network: str,
         coordinator_keys: frozenset[PeerId],
         now: Callable[[], float],
+        roots: frozenset[PeerId] = frozenset(),
     ) -> None:
         self.nursery = nursery
         self.network = network
         self.coordinator_keys = coordinator_keys
+        self.notice_gate = NoticeGate(network, coordinator_keys, roots)
         self.now = now
         self.gate = SharedGate(network, coordinator_keys)
         self.members = ShardMembers()
@@ -110,10 +114,11 @@ async def open_network(
     coordinator_keys: frozenset[PeerId],
     *,
     now: Callable[[], float] = time.time,
+    roots: frozenset[PeerId] = frozenset(),
 ) -> AsyncGenerator[SimulatedNetwork]:
     """A simulated network whose tasks live as long as the context."""
     async with background() as nursery:
-        simulated = SimulatedNetwork(nursery, network, coordinator_keys, now)
+        simulated = SimulatedNetwork(nursery, network, coordinator_keys, now, roots)
 
         async def expire() -> None:
             while True:
@@ -134,13 +139,20 @@ class SimulatedOverlay:
         self.neighbours: dict[PeerId, SimulatedOverlay] = {}
         self._network = network
         self._key = key
-        self._directory = Directory(network.gate)
+        self._board = NoticeBoard(network.notice_gate)
+        self._notices = LatestFeed[Notice]()
+        self._gate = HostGate(network.gate, self._board.revoked)
+        self._directory = Directory(self._gate)
         self._desk = ShardDesk(network.network, network.coordinator_keys)
         self.shards = frozenset(self._desk.joined(network.now()))
-        self._members = MembershipGate(network.network, network.coordinator_keys)
+        self._members = MembershipGate(
+            network.network, network.coordinator_keys, self._board.revoked
+        )
         self._records = SimulatedRecords(key, network.network, network.coordinator_keys)
-        self._demand_gate = DemandGate(network.network, network.coordinator_keys)
-        self._demands = DemandFeed()
+        self._demand_gate = DemandGate(
+            network.network, network.coordinator_keys, self._board.revoked
+        )
+        self._demands = LatestFeed[DemandEvent]()
         self._demands_seen: dict[bytes, None] = {}
         self._feed = AdvertFeed(network.nursery)
         self._handlers = HandlerTable()
@@ -167,7 +179,7 @@ class SimulatedOverlay:
         event = self._directory.offer(envelope, now)
         if not self._directory.holds(envelope):
             return
-        self._desk.sell(self._network.gate.check(envelope, now).message)
+        self._desk.sell(self._gate.check(envelope, now).message)
         self.change_shards()
         if event is not None:
             self._feed.tell(event)
@@ -189,7 +201,7 @@ class SimulatedOverlay:
             return False
         now = self._network.now()
         try:
-            facts = self._network.gate.facts(envelope, now)
+            facts = self._gate.facts(envelope, now)
             wanted = (
                 self._desk.belongs(facts, self.shards, now) if of is None else passes(of, facts)
             )
@@ -273,6 +285,52 @@ class SimulatedOverlay:
         """Each demand of other peers from now on."""
         return self._demands.follow()
 
+    async def publish_notice(self, envelope: bytes) -> None:
+        """Heed a coordinator's notice and pass it on. Raises EnvelopeError when it is not valid."""
+        await trio.lowlevel.checkpoint()
+        notice = self._board.offer(envelope, self._network.now())
+        if notice is not None:
+            self._heed(notice)
+            flood(self, lambda host: host.take_notice(envelope))
+
+    def take_notice(self, envelope: bytes) -> bool:
+        """What a neighbour gossips to us; whether it was news. Invalid ones go no further."""
+        try:
+            notice = self._board.offer(envelope, self._network.now())
+        except EnvelopeError as error:
+            logger.debug("dropped a notice: %s", error)
+            return False
+        if notice is not None:
+            self._heed(notice)
+        return notice is not None
+
+    def receive_notices(self, envelopes: Sequence[bytes]) -> None:
+        """What another host knows: taken in, and passed on as far as it is news."""
+        for envelope in envelopes:
+            if self.take_notice(envelope):
+                flood(self, lambda host, news=envelope: host.take_notice(news))  # type: ignore[misc]
+
+    def _heed(self, notice: Notice) -> None:
+        self._notices.tell(notice)
+        named = revoked_in(notice)
+        for event in self._directory.revoke(named, self._network.now()):
+            self._feed.tell(event)
+        for host in [host for host in self.neighbours.values() if host.peer_id in named]:
+            if self.refuses(host.peer_id):
+                self._network.cut(self, host)
+
+    def refuses(self, peer: PeerId) -> bool:
+        """Whether we talk to this peer no more."""
+        return self._board.revoked.names(peer)
+
+    def notices(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[Notice]]:
+        """First what is known of the coordinators' notices, then each new one."""
+        return self._notices.follow(self._board.notices())
+
+    def notice_documents(self) -> tuple[bytes, ...]:
+        """The notices that a newcomer is told."""
+        return self._board.documents()
+
     def documents(self) -> list[bytes]:
         """All that a newcomer is told, withdrawals too."""
         return self._directory.page("", DIRECTORY_ADVERTS_MAX)[0]
@@ -351,7 +409,8 @@ class SimulatedOverlay:
             )
         ):
             raise RemoteError("unreachable", f"The peer {peer} cannot be reached.")
-        self._join(host)
+        if not self._join(host):
+            raise RemoteError("unreachable", f"The peer {peer} was revoked, or refuses us.")
         return host
 
     def _is_found(self, host: SimulatedOverlay) -> bool:
@@ -385,8 +444,7 @@ class SimulatedOverlay:
         for address in addresses:
             host = self._network.find(address.rpartition("/p2p/")[2])
             if host is not None and host is not self and host.address == address:
-                self._join(host)
-                answered += 1
+                answered += self._join(host)
         return answered
 
     async def peers(self) -> tuple[PeerInfo, ...]:
@@ -404,12 +462,20 @@ class SimulatedOverlay:
         for stream in self._streams.pop(peer, set()):
             stream.lose()
 
-    def _join(self, host: SimulatedOverlay, *, again: bool = False) -> None:
+    def _join(self, host: SimulatedOverlay, *, again: bool = False) -> bool:
+        """Be connected to a host and tell each other what is known; whether neither refuses."""
+        if self.refuses(host.peer_id) or host.refuses(self.peer_id):
+            return False
         if host is self or (host.peer_id in self.neighbours and not again):
-            return
+            return True
         self.neighbours[host.peer_id] = host
         host.neighbours[self.peer_id] = self
+        for one, other in ((self, host), (host, self)):
+            other.receive_notices(one.notice_documents())
+        if host.peer_id not in self.neighbours:
+            return False  # one of us has just heard that the other is revoked
         for one, other in ((self, host), (host, self)):
             other.receive_adverts(one.documents())
             for record in one.records():
                 other.keep_record(record)
+        return True

@@ -14,12 +14,13 @@ from pathlib import Path
 import trio
 from msgspec import structs
 
-from lumaris_overlay.demand_feed import DemandFeed
 from lumaris_overlay.feed import AdvertFeed
 from lumaris_overlay.frame_reader import FrameReader
+from lumaris_overlay.latest_feed import LatestFeed
 from lumaris_overlay.ports import (
     AdvertEvent,
     DemandEvent,
+    Notice,
     OverlayStream,
     PeerInfo,
     Ping,
@@ -28,6 +29,7 @@ from lumaris_overlay.ports import (
 )
 from lumaris_overlay.serving import HandlerTable
 from lumaris_overlay.socket import wire
+from lumaris_overlay.socket.adverts import LOST, RETRY_S, AdvertFollower
 from lumaris_overlay.socket.stream import PipeStream
 from lumaris_overlay.socket.wire import Reply, Request
 from lumaris_overlay.tasks import background
@@ -41,12 +43,7 @@ logger = logging.getLogger(__name__)
 
 _CALL_S = 20.0
 _ATTACH_S = 10.0
-_RETRY_S = 0.05
-# A seller that a restarted overlay has not heard of again after this long is taken to have left.
-_MISSED_S = 30.0
 _OWN_MAX = 16
-
-_Lost = (EnvelopeError, OSError, trio.BrokenResourceError, trio.ClosedResourceError)
 
 
 @asynccontextmanager
@@ -69,6 +66,7 @@ class SocketOverlay:
         self._attached = trio.Event()
         self._own: dict[str, bytes] = {}
         self._certificate = b""
+        self._published: dict[bytes, None] = {}
 
     @property
     def peer_id(self) -> PeerId:
@@ -119,6 +117,15 @@ class SocketOverlay:
     async def publish_demand(self, envelope: bytes) -> None:
         """Gossip our signed demand to the sellers. Raises EnvelopeError when it is not valid."""
         await self._call(Request("demand", envelope=envelope))
+
+    async def publish_notice(self, envelope: bytes) -> None:
+        """Gossip what a coordinator signed for everybody. Raises EnvelopeError."""
+        if len(envelope) > limits.NOTICE_BYTES_MAX:
+            raise EnvelopeError("oversize", "The notice is too long.")
+        await self._call(Request("notice", envelope=envelope))
+        self._published[envelope] = None
+        while len(self._published) > limits.NOTICES_KEPT_MAX:
+            del self._published[next(iter(self._published))]
 
     async def find_peer(self, peer: str) -> bytes | None:
         """The newest signed record of a peer, from the directory or the DHT."""
@@ -182,7 +189,7 @@ class SocketOverlay:
 
         async def follow() -> None:
             with scope:
-                await _AdvertFollower(self, feed).run()
+                await AdvertFollower(self._ask, feed).run()
 
         async with feed.follow(()) as events:
             self._nursery.start_soon(follow)
@@ -194,13 +201,33 @@ class SocketOverlay:
     @asynccontextmanager
     async def demands(self) -> AsyncGenerator[trio.MemoryReceiveChannel[DemandEvent]]:
         """Each demand of other peers from now on; across restarts."""
-        feed = DemandFeed()
+        feed = LatestFeed[DemandEvent]()
         pipe, reader = await self._ask(Request("demands"))
         scope = trio.CancelScope()
 
         async def listen() -> None:
             with scope:
                 await self._follow_demands(feed, pipe, reader)
+
+        async with feed.follow() as events:
+            self._nursery.start_soon(listen)
+            try:
+                yield events
+            finally:
+                scope.cancel()
+                with trio.CancelScope(shield=True):
+                    await trio.aclose_forcefully(pipe)
+
+    @asynccontextmanager
+    async def notices(self) -> AsyncGenerator[trio.MemoryReceiveChannel[Notice]]:
+        """First what is known of the coordinators' notices, then each new one; across restarts."""
+        feed = LatestFeed[Notice]()
+        pipe, reader = await self._ask(Request("notices"))
+        scope = trio.CancelScope()
+
+        async def listen() -> None:
+            with scope:
+                await self._follow_notices(feed, pipe, reader)
 
         async with feed.follow() as events:
             self._nursery.start_soon(listen)
@@ -236,7 +263,7 @@ class SocketOverlay:
     # --- how ---
 
     async def _follow_demands(
-        self, feed: DemandFeed, pipe: trio.SocketStream, reader: FrameReader
+        self, feed: LatestFeed[DemandEvent], pipe: trio.SocketStream, reader: FrameReader
     ) -> None:
         while True:
             try:
@@ -244,9 +271,28 @@ class SocketOverlay:
                     while (frame := await reader.next()) is not None:
                         said = wire.decode_reply(frame)
                         feed.tell(DemandEvent(PeerId(said.peer), said.envelope or b""))
-            except (*_Lost, LumarisError) as error:
+            except (*LOST, LumarisError) as error:
                 logger.info("demands lost=%r", error)
             pipe, reader = await self._ask_until_heard(Request("demands"))
+
+    async def _follow_notices(
+        self, feed: LatestFeed[Notice], pipe: trio.SocketStream, reader: FrameReader
+    ) -> None:
+        told: dict[bytes, None] = {}  # a restarted process tells what it knows once more
+        while True:
+            try:
+                async with pipe:
+                    while (frame := await reader.next()) is not None:
+                        said = wire.decode_reply(frame)
+                        data = said.envelope or b""
+                        if data not in told:
+                            feed.tell(Notice(said.kind, PeerId(said.peer), said.seq, data))
+                        told[data] = None
+                        while len(told) > limits.NOTICES_KEPT_MAX:
+                            del told[next(iter(told))]
+            except (*LOST, LumarisError) as error:
+                logger.info("notices lost=%r", error)
+            pipe, reader = await self._ask_until_heard(Request("notices"))
 
     async def _ask_until_heard(self, request: Request) -> tuple[trio.SocketStream, FrameReader]:
         """Begin a call that lasts, as soon as the overlay process is there."""
@@ -256,7 +302,7 @@ class SocketOverlay:
                 return await self._ask(request)
             except LumarisError as error:
                 logger.info("op=%s again=%r", request.op, error)
-                await trio.sleep(_RETRY_S)
+                await trio.sleep(RETRY_S)
 
     async def _keep_serving(
         self, protocol: str, pipe: trio.SocketStream, reader: FrameReader
@@ -267,7 +313,7 @@ class SocketOverlay:
                     while (frame := await reader.next()) is not None:
                         reply = wire.decode_reply(frame)
                         self._nursery.start_soon(self._accept, reply, protocol)
-            except _Lost as error:
+            except LOST as error:
                 logger.info("serve protocol=%s lost=%r", protocol, error)
             pipe, reader = await self._ask_until_heard(Request("serve", protocol=protocol))
 
@@ -292,7 +338,7 @@ class SocketOverlay:
                     raise
         except trio.TooSlowError:
             raise RemoteError("unreachable", "The overlay process does not answer.") from None
-        except _Lost as error:
+        except LOST as error:
             raise _unreachable(error) from error
         return PipeStream(
             pipe,
@@ -332,7 +378,7 @@ class SocketOverlay:
                 lost = error
             if trio.current_time() >= deadline:
                 raise _unreachable(lost) from lost
-            await trio.sleep(_RETRY_S)
+            await trio.sleep(RETRY_S)
 
     async def _call_once(self, request: Request, *, wait: bool) -> Reply:
         pipe = await self._dial(request, wait=wait)
@@ -354,7 +400,7 @@ class SocketOverlay:
                 return done, reader
         except trio.TooSlowError:
             raise RemoteError("unreachable", "The overlay process does not answer.") from None
-        except _Lost as error:
+        except LOST as error:
             raise _unreachable(error) from error
         finally:
             if pipe is not None:
@@ -381,7 +427,7 @@ class SocketOverlay:
                     raise RemoteError(
                         "unreachable", "The overlay process is not running."
                     ) from None
-            await trio.sleep(_RETRY_S)
+            await trio.sleep(RETRY_S)
 
     async def _wait_attached(self, timeout_s: float) -> None:
         with trio.move_on_after(timeout_s):
@@ -402,14 +448,15 @@ class SocketOverlay:
                         self._nursery.start_soon(self._tell_again)
                     first = False
                     await reader.next()
-            except (*_Lost, LumarisError) as error:
+            except (*LOST, LumarisError) as error:
                 logger.debug("attach error=%r", error)
             if self._attached.is_set():
                 self._attached = trio.Event()
-            await trio.sleep(_RETRY_S)
+            await trio.sleep(RETRY_S)
 
     async def _tell_again(self) -> None:
-        again = [Request("publish", envelope=envelope) for envelope in self._own.values()]
+        again = [Request("notice", envelope=envelope) for envelope in self._published]
+        again += [Request("publish", envelope=envelope) for envelope in self._own.values()]
         if self._certificate:
             again.insert(0, Request("present", envelope=self._certificate))
         for request in again:
@@ -417,52 +464,6 @@ class SocketOverlay:
                 await self._call(request)
             except LumarisError as error:  # expired by now, or the process is gone again
                 logger.info("op=%s again error=%r", request.op, error)
-
-
-class _AdvertFollower:
-    """Keeps one follower told across restarts of the overlay process."""
-
-    def __init__(self, overlay: SocketOverlay, feed: AdvertFeed) -> None:
-        self._overlay = overlay
-        self._feed = feed
-        self._known: dict[PeerId, int] = {}
-
-    async def run(self) -> None:
-        missing: dict[PeerId, int] = {}
-        while True:
-            try:
-                pipe, reader = await self._overlay._ask(Request("adverts"))  # noqa: SLF001
-            except LumarisError:
-                await trio.sleep(_RETRY_S)
-                continue
-            async with background() as nursery:
-                nursery.start_soon(self._give_up_on, missing)
-                try:
-                    async with pipe:
-                        while (frame := await reader.next()) is not None:
-                            self._tell(wire.decode_reply(frame), missing)
-                except (*_Lost, LumarisError) as error:
-                    logger.info("adverts lost=%r", error)
-            missing.update(self._known)
-
-    def _tell(self, said: Reply, missing: dict[PeerId, int]) -> None:
-        seller = PeerId(said.seller)
-        missing.pop(seller, None)
-        if said.envelope is None:
-            if self._known.pop(seller, None) is not None:
-                self._feed.tell(AdvertEvent(seller, None, said.seq))
-        elif said.seq > self._known.get(seller, -1):
-            self._known[seller] = said.seq
-            self._feed.tell(AdvertEvent(seller, said.envelope, said.seq))
-
-    async def _give_up_on(self, missing: dict[PeerId, int]) -> None:
-        if not missing:
-            return
-        await trio.sleep(_MISSED_S)
-        for seller, seq in list(missing.items()):
-            if self._known.pop(seller, None) is not None:
-                self._feed.tell(AdvertEvent(seller, None, seq))
-        missing.clear()
 
 
 def _unreachable(error: Exception) -> RemoteError:

@@ -95,6 +95,8 @@ class SocketServer:
             "ended": self._ended,
             "find": self._find,
             "identity": self._say_identity,
+            "notice": self._notice,
+            "notices": self._notices,
             "open": self._open,
             "peers": self._peers,
             "ping": self._ping,
@@ -209,6 +211,10 @@ class SocketServer:
         await self._overlay.publish_demand(request.envelope)
         await stream.send_all(wire.encode(Reply()))
 
+    async def _notice(self, stream: trio.SocketStream, request: Request) -> None:
+        await self._overlay.publish_notice(request.envelope)
+        await stream.send_all(wire.encode(Reply()))
+
     async def _say_identity(self, stream: trio.SocketStream, request: Request) -> None:
         await stream.send_all(wire.encode(self._identity))
 
@@ -244,6 +250,16 @@ class SocketServer:
             await stream.send_all(wire.encode(Reply()))
             async for event in events:
                 await stream.send_all(wire.encode(Reply(peer=event.buyer, envelope=event.envelope)))
+
+    async def _notices(self, stream: trio.SocketStream, request: Request) -> None:
+        async with self._overlay.notices() as notices, background() as nursery:
+            nursery.start_soon(_cancel_when_gone, stream, nursery.cancel_scope)
+            await stream.send_all(wire.encode(Reply()))
+            async for each in notices:
+                reply = Reply(
+                    kind=each.kind, peer=each.signer, seq=each.seq, envelope=each.envelope
+                )
+                await stream.send_all(wire.encode(reply))
 
     async def _serve(self, stream: trio.SocketStream, request: Request) -> None:
         order = trio.Lock()

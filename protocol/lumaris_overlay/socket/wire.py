@@ -2,9 +2,9 @@
 
 Every connection opens with one HEADER frame, a `Request`; the answer is a HEADER frame, a `Reply`,
 or a REFUSAL with a code. `open` and `accept` then turn the connection into the raw bytes of one
-stream, copied without further framing. `serve`, `adverts` and `demands` go on with one HEADER per
-inbound stream, change or demand, for as long as the connection lasts; `attach` only stays open.
-All other operations end with their reply.
+stream, copied without further framing. `serve`, `adverts`, `demands` and `notices` go on with one
+HEADER per inbound stream, change, demand or notice, for as long as the connection lasts; `attach`
+only stays open. All other operations end with their reply.
 
 A raw pipe cannot say whether its end was the peer's end of stream or a lost connection, so the
 server remembers for each stream how it ended and `ended` asks.
@@ -26,16 +26,16 @@ from lumaris_protocol.errors import EnvelopeError, LumarisError, RemoteError
 from lumaris_protocol.frames import Kind
 from lumaris_protocol.limits import (
     ADDRESS_CHARS_MAX,
+    NOTICE_BYTES_MAX,
     PEERS_REMEMBERED_MAX,
-    SHARD_MAP_BYTES_MAX,
     SOCKET_HEADER_BYTES_MAX,
 )
 from lumaris_protocol.messages.negotiation import Requirements
 
 Operation = Literal[
     "accept", "adverts", "attach", "connect", "demand", "demands", "ended", "find", "identity",
-    "open", "peers", "ping", "present", "publish", "reachability", "reset", "seek", "serve",
-    "shards", "shutdown",
+    "notice", "notices", "open", "peers", "ping", "present", "publish", "reachability", "reset",
+    "seek", "serve", "shards", "shutdown",
 ]  # fmt: skip
 
 # sun_path holds 108 bytes with its final zero.
@@ -52,7 +52,7 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         tuple[Annotated[str, Meta(max_length=ADDRESS_CHARS_MAX)], ...],
         Meta(max_length=PEERS_REMEMBERED_MAX),
     ] = ()
-    envelope: Annotated[bytes, Meta(max_length=SHARD_MAP_BYTES_MAX)] = b""
+    envelope: Annotated[bytes, Meta(max_length=NOTICE_BYTES_MAX)] = b""
     needs: Requirements | None = None
     token: Annotated[str, Meta(max_length=32)] = ""
     id: int = 0
@@ -81,6 +81,7 @@ class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
     seller: str = ""
     seq: int = 0
     envelope: bytes | None = None
+    kind: str = ""
     verdict: Verdict = "unknown"
     confirmed_by: tuple[str, ...] = ()
     relays: tuple[str, ...] = ()
@@ -163,7 +164,7 @@ _ENVELOPE_CODES = frozenset(
     {
         "malformed", "oversize", "bad_signature", "wrong_domain", "wrong_type", "wrong_signer",
         "unknown_field", "expired", "not_yet_valid", "not_certified", "directory_full",
-        "map_invalid", "map_stale",
+        "map_invalid", "map_stale", "revoked",
     }
 )  # fmt: skip
 

@@ -18,6 +18,7 @@ from lumaris_protocol.messages.base import (
     Message,
     Nonce,
     Peer,
+    SmallDocument,
     Time,
 )
 
@@ -74,3 +75,33 @@ class BudgetGrant(Message, frozen=True, forbid_unknown_fields=True, kw_only=True
     issued_at: Time
     not_after: Time
     settle_by: Time
+
+
+class AmendRequest(Message, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The buyer asks to hold what an Amendment adds. Its signed copies are inside; the answer is
+    a BudgetGrant with the same id, the new cap and end, and a higher serial."""
+
+    TYPE: ClassVar[str] = "amend_request"
+    buyer: Peer
+    coordinator: Peer
+    agreement_hash: Digest
+    amendment_by_buyer: SmallDocument
+    amendment_by_seller: SmallDocument | None = None
+    issued_at: Time
+
+
+class BondRequest(Message, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A peer locks money that answers for its conduct, or asks for it back.
+
+    `nonce` makes a repeated request the same request. A release is paid after the coordinator's
+    waiting time, and not while a dispute against the peer is open.
+    """
+
+    TYPE: ClassVar[str] = "bond_request"
+    peer: Peer
+    coordinator: Peer
+    action: Literal["lock", "release"]
+    amount_nanos: Amount
+    currency: Currency
+    nonce: Nonce
+    issued_at: Time

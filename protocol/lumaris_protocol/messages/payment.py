@@ -10,6 +10,7 @@ from lumaris_protocol import limits
 from lumaris_protocol.messages.base import (
     Amount,
     Count,
+    Digest,
     Document,
     Id,
     Message,
@@ -35,11 +36,29 @@ class Close(SessionMessage, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     reason: Annotated[str, Meta(max_length=limits.NAME_CHARS_MAX)]
 
 
+class Amendment(Message, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """More money or more time for an agreement, as the parties' identity keys sign it.
+
+    The buyer signs each; the seller signs the very same payload whenever `ends_at` changes. Both
+    values are absolute, `n` counts up from 1, and nothing is ever lowered.
+    """
+
+    TYPE: ClassVar[str] = "amendment"
+    SIZE_MAX: ClassVar[int] = limits.ADVERT_BYTES_MAX
+    agreement_hash: Digest
+    session: Id
+    n: Annotated[int, Meta(ge=1, le=limits.AMENDMENTS_MAX)]
+    cap_nanos: Amount
+    ends_at: Time
+    issued_at: Time
+
+
 class Settle(Message, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A party's claim on a grant, signed with its identity key; idempotent by (session, total).
 
     The seller's claim is final: it needs the highest voucher it holds, or none for nothing. The
     buyer's alone is final only with both `closes`; otherwise it waits for the settle window.
+    `total_nanos` is the voucher's total, or with both `closes` theirs, which may be less.
     """
 
     TYPE: ClassVar[str] = "settle"

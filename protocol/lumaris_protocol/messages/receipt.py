@@ -18,13 +18,14 @@ from lumaris_protocol.messages.base import (
     Message,
     Part,
     Peer,
+    SmallDocument,
     Text,
     Time,
 )
 from lumaris_protocol.messages.negotiation import FeeBps
 
 # How a session's money came to rest.
-Outcome = Literal["closed", "claimed", "expired"]
+Outcome = Literal["closed", "claimed", "expired", "ruled"]
 LOG_PROOF_HASHES_MAX = 64  # a tree of 2**64 leaves is 64 deep
 
 
@@ -61,7 +62,12 @@ class LogProof(Part, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class ReceiptBundle(Part, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A receipt file: everything needed to verify it without asking anyone."""
+    """A receipt file: everything needed to verify it without asking anyone.
+
+    `closes` are the co-signed end of an outcome "closed", `amendments` each signed copy in order,
+    and `rulings` those of an outcome "ruled", which may add to the voucher. The log's leaf is the
+    SHA-256 of `salt` and the receipt, so the public log tells nothing of a receipt it holds.
+    """
 
     format: Literal["lumaris-receipt/1"]
     network: Annotated[
@@ -72,5 +78,13 @@ class ReceiptBundle(Part, frozen=True, forbid_unknown_fields=True, kw_only=True)
     agreement_by_seller: Document
     grant: Document
     voucher: Document | None
+    closes: Annotated[tuple[Document, ...], Meta(max_length=2)] = ()
+    amendments: Annotated[
+        tuple[SmallDocument, ...], Meta(max_length=2 * limits.AMENDMENTS_MAX)
+    ] = ()
+    rulings: Annotated[
+        tuple[Document, ...], Meta(max_length=limits.DISPUTES_PER_ESCROW_MAX)
+    ] = ()
+    salt: Annotated[bytes, Meta(min_length=32, max_length=32)]
     proof: LogProof
-    checkpoint: Annotated[str, Meta(max_length=4096)]
+    checkpoint: Annotated[str, Meta(max_length=limits.CHECKPOINT_CHARS_MAX)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -15,10 +16,11 @@ from lumaris.coordinator import CoordinatorLink
 from lumaris.membership import Standing
 from lumaris.profile import Profile
 from lumaris_overlay.private_files import load_or_create_key
-from lumaris_protocol import coordinator_api
-from lumaris_protocol.coordinator_api import Account
+from lumaris_protocol import codec, coordinator_api
+from lumaris_protocol.coordinator_api import Account, Payout
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.keys import KeyPair
+from lumaris_protocol.messages.money import PayoutRequest
 
 T = TypeVar("T")
 
@@ -45,6 +47,36 @@ def deposit_test_credit(profile: Profile, amount_nanos: int) -> Account:
         return await membership.deposit_test_credit(
             link, key, standing, amount_nanos=amount_nanos, nonce=nonce
         )
+
+    return trio.run(_with_coordinator, profile, ask)
+
+
+def request_payout(profile: Profile, amount_nanos: int, *, adapter: str) -> Payout:
+    """Take money out of the market. Raises LumarisError `no_funds` among others."""
+    nonce = os.urandom(16).hex()  # one for both attempts: a repeated request pays once
+
+    async def ask(link: CoordinatorLink, key: KeyPair, standing: Standing) -> Payout:
+        request = PayoutRequest(
+            peer=key.peer_id,
+            coordinator=standing.info.coordinator,
+            adapter=adapter,
+            amount_nanos=amount_nanos,
+            currency=standing.info.currency,
+            nonce=nonce,
+            issued_at=int(time.time()),
+        )
+        signed = codec.sign(request, key, standing.info.network)
+        return await link.call(coordinator_api.payout(signed.data))
+
+    return trio.run(_with_coordinator, profile, ask)
+
+
+def fetch_receipt(profile: Profile, receipt: str) -> bytes:
+    """The receipt file as the coordinator makes it now. Raises LumarisError `not_found` among
+    others."""
+
+    async def ask(link: CoordinatorLink, _key: KeyPair, standing: Standing) -> bytes:
+        return await link.call(coordinator_api.receipt(receipt, standing.token))
 
     return trio.run(_with_coordinator, profile, ask)
 

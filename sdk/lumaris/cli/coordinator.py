@@ -2,76 +2,270 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypeVar
 
 import click
 
+from lumaris.cli.coordinator_keys import keys, operator
 from lumaris.cli.options import CONTEXT, SECONDS, Settings, load, plain_options
-from lumaris.cli.output import note
+from lumaris.cli.output import emit, note
 from lumaris_protocol.errors import LumarisError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_PORT: Final = 24_480
+# An address with a password belongs neither on a command line nor in a process list.
+_DATABASE: Final = "LUMARIS_COORDINATOR_DATABASE"
+_UPKEEP: Final = "lumaris_coordinator.upkeep"
+
+state_option = click.option(
+    "--state",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Folder of its keys, its configuration and its data.",
+)
+file_argument = click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+
+
+def terms_options(command: F) -> F:
+    """What an operator chooses when a coordinator is made or started."""
+    for option in reversed(
+        (
+            click.option("--host", help="Address to listen on.  [default: 127.0.0.1]"),
+            click.option(
+                "--port", type=click.IntRange(0, 65_535), help=f"[default: {_PORT}; 0: any]"
+            ),
+            click.option("--network", help="Name of the network.  [default: devnet]"),
+            click.option(
+                "--fee-bps", type=click.IntRange(0, 10_000), help="Fee in hundredths of a per cent."
+            ),
+            click.option(
+                "--settle-window", type=SECONDS, help="How long sellers may settle, such as 30d."
+            ),
+            click.option(
+                "--test-credit", metavar="CREDITS", help="Test credit an account may get."
+            ),
+            click.option(
+                "--shard-map",
+                type=click.Path(path_type=Path, dir_okay=False),
+                metavar="FILE",
+                help="JSON file that divides the market.",
+            ),
+            click.option(
+                "--overlay/--no-overlay",
+                default=None,
+                help="Be a peer of the overlay.  [default: where the p2p extra is installed]",
+            ),
+            click.option(
+                "--overlay-listen", metavar="IP:PORT", help="Where its peer listens; port 0: any."
+            ),
+        )
+    ):
+        command = option(command)
+    return command
 
 
 @click.group("coordinator", context_settings=CONTEXT)
 def coordinator() -> None:
-    """Operate a coordinator."""
+    """Operate a coordinator.
+
+    Its data is a file in the folder, or the PostgreSQL database that the setting `database` or the
+    environment's LUMARIS_COORDINATOR_DATABASE names.
+    """
+
+
+coordinator.add_command(keys)
+coordinator.add_command(operator)
+
+
+@coordinator.command("init")
+@state_option
+@terms_options
+@plain_options
+@click.pass_obj
+def init(settings: Settings, /, state: Path | None, **terms: Any) -> None:
+    """Make a folder with its configuration, keys and an empty database."""
+    folder = _folder(settings, state)
+    initialise: Any = load(f"{_UPKEEP}.config_file:initialise", extra="coordinator")
+    file = initialise(folder, _chosen(terms))
+    peer = _command("prepare")(_settings(folder, {}))
+    if settings.json:
+        emit({"state": str(folder), "config": str(file), "coordinator": peer})
+        return
+    click.echo(f"coordinator {peer} in {folder}")
+    note(f"settings: {file}")
+    note(f"start it: lumaris coordinator up --state {folder}")
+    note(f"its keys are in {folder}: keep a copy apart from the backups, and the root key offline")
 
 
 @coordinator.command("up")
-@click.option(
-    "--state",
-    type=click.Path(path_type=Path, file_okay=False),
-    metavar="DIR",
-    help="Folder of its key and database.",
-)
-@click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", type=click.IntRange(0, 65_535), default=24_480, show_default=True)
-@click.option("--network", default="devnet", show_default=True)
-@click.option("--fee-bps", type=click.IntRange(0, 10_000), help="Fee in hundredths of a per cent.")
-@click.option("--settle-window", type=SECONDS, help="How long sellers may settle, such as 30d.")
-@click.option("--test-credit", metavar="CREDITS", help="Test credit an account may get.")
-@click.option(
-    "--shard-map",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="JSON file that divides the market.",
-)
+@state_option
+@terms_options
 @plain_options
 @click.pass_obj
-def up(
-    settings: Settings,
-    state: Path | None,
-    host: str,
-    port: int,
-    network: str,
-    fee_bps: int | None,
-    settle_window: int | None,
-    test_credit: str | None,
-    shard_map: Path | None,
-) -> None:
-    """Serve until Ctrl-C. Prints `ready PEER URL` once requests are answered."""
+def up(settings: Settings, /, state: Path | None, **terms: Any) -> None:
+    """Serve until Ctrl-C. Prints `ready PEER URL` once requests are answered.
+
+    Reads coordinator.toml in the folder; options win over it.
+    """
+    folder = _folder(settings, state)
+    run: Any = load("lumaris_coordinator.cli:run", extra="coordinator")
+    p2p = find_spec("libp2p") is not None
+    chosen = _settings(folder, _chosen(terms), port=_PORT, overlay=p2p)
+    note(f"coordinating {chosen.network} from {folder}; stop with Ctrl-C")
+    run(chosen)
+
+
+@coordinator.command("migrate")
+@state_option
+@plain_options
+@click.pass_obj
+def migrate(settings: Settings, state: Path | None) -> None:
+    """Bring the database to this version. `up` does it as well."""
+    done = _command("migrate")(_settings(_folder(settings, state), {}))
+    if settings.json:
+        emit({"applied": done})
+        return
+    click.echo("\n".join(done) if done else "up to date")
+
+
+@coordinator.command("backup")
+@file_argument
+@state_option
+@plain_options
+@click.pass_obj
+def backup(settings: Settings, file: Path, state: Path | None) -> None:
+    """Write all data to a new FILE while the coordinator serves. The keys are not in it."""
+    _tell(settings, _command("backup")(_settings(_folder(settings, state), {}), file))
+
+
+@coordinator.command("restore")
+@file_argument
+@state_option
+@plain_options
+@click.pass_obj
+def restore(settings: Settings, file: Path, state: Path | None) -> None:
+    """Read a backup into an empty folder or database, then check it.
+
+    Put the keys of the coordinator into the folder first.
+    """
+    chosen = _settings(_folder(settings, state), {})
+    summary, report = _command("restore")(chosen, file)
+    _tell(settings, summary, check=report)
+
+
+@coordinator.command("check")
+@state_option
+@plain_options
+@click.pass_obj
+def check(settings: Settings, state: Path | None) -> None:
+    """Recompute the ledger and the receipts log. Exits with 1 when something is wrong."""
+    report = _command("check")(_settings(_folder(settings, state), {}))
+    if settings.json:
+        emit(_report(report))
+    else:
+        for problem in report.problems:
+            click.echo(problem)
+        note(_counted(report))
+    if not report.sound:
+        raise SystemExit(1)
+
+
+@coordinator.command("freeze")
+@click.argument("switch", type=click.Choice(["on", "off"]), required=False)
+@state_option
+@plain_options
+@click.pass_obj
+def freeze(settings: Settings, switch: str | None, state: Path | None) -> None:
+    """Stop new grants, credits and payouts, or take them again; settlements go on.
+
+    Without a word it only says how the switch stands.
+    """
+    wanted = None if switch is None else switch == "on"
+    frozen = _command("freeze")(_settings(_folder(settings, state), {}), wanted)
+    if settings.json:
+        emit({"frozen": frozen})
+        return
+    click.echo("on" if frozen else "off")
+
+
+def _command(name: str) -> Any:
+    return load(f"{_UPKEEP}.commands:{name}", extra="coordinator")
+
+
+def _folder(settings: Settings, state: Path | None) -> Path:
     folder = state or settings.state
     if folder is None:
-        raise LumarisError("usage", "Say where its key and database are: --state DIR.")
-    run: Any = load("lumaris_coordinator.cli:run", extra="coordinator")
+        raise LumarisError("usage", "Say where its keys and data are: --state DIR.")
+    return folder
+
+
+def _settings(folder: Path, chosen: dict[str, Any], **defaults: Any) -> Any:
+    """The file's settings, under those of the environment and the command line."""
     kind: Any = load("lumaris_coordinator.config:Settings", extra="coordinator")
-    chosen = {
-        "fee_bps": fee_bps,
-        "settle_window_s": settle_window,
-        "test_credit_nanos": _nanos(test_credit),
-        "shard_map": shard_map,
+    read: Any = load(f"{_UPKEEP}.config_file:read", extra="coordinator")
+    database = {"database": address} if (address := os.environ.get(_DATABASE)) else {}
+    return kind(state=folder, **{**defaults, **read(folder), **database, **chosen})
+
+
+def _chosen(terms: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given, by the names of the settings."""
+    renamed = {
+        "settle_window": "settle_window_s",
+        "test_credit": "test_credit_nanos",
     }
-    given = {name: value for name, value in chosen.items() if value is not None}
-    note(f"coordinating {network} from {folder}; stop with Ctrl-C")
-    run(kind(state=folder, host=host, port=port, network=network, **given))
+    given = {renamed.get(name, name): value for name, value in terms.items() if value is not None}
+    if "test_credit_nanos" in given:
+        given["test_credit_nanos"] = _nanos(given["test_credit_nanos"])
+    return given
 
 
-def _nanos(text: str | None) -> int | None:
+def _nanos(text: str) -> int:
     from lumaris_protocol.money import parse_credits
 
-    if text is None:
-        return None
     try:
         return parse_credits(text)
     except ValueError as error:
         raise LumarisError("usage", f"--test-credit: {error}.") from None
+
+
+def _tell(settings: Settings, summary: Any, check: Any = None) -> None:
+    head = summary.head
+    if settings.json:
+        found = {
+            "network": head.network,
+            "coordinator": head.coordinator,
+            "made_at": head.made_at,
+            "log_size": head.log_size,
+            "rows": summary.rows,
+            "sha256": summary.sha256,
+        }
+        emit(found if check is None else {**found, "check": _report(check)})
+    else:
+        click.echo(f"{summary.rows} rows, {head.log_size} leaves in the log, {summary.sha256}")
+        for problem in check.problems if check else ():
+            click.echo(problem)
+    if check is not None and not check.sound:
+        raise SystemExit(1)
+
+
+def _report(report: Any) -> dict[str, Any]:
+    return {
+        "sound": report.sound,
+        "accounts": report.accounts,
+        "transfers": report.transfers,
+        "escrows": report.escrows,
+        "log_size": report.log_size,
+        "problems": list(report.problems),
+    }
+
+
+def _counted(report: Any) -> str:
+    return (
+        f"{report.accounts} accounts, {report.transfers} transfers, {report.escrows} escrows and"
+        f" {report.log_size} leaves: {'sound' if report.sound else 'NOT SOUND'}"
+    )

@@ -41,6 +41,40 @@ def deposit(settings: Settings, amount: str) -> None:
     _print(settings, account.deposit_test_credit(account.profile_of(settings), nanos))
 
 
+@wallet.command("payout")
+@click.argument("amount")
+@click.option("--adapter", default="test-credit", show_default=True, help="Who pays it out.")
+@buyer_options
+@click.pass_obj
+def payout(settings: Settings, amount: str, adapter: str) -> None:
+    """Take AMOUNT out of the market; it leaves the balance at once."""
+    from lumaris.cli import account
+    from lumaris.client import parse_amount
+
+    nanos = parse_amount(amount, "AMOUNT")
+    found = account.request_payout(account.profile_of(settings), nanos, adapter=adapter)
+    if settings.json:
+        emit(
+            {
+                "payout": found.payout,
+                "adapter": found.adapter,
+                "currency": found.currency,
+                "amount_nanos": found.amount_nanos,
+                "amount": credits_of(found.amount_nanos),
+                "state": found.state,
+            }
+        )
+        return
+    fields(
+        [
+            ("payout", found.payout),
+            ("amount", f"{credits_of(found.amount_nanos)} {found.currency}"),
+            ("adapter", found.adapter),
+            ("state", found.state),
+        ]
+    )
+
+
 def _print(settings: Settings, found: Account) -> None:
     if settings.json:
         emit(

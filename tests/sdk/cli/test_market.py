@@ -75,6 +75,10 @@ def test_wallet(net: dict[str, Any]) -> None:
     assert much.exit_code == 7
     assert_one_message(much.stderr, "credit_limit")
     assert "free" in call(*_words(net, "wallet", "show"), state=state).stdout
+    taken = json_of(call(*_words(net, "wallet", "payout", "0.25", "--json"), state=state))
+    assert (taken["amount_nanos"], taken["state"]) == (250_000_000, "held")
+    rest = json_of(call(*_words(net, "wallet", "show", "--json"), state=state))
+    assert rest["free_nanos"] == after["free_nanos"] - 250_000_000
 
 
 def test_wallet_of_a_coordinator_that_was_set_up_anew(net: dict[str, Any], tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Disputes: claims over an agreement, decided by rules that need no judgement."""

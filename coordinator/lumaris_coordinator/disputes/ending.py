@@ -1,0 +1,209 @@
+"""How a dispute ends: the ruling is signed, logged, and its money moved, in one operation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lumaris_coordinator.disputes import store
+from lumaris_coordinator.disputes.cases import Papers, case_of
+from lumaris_coordinator.disputes.store import Dispute
+from lumaris_coordinator.escrow.disputed import award, current
+from lumaris_coordinator.events.outbox import emit
+from lumaris_coordinator.identity.store import account_of
+from lumaris_coordinator.ledger import bonds
+from lumaris_coordinator.ledger.store import FEES, open_wallet, wallet
+from lumaris_coordinator.receipts.service import append_document
+from lumaris_coordinator.store.port import Connection
+from lumaris_protocol import codec, dispute_file, rulings
+from lumaris_protocol.errors import LumarisError
+from lumaris_protocol.messages.dispute import Ended, Ruling
+from lumaris_protocol.rulings import Case, Decision
+
+if TYPE_CHECKING:
+    from lumaris_coordinator.context import Context
+
+
+def rule(
+    context: Context,
+    connection: Connection,
+    dispute: Dispute,
+    papers: Papers,
+    *,
+    ended: Ended,
+    now: int,
+) -> Dispute:
+    """End a dispute as its evidence says."""
+    escrow = current(context, connection, dispute.agreement_hash, now=now)
+    case = case_of(connection, dispute, papers, escrow, ended=ended, now=now)
+    return _end(context, connection, dispute, papers, case, rulings.rule(case), now=now)
+
+
+def agree(
+    context: Context, connection: Connection, dispute: Dispute, papers: Papers, *, now: int
+) -> Dispute:
+    """End a dispute with the split that both parties signed.
+
+    Raises RefusedError `dispute_invalid` when the two copies differ, LumarisError `over_cap` for
+    more than there is.
+    """
+    escrow = current(context, connection, dispute.agreement_hash, now=now)
+    case = case_of(connection, dispute, papers, escrow, ended="agreed", now=now)
+    split = dispute_file.open_split(dispute.agreed, case, network=context.settings.network)
+    refundable = dispute.stake if case.respondent == "seller" else 0
+    if split.award_nanos > case.facts.remainder_nanos or split.refund_nanos > refundable:
+        raise LumarisError(
+            "over_cap",
+            f"{case.facts.remainder_nanos} nanos are frozen and {refundable} of the seller's bond.",
+        )
+    decision = rulings.split(case, award_nanos=split.award_nanos, refund_nanos=split.refund_nanos)
+    return _end(context, connection, dispute, papers, case, decision, now=now)
+
+
+def withdraw(
+    context: Context,
+    connection: Connection,
+    dispute: Dispute,
+    papers: Papers,
+    withdrawal: bytes,
+    *,
+    now: int,
+) -> Dispute:
+    """The opener takes its claim back."""
+    escrow = current(context, connection, dispute.agreement_hash, now=now)
+    case = case_of(connection, dispute, papers, escrow, ended="agreed", now=now)
+    decision = rulings.withdrawn(case, answered=papers.answered(dispute.opener))
+    signed = _sign(context, dispute, papers, case, decision, now=now)
+    after = store.advance(
+        connection,
+        dispute,
+        "withdraw",
+        evidence=signed.hash,
+        now=now,
+        withdrawal=withdrawal,
+        ruling=signed.data,
+        ended_at=now,
+    )
+    _pay(context, connection, after, case, decision, now=now, ruling=None)
+    append_document(connection, signed.data)
+    _tell(connection, after, signed.message, now=now)
+    return after
+
+
+def _end(
+    context: Context,
+    connection: Connection,
+    dispute: Dispute,
+    papers: Papers,
+    case: Case,
+    decision: Decision,
+    *,
+    now: int,
+) -> Dispute:
+    signed = _sign(context, dispute, papers, case, decision, now=now)
+    fact = "agree" if decision.rule == "split" else "decide"
+    after = store.advance(
+        connection, dispute, fact, evidence=signed.hash, now=now, ruling=signed.data
+    )
+    append_document(connection, signed.data)
+    _pay(context, connection, after, case, decision, now=now, ruling=signed.data)
+    after = store.advance(connection, after, "pay", evidence=signed.hash, now=now, ended_at=now)
+    _tell(connection, after, signed.message, now=now)
+    return after
+
+
+def _sign(
+    context: Context,
+    dispute: Dispute,
+    papers: Papers,
+    case: Case,
+    decision: Decision,
+    *,
+    now: int,
+) -> codec.Signed[Ruling]:
+    envelopes = [bundle.envelope for bundle in papers.bundles]
+    ruling = Ruling(
+        dispute=dispute.id,
+        agreement_hash=dispute.agreement_hash,
+        claim=case.opened.claim,
+        order=case.opened.order,
+        opener=dispute.opener,
+        buyer=dispute.buyer,
+        seller=dispute.seller,
+        currency=dispute.currency,
+        fault=decision.fault,
+        rule=decision.rule,
+        award_nanos=decision.award_nanos,
+        refund_nanos=decision.refund_nanos,
+        slash_nanos=decision.slash_nanos,
+        collected_nanos=decision.collected_nanos,
+        victim_nanos=decision.victim_nanos,
+        bond_returned=decision.bond_returned,
+        evidence_root=rulings.evidence_root(envelopes[0], envelopes[1:]),
+        documents=len(envelopes),
+        facts=case.facts,
+        issued_at=now,
+    )
+    key = context.keys.signer(case.agreement.coordinator)
+    return codec.sign(ruling, key, context.settings.network)
+
+
+def _pay(
+    context: Context,
+    connection: Connection,
+    dispute: Dispute,
+    case: Case,
+    decision: Decision,
+    *,
+    now: int,
+    ruling: bytes | None,
+) -> None:
+    """Thaw the escrow, and give out all that the dispute holds: nothing may stay in it."""
+    if dispute.frozen:
+        award(
+            context,
+            connection,
+            dispute.agreement_hash,
+            award_nanos=decision.award_nanos,
+            ruling=ruling,
+            now=now,
+        )
+    opener, respondent = dispute.opener, dispute.respondent
+    back_to_bond = bonds.account_of_bond(respondent, dispute.currency)
+    lost = 0 if decision.bond_returned else decision.collected_nanos
+    taken = decision.collected_nanos - lost
+    victim = opener if decision.bond_returned else respondent
+    parts = (
+        (_wallet_of(connection, dispute, opener), dispute.bond - lost),
+        (back_to_bond, dispute.stake - taken),
+        (_wallet_of(connection, dispute, dispute.buyer), decision.refund_nanos),
+        (_wallet_of(connection, dispute, victim), decision.victim_nanos),
+        (wallet(FEES, dispute.currency), decision.fees_nanos),
+    )
+    for account, amount in parts:
+        if amount:
+            bonds.give(connection, ref=dispute.id, to=account, amount=amount, now=now)
+
+
+def _wallet_of(connection: Connection, dispute: Dispute, peer: str) -> str:
+    owner = account_of(connection, peer)
+    assert owner is not None
+    return open_wallet(connection, owner, dispute.currency)
+
+
+def _tell(connection: Connection, dispute: Dispute, ruling: Ruling, *, now: int) -> None:
+    emit(
+        connection,
+        "dispute.withdrawn" if dispute.state == "withdrawn" else "dispute.ruled",
+        ref=dispute.id,
+        parties=(dispute.buyer, dispute.seller),
+        body={
+            "agreement_hash": dispute.agreement_hash,
+            "claim": dispute.claim,
+            "fault": ruling.fault,
+            "rule": ruling.rule,
+            "award_nanos": ruling.award_nanos,
+            "refund_nanos": ruling.refund_nanos,
+            "collected_nanos": ruling.collected_nanos,
+        },
+        now=now,
+    )

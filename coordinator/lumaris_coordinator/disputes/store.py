@@ -1,0 +1,320 @@
+"""Rows of disputes. Every move of state goes through `advance`, by the protocol's table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Final
+
+from lumaris_coordinator.store.port import Connection, all_rows, first
+from lumaris_protocol.ids import digest
+from lumaris_protocol.limits import CHECKER_CANDIDATES_MAX, CHECKER_WEIGHT_NANOS_MAX
+from lumaris_protocol.machines.dispute import DISPUTE, OPEN
+from lumaris_protocol.machines.table import Machine
+from lumaris_protocol.messages.dispute import Candidate
+
+_EVENTS_SHOWN_MAX: Final = 64  # a dispute has at most 16 bundles, 3 draws and 3 ends
+_IS_OPEN: Final = "state IN ('opened', 'evidence', 'checking')"
+
+
+@dataclass(frozen=True)
+class Dispute:
+    """One row. `number` counts disputes; amounts are nanos; documents are kept as signed."""
+
+    id: str
+    number: int
+    agreement_hash: str
+    buyer: str
+    seller: str
+    opener: str
+    claim: str
+    order_n: int
+    currency: str
+    amount: int
+    bond: int
+    stake: int
+    frozen: int
+    state: str
+    version: int
+    opened_at: int
+    evidence_until: int
+    check_until: int | None
+    split_by_buyer: bytes | None
+    split_by_seller: bytes | None
+    withdrawal: bytes | None
+    ruling: bytes | None
+    ended_at: int | None
+
+    @property
+    def open(self) -> bool:
+        """Whether it waits for something."""
+        return self.state in OPEN
+
+    @property
+    def respondent(self) -> str:
+        """The party that did not open it."""
+        return self.seller if self.opener == self.buyer else self.buyer
+
+    @property
+    def deadline(self) -> int:
+        """Until when evidence is taken."""
+        return max(self.evidence_until, self.check_until or 0)
+
+    @property
+    def agreed(self) -> tuple[bytes, ...]:
+        """The signed end: a withdrawal, or both copies of a split, or nothing."""
+        if self.withdrawal is not None:
+            return (self.withdrawal,)
+        if self.split_by_buyer is None or self.split_by_seller is None:
+            return ()
+        return (self.split_by_buyer, self.split_by_seller)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A party's evidence; number 0 is the opening itself."""
+
+    n: int
+    party: str
+    done: bool
+    envelope: bytes
+
+    @property
+    def hash(self) -> str:
+        """The name of the signed document."""
+        return digest(self.envelope)
+
+
+_COLUMNS: Final = tuple(field.name for field in fields(Dispute))
+_SELECT: Final = "SELECT " + ", ".join(_COLUMNS) + " FROM dispute"
+
+
+def find(connection: Connection, dispute: str) -> Dispute | None:
+    """A dispute by its id."""
+    row = first(connection, _SELECT + " WHERE id = ?", (dispute,))
+    return Dispute(*row) if row else None
+
+
+def page(connection: Connection, peers: Sequence[str], *, after: int, limit: int) -> list[Dispute]:
+    """Disputes that one of the peers is a party of, with a number above `after`."""
+    marks = ", ".join("?" * len(peers))
+    rows = all_rows(
+        connection,
+        f"{_SELECT} WHERE number > ? AND (buyer IN ({marks}) OR seller IN ({marks}))"
+        " ORDER BY number LIMIT ?",
+        (after, *peers, *peers, limit),
+    )
+    return [Dispute(*row) for row in rows]
+
+
+def open_of(connection: Connection, opener: str) -> int:
+    """How many disputes of an opener are open."""
+    row = first(
+        connection,
+        f"SELECT count(*) FROM dispute WHERE opener = ? AND {_IS_OPEN}",
+        (opener,),
+    )
+    return int(row[0]) if row else 0
+
+
+def due(connection: Connection, *, now: int, after: int, limit: int) -> list[tuple[int, str]]:
+    """(number, id) of open disputes above a number that time acts on: the evidence or the checker
+    is late, or a checker is still to be drawn."""
+    rows = all_rows(
+        connection,
+        f"SELECT number, id FROM dispute WHERE number > ?1 AND {_IS_OPEN}"
+        " AND ((evidence_until < ?2 AND coalesce(check_until, 0) < ?2)"
+        " OR (claim = 'wrong_result' AND coalesce(check_until, 0) < ?2))"
+        " ORDER BY number LIMIT ?3",
+        (after, now, limit),
+    )
+    return [(int(number), str(name)) for number, name in rows]
+
+
+def insert(connection: Connection, dispute: Dispute, *, evidence: str) -> Dispute:
+    """Add an opened dispute with its first event; the row with its number."""
+    row = first(connection, "SELECT coalesce(max(number), 0) + 1 FROM dispute")
+    numbered = replace(dispute, number=int(row[0]) if row else 1)
+    marks = ", ".join("?" * len(_COLUMNS))
+    connection.execute(
+        f"INSERT INTO dispute ({', '.join(_COLUMNS)}) VALUES ({marks})",
+        tuple(getattr(numbered, name) for name in _COLUMNS),
+    )
+    _note(connection, dispute.id, 0, "open", "", dispute.state, evidence, dispute.opened_at)
+    return numbered
+
+
+def advance(
+    connection: Connection, dispute: Dispute, fact: str, *, evidence: str, now: int, **values: Any
+) -> Dispute:
+    """Take one fact as the table says, and set these columns with it; the dispute after it.
+
+    Raises ViolationError for a fact that the table refuses.
+    """
+    machine = Machine(DISPUTE, dispute.state)
+    machine.take(fact)
+    after = replace(dispute, state=machine.state, version=dispute.version + 1, **values)
+    sets = ", ".join(f"{name} = ?" for name in ("state", "version", *values))
+    changed = connection.execute(
+        f"UPDATE dispute SET {sets} WHERE id = ? AND version = ?",
+        (after.state, after.version, *values.values(), dispute.id, dispute.version),
+    )
+    assert changed.rowcount == 1, "the one writer saw another version"
+    _note(connection, dispute.id, after.version, fact, dispute.state, after.state, evidence, now)
+    return after
+
+
+def save_split(connection: Connection, dispute: Dispute, copy: bytes, *, buyer: bool) -> Dispute:
+    """Keep one side's signed split; a later one takes the place of an earlier."""
+    name = "split_by_buyer" if buyer else "split_by_seller"
+    connection.execute(
+        f"UPDATE dispute SET {name} = ? WHERE id = ?",
+        (copy, dispute.id),
+    )
+    return (
+        replace(dispute, split_by_buyer=copy) if buyer else replace(dispute, split_by_seller=copy)
+    )
+
+
+def extend_open(connection: Connection, *, seconds: int) -> None:
+    """Move every open deadline by some downtime."""
+    connection.execute(
+        "UPDATE dispute SET evidence_until = evidence_until + ?1,"
+        f" check_until = check_until + ?1 WHERE {_IS_OPEN}",
+        (seconds,),
+    )
+
+
+def add_bundle(connection: Connection, dispute: str, bundle: Bundle, *, now: int) -> None:
+    """Keep a bundle of evidence."""
+    connection.execute(
+        "INSERT INTO dispute_bundle (dispute, n, party, done, envelope, at)"
+        " VALUES (?, ?, ?, ?, ?, ?)",
+        (dispute, bundle.n, bundle.party, int(bundle.done), bundle.envelope, now),
+    )
+
+
+def bundles(connection: Connection, dispute: str) -> list[Bundle]:
+    """All evidence of a dispute, the opening first; at most 17."""
+    rows = all_rows(
+        connection,
+        "SELECT n, party, done, envelope FROM dispute_bundle WHERE dispute = ? ORDER BY n",
+        (dispute,),
+    )
+    return [Bundle(int(n), str(party), bool(done), bytes(data)) for n, party, done, data in rows]
+
+
+def add_draw(
+    connection: Connection, dispute: str, *, round_: int, checker: str, envelope: bytes
+) -> None:
+    """Keep a draw."""
+    connection.execute(
+        "INSERT INTO dispute_draw (dispute, round, checker, envelope) VALUES (?, ?, ?, ?)",
+        (dispute, round_, checker, envelope),
+    )
+
+
+def draws(connection: Connection, dispute: str) -> list[tuple[str, bytes]]:
+    """(checker, signed draw) of every round, in order; at most CHECKERS_MAX."""
+    rows = all_rows(
+        connection,
+        "SELECT checker, envelope FROM dispute_draw WHERE dispute = ? ORDER BY round",
+        (dispute,),
+    )
+    return [(str(checker), bytes(data)) for checker, data in rows]
+
+
+def events(connection: Connection, dispute: str) -> list[dict[str, Any]]:
+    """The dispute's history."""
+    rows = all_rows(
+        connection,
+        "SELECT n, fact, after, evidence, at FROM dispute_event WHERE dispute = ?"
+        " ORDER BY n LIMIT ?",
+        (dispute, _EVENTS_SHOWN_MAX),
+    )
+    names = ("n", "fact", "state", "evidence", "at")
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def sellers_with_bond(
+    connection: Connection, dispute: Dispute, *, drawn: Sequence[str], now: int
+) -> list[Candidate]:
+    """The candidates of a draw: registered sellers with a bond, the largest first, that are no
+    party, belong to no party's owner, and were not drawn before."""
+    parties = (dispute.buyer, dispute.seller)
+    marks = ", ".join("?" * len(drawn)) or "''"
+    rows = all_rows(
+        connection,
+        "SELECT peer, balance FROM account JOIN peer ON peer = substr(account.owner, 6)"
+        " WHERE kind = 'bond' AND currency = ? AND balance > 0"
+        " AND seller = 1 AND expires_at > ? AND revoked_at = 0"
+        f" AND peer NOT IN (?, ?) AND peer NOT IN ({marks}) AND coalesce(peer.owner, '') NOT IN"
+        " (SELECT owner FROM peer WHERE peer IN (?, ?) AND owner IS NOT NULL)"
+        " ORDER BY balance DESC, peer LIMIT ?",
+        (dispute.currency, now, *parties, *drawn, *parties, CHECKER_CANDIDATES_MAX),
+    )
+    return [
+        Candidate(peer=peer, weight_nanos=min(int(balance), CHECKER_WEIGHT_NANOS_MAX))
+        for peer, balance in rows
+    ]
+
+
+def seller_with_bond(connection: Connection, peer: str, *, currency: str, now: int) -> str | None:
+    """Who owns a registered seller that has a bond (its user, or itself); None for any other."""
+    row = first(
+        connection,
+        "SELECT coalesce(peer.owner, peer) FROM peer"
+        " JOIN account ON account.id = 'bond:' || peer || ':' || ?"
+        " WHERE peer = ? AND seller = 1 AND expires_at > ? AND revoked_at = 0 AND balance > 0",
+        (currency, peer, now),
+    )
+    return str(row[0]) if row else None
+
+
+def settled_at(connection: Connection, agreement_hash: str) -> int:
+    """When the escrow last moved: for a final one, when it came to rest."""
+    row = first(
+        connection,
+        "SELECT coalesce(max(at), 0) FROM escrow_event WHERE agreement_hash = ?",
+        (agreement_hash,),
+    )
+    return int(row[0]) if row else 0
+
+
+def downtime_since(connection: Connection, at: int) -> int:
+    """Seconds that the coordinator was away since then."""
+    row = first(
+        connection,
+        "SELECT coalesce(sum(until - CASE WHEN since > ?1 THEN since ELSE ?1 END), 0)"
+        " FROM downtime WHERE until > ?1",
+        (at,),
+    )
+    return int(row[0]) if row else 0
+
+
+def checkpoint_over(connection: Connection, envelope_hash: str) -> tuple[int, str] | None:
+    """(size, note) of the first signed head that holds a logged document; None before it is."""
+    row = first(
+        connection,
+        "SELECT size, note FROM checkpoint WHERE size >"
+        " (SELECT leaf FROM logged WHERE hash = ?) ORDER BY size LIMIT 1",
+        (envelope_hash,),
+    )
+    return (int(row[0]), str(row[1])) if row else None
+
+
+def _note(
+    connection: Connection,
+    dispute: str,
+    n: int,
+    fact: str,
+    before: str,
+    after: str,
+    evidence: str,
+    at: int,
+) -> None:
+    connection.execute(
+        "INSERT INTO dispute_event (dispute, n, fact, before, after, evidence, at)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (dispute, n, fact, before, after, evidence, at),
+    )

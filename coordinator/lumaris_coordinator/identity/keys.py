@@ -1,0 +1,243 @@
+"""The coordinator's own keys: a root that only signs the key list, and keys that sign the rest.
+
+In the state: `coordinator.key` is the first signing key, `keys/<peer id>.key` are later ones,
+`keys/list` is the list in force. `keys/root.key` is made with the first list and belongs offline:
+the coordinator itself never reads it again. Agreements name a key; what is signed for them is
+signed with that key for as long as it is valid, and new registrations are given the newest.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from msgspec.structs import replace
+
+from lumaris_coordinator.bounds import KEY_ENDS_SOON_S, KEY_STARTS_AFTER_S, SIGNING_KEY_LIFETIME_S
+from lumaris_overlay.private_files import (
+    load_or_create_key,
+    make_private_folder,
+    read_key,
+    write_key,
+    write_private_file,
+)
+from lumaris_protocol import codec, key_list
+from lumaris_protocol.codec import Signed
+from lumaris_protocol.errors import EnvelopeError, LumarisError
+from lumaris_protocol.keys import KeyPair
+from lumaris_protocol.limits import NOTICE_BYTES_MAX, SIGNING_KEYS_MAX
+from lumaris_protocol.messages.notice import KeyList, SigningKey
+
+log = logging.getLogger(__name__)
+
+FIRST_KEY: Final = "coordinator.key"
+FOLDER: Final = "keys"
+ROOT_KEY: Final = "root.key"
+LIST: Final = "list"
+
+
+@dataclass(frozen=True)
+class _Held:
+    """One reading of the files; replaced as a whole, so every thread sees a whole one."""
+
+    keys: dict[str, KeyPair]
+    list: Signed[KeyList]
+
+
+class KeyRing:
+    """The keys in a state directory. Makes the first key, a root and a list where there is none.
+
+    Raises LumarisError `not_writable`, `unsafe_key_file` or `config_invalid`.
+    """
+
+    def __init__(self, state: Path, *, network: str, clock: Callable[[], float]) -> None:
+        self._state, self._network, self._clock = state, network, clock
+        self.first: Final = load_or_create_key(state / FIRST_KEY)
+        self._held = self._read()
+
+    @property
+    def list(self) -> Signed[KeyList]:
+        """The list in force."""
+        return self._held.list
+
+    @property
+    def current(self) -> KeyPair:
+        """The key that signs what names no other. Raises LumarisError `config_invalid` when every
+        key has ended or was revoked."""
+        held = self._held
+        peer = key_list.newest(held.list.message, now=self._clock())
+        if peer is None or peer not in held.keys:
+            raise LumarisError(
+                "config_invalid",
+                "No signing key of the coordinator is valid, or its file is missing.",
+                hint="Run `lumaris coordinator keys rotate --now`.",
+            )
+        return held.keys[peer]
+
+    def peers(self) -> frozenset[str]:
+        """The peer ids of every key that counts now."""
+        return key_list.valid(self._held.list.message, now=self._clock())
+
+    def names(self) -> frozenset[str]:
+        """Every key that was ever the coordinator's: money held under one is paid out even when
+        the key has ended or was revoked."""
+        held = self._held
+        return frozenset(held.keys) | {key.peer for key in held.list.message.keys}
+
+    def check(self, peer: str) -> None:
+        """What a document must name as its coordinator to be taken.
+
+        Raises LumarisError: `wrong_domain` for a key that is not ours, `revoked` for one that no
+        longer counts.
+        """
+        if peer in self.peers():
+            return
+        if peer in self._held.keys:
+            raise LumarisError("revoked", "The coordinator's key in the document counts no more.")
+        raise LumarisError("wrong_domain", "The document names another coordinator.")
+
+    def signer(self, peer: str) -> KeyPair:
+        """What to sign with for an agreement that names `peer`: that key while it is valid, and
+        then the current one, since money must come to rest whatever happened to a key."""
+        held = self._held
+        return held.keys[peer] if peer in self.peers() and peer in held.keys else self.current
+
+    def reload(self) -> bool:
+        """Read the files again; whether the list is another one now. A list that cannot be read or
+        goes back is refused and logged: the one in force stays."""
+        before = self._held
+        try:
+            found = self._read()
+            key_list.check(
+                found.list.data, network=self._network, now=self._clock(), held=before.list
+            )
+        except LumarisError as error:
+            log.error("the key list in %s is not used: %s", self._state / FOLDER, error)
+            return False
+        self._held = found
+        return found.list.message.seq != before.list.message.seq
+
+    def warn(self) -> None:
+        """Log when the current key ends soon."""
+        current = self.current.peer_id
+        ends = next(key.not_after for key in self.list.message.keys if key.peer == current)
+        if ends - self._clock() < KEY_ENDS_SOON_S:
+            log.warning("the signing key ends soon: run `lumaris coordinator keys rotate`")
+
+    def _read(self) -> _Held:
+        folder = self._state / FOLDER
+        path = folder / LIST
+        if not path.exists():
+            make_private_folder(folder)
+            _create(path, self._first_list(folder).data)
+        found = read_list(path, self._network)
+        files = [folder / f"{key.peer}.key" for key in found.message.keys]
+        keys = [self.first, *(read_key(file) for file in files if file.exists())]
+        return _Held({str(key.peer_id): key for key in keys}, found)
+
+    def _first_list(self, folder: Path) -> Signed[KeyList]:
+        root, now = load_or_create_key(folder / ROOT_KEY), int(self._clock())
+        # The first key may be older than its list: what it signed before must stay valid.
+        only = SigningKey(
+            peer=self.first.peer_id, not_before=0, not_after=now + SIGNING_KEY_LIFETIME_S
+        )
+        message = KeyList(root=root.peer_id, seq=1, keys=(only,), issued_at=now)
+        return codec.sign(message, root, self._network)
+
+
+def read_list(path: Path, network: str) -> Signed[KeyList]:
+    """The key list in a file. Raises LumarisError `config_invalid`."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(NOTICE_BYTES_MAX + 1)
+        return key_list.open_list(data, network=network)
+    except (OSError, EnvelopeError) as error:
+        raise LumarisError("config_invalid", f"{path} is no key list: {error}") from None
+
+
+def rotate(
+    state: Path, root: KeyPair, *, network: str, now: int, after_s: int = KEY_STARTS_AFTER_S
+) -> KeyPair:
+    """Add a signing key that takes over after a while; the old ones stay valid to their ends.
+
+    The wait is for the others: programs that fetch the list when they renew know the new key before
+    it signs. A running coordinator takes the list up within a minute.
+    Raises LumarisError: `root_changed`, `limit_reached`, `config_invalid`, `not_writable`.
+    """
+    held = _list_of(state, root, network)
+    keys = tuple(key for key in held.keys if key.not_after > now)
+    if len(keys) >= SIGNING_KEYS_MAX:
+        raise LumarisError("limit_reached", f"{SIGNING_KEYS_MAX} keys have not ended yet.")
+    seed = os.urandom(32)
+    peer = KeyPair(seed).peer_id
+    start = now + after_s
+    fresh = SigningKey(peer=peer, not_before=start, not_after=start + SIGNING_KEY_LIFETIME_S)
+    # The key's file first: a list must never name a key that a crash kept from the disk.
+    try:
+        key = write_key(state / FOLDER / f"{peer}.key", seed)
+    except OSError as error:
+        raise LumarisError("not_writable", f"{state / FOLDER}: {error.strerror}") from None
+    _write(state, held, (*keys, fresh), root, network, now)
+    return key
+
+
+def revoke(state: Path, root: KeyPair, peer: str, *, network: str, now: int) -> None:
+    """Take a signing key back: nothing that it signed counts from now on.
+
+    Raises LumarisError: `root_changed`, `not_found`, or `usage` for the last key that is valid.
+    """
+    held = _list_of(state, root, network)
+    if all(key.peer != peer for key in held.keys):
+        raise LumarisError("not_found", "The key list does not name that key.")
+    keys = tuple(
+        replace(key, revoked_at=now) if key.peer == peer and not key.revoked_at else key
+        for key in held.keys
+    )
+    if key_list.newest(replace(held, keys=keys), now=now) is None:
+        raise LumarisError(
+            "usage", "No valid key would be left.", hint="Run `keys rotate --now` first."
+        )
+    _write(state, held, keys, root, network, now)
+
+
+def _list_of(state: Path, root: KeyPair, network: str) -> KeyList:
+    held = read_list(state / FOLDER / LIST, network).message
+    if held.root != root.peer_id:
+        raise LumarisError("root_changed", "The file does not hold the root key of this list.")
+    return held
+
+
+def _write(
+    state: Path,
+    held: KeyList,
+    keys: tuple[SigningKey, ...],
+    root: KeyPair,
+    network: str,
+    now: int,
+) -> None:
+    message = KeyList(root=root.peer_id, seq=held.seq + 1, keys=keys, issued_at=now)
+    data = codec.sign(message, root, network).data
+    try:
+        write_private_file(state / FOLDER / LIST, data)
+    except OSError as error:
+        raise LumarisError("not_writable", f"{state / FOLDER}: {error.strerror}") from None
+
+
+def _create(path: Path, data: bytes) -> None:
+    """Write a file unless another program was quicker: of two first lists only one may be seen."""
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+    try:
+        write_private_file(draft, data)
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            pass
+        finally:
+            draft.unlink()
+    except OSError as error:
+        raise LumarisError("not_writable", f"{path}: {error.strerror}") from None

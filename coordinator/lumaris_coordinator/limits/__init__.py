@@ -1,0 +1,1 @@
+"""How often anybody may ask: per key, per token and per address, in memory."""

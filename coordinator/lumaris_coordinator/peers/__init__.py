@@ -1,0 +1,1 @@
+"""The coordinator as one peer of the overlay; the market works without it."""

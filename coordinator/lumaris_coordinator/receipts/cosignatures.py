@@ -1,0 +1,86 @@
+"""Rows of cosignatures: what witnesses said about the log's heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lumaris_coordinator.bounds import COSIGNED_HEADS_COMPARED
+from lumaris_coordinator.receipts import tree
+from lumaris_coordinator.receipts.tree import Head
+from lumaris_coordinator.store.port import Connection, all_rows, first
+
+
+def lines_of(connection: Connection, size: int) -> list[str]:
+    """The cosignature lines of a head; `add` bounds them."""
+    rows = all_rows(
+        connection, "SELECT line FROM cosignature WHERE size = ? ORDER BY witness", (size,)
+    )
+    return [str(line) for (line,) in rows]
+
+
+def signed_note(connection: Connection, head: Head) -> str:
+    """A head's note with its cosignatures."""
+    return head.note + "".join(lines_of(connection, head.size))
+
+
+def best_head(connection: Connection, *, after: int) -> Head | None:
+    """Of the newest cosigned heads that hold leaf `after`, the one with the most cosignatures, and
+    of those the newest. None without any."""
+    rows = all_rows(
+        connection,
+        "SELECT size, count(*) FROM cosignature WHERE size > ? GROUP BY size"
+        " ORDER BY size DESC LIMIT ?",
+        (after, COSIGNED_HEADS_COMPARED),
+    )
+    if not rows:
+        return None
+    size, _ = max(rows, key=lambda row: (int(row[1]), int(row[0])))
+    return tree.head_at(connection, int(size))
+
+
+def add(
+    connection: Connection,
+    *,
+    size: int,
+    witness: str,
+    line: str,
+    now: int,
+    chosen: Sequence[str],
+    room: int,
+) -> bool:
+    """Keep a cosignature, one for each witness and head; False when there is no room for it.
+
+    `chosen` witnesses always have room; all others share `room` places of a head.
+    """
+    rows = all_rows(connection, "SELECT witness FROM cosignature WHERE size = ?", (size,))
+    held = {str(name) for (name,) in rows}
+    others = sum(name not in chosen for name in held)
+    if witness in held:
+        return True
+    if witness not in chosen and others >= room:
+        return False
+    connection.execute(
+        "INSERT INTO cosignature (size, witness, line, at) VALUES (?, ?, ?, ?)",
+        (size, witness, line, now),
+    )
+    return True
+
+
+def last_size(connection: Connection, witness: str) -> int:
+    """The size that a witness cosigned last, as far as we know."""
+    row = first(
+        connection, "SELECT coalesce(max(size), 0) FROM cosignature WHERE witness = ?", (witness,)
+    )
+    return int(row[0]) if row else 0
+
+
+def witnesses(connection: Connection, *, limit: int) -> list[str]:
+    """Who cosigned the newest heads."""
+    rows = all_rows(
+        connection,
+        "SELECT witness, max(size) FROM (SELECT witness, size FROM cosignature"
+        " ORDER BY size DESC LIMIT ?) AS newest GROUP BY witness ORDER BY max(size) DESC, witness"
+        " LIMIT ?",
+        (limit * COSIGNED_HEADS_COMPARED, limit),
+    )
+    return [str(witness) for witness, _ in rows]

@@ -1,0 +1,1 @@
+"""What an operator does beside serving: set up, migrate, back up, restore, check, freeze."""

@@ -1,0 +1,1 @@
+"""Events sent to the addresses that their owners name."""

@@ -1,0 +1,69 @@
+"""`lumaris coordinator keys|operator`, from the command line to the files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lumaris_coordinator.identity import keys, secrets
+from tests.coordinator.builders import Party
+from tests.sdk.cli.command import assert_one_message, call, json_of
+
+
+def made(tmp_path: Path) -> Path:
+    state = tmp_path / "state"
+    assert call("coordinator", "init", "--state", state).exit_code == 0
+    return state
+
+
+def listed(state: Path) -> list[tuple[str, str]]:
+    found = json_of(call("coordinator", "keys", "list", "--state", state, "--json"))
+    return [(key["peer"], key["state"]) for key in found["keys"]]
+
+
+def test_the_life_of_a_key(tmp_path: Path) -> None:
+    state = made(tmp_path)
+    ((first, _),) = listed(state)
+    root = tmp_path / "root.key"
+    (state / "keys" / "root.key").rename(root)
+    rotate = ("coordinator", "keys", "rotate", "--root", root, "--state", state)
+    waiting = json_of(call(*rotate, "--json"))["peer"]
+    assert listed(state) == [(first, "current"), (waiting, "waiting")]
+    found = call(*rotate, "--now")
+    now = found.stdout.strip()
+    assert listed(state) == [(first, "old"), (waiting, "waiting"), (now, "current")]
+    revoke = ("coordinator", "keys", "revoke", first, "--root", root, "--state", state)
+    assert call(*revoke).exit_code == 0
+    assert listed(state)[0] == (first, "revoked")
+    shown = call("coordinator", "keys", "list", "--state", state)
+    assert f"{now}  current" in shown.stdout
+    assert "move keys/root.key" not in shown.stderr
+
+
+def test_a_root_that_still_lies_there_is_told(tmp_path: Path) -> None:
+    shown = call("coordinator", "keys", "list", "--state", made(tmp_path))
+    assert "move keys/root.key to a place offline" in shown.stderr
+
+
+def test_wrong_roots_and_keys(tmp_path: Path) -> None:
+    state = made(tmp_path)
+    other = made(tmp_path / "other")
+    root = state / keys.FOLDER / keys.ROOT_KEY
+    foreign = other / keys.FOLDER / keys.ROOT_KEY
+    for words, code in (
+        (("rotate", "--root", foreign), "root_changed"),
+        (("rotate", "--root", tmp_path / "none"), "not_found"),
+        (("revoke", Party("x").peer, "--root", root), "not_found"),
+        (("revoke", listed(state)[0][0], "--root", root), "usage"),
+    ):
+        found = call("coordinator", "keys", *words, "--state", state)
+        assert found.exit_code != 0
+        assert_one_message(found.stderr, code)
+
+
+def test_an_operator_is_made_with_a_key(tmp_path: Path) -> None:
+    state = made(tmp_path)
+    create = ("coordinator", "operator", "create", "root", "--state", state)
+    found = call(*create)
+    assert secrets.key_id(found.stdout.strip()) is not None
+    again = call(*create)
+    assert_one_message(again.stderr, "name_taken")

@@ -1,0 +1,73 @@
+"""`lumaris coordinator init|migrate|backup|restore|check|freeze`."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from lumaris.cli.coordinator import _settings
+from lumaris_coordinator.store import sqlite
+from tests.sdk.cli.command import assert_one_message, call, json_of
+
+
+def test_the_life_of_a_folder(tmp_path: Path) -> None:
+    state, file = tmp_path / "state", tmp_path / "backup"
+    made = json_of(call("coordinator", "init", "--fee-bps", "250", "--json", "--state", state))
+    assert made["config"] == str(state / "coordinator.toml")
+    assert state.stat().st_mode & 0o777 == 0o700
+    again = call("coordinator", "init", "--state", state)
+    assert again.exit_code == 1
+    assert_one_message(again.stderr, "not_writable")
+    assert call("coordinator", "migrate", "--state", state).stdout == "up to date\n"
+    assert call("coordinator", "freeze", "--state", state).stdout == "off\n"
+    assert call("coordinator", "freeze", "on", "--state", state).stdout == "on\n"
+    assert json_of(call("coordinator", "freeze", "--json", "--state", state)) == {"frozen": True}
+
+    written = json_of(call("coordinator", "backup", file, "--json", "--state", state))
+    assert (written["rows"], written["log_size"]) == (1, 0)
+    new = tmp_path / "new"
+    new.mkdir(mode=0o700)
+    shutil.copy2(state / "coordinator.key", new)
+    shutil.copytree(state / "keys", new / "keys")
+    found = json_of(call("coordinator", "restore", file, "--json", "--state", new))
+    assert found == {**written, "check": found["check"]}
+    assert found["check"]["sound"]
+    assert call("coordinator", "freeze", "--state", new).stdout == "on\n"
+
+
+def test_init_says_what_to_do_next(tmp_path: Path) -> None:
+    found = call("coordinator", "init", "--state", tmp_path / "state")
+    assert found.stdout.startswith("coordinator 12D3Koo")
+    assert f"lumaris coordinator up --state {tmp_path / 'state'}" in found.stderr
+    assert "root key offline" in found.stderr
+
+
+def test_a_check_that_fails_exits_with_1(tmp_path: Path) -> None:
+    call("coordinator", "init", "--state", tmp_path / "state")
+    good = call("coordinator", "check", "--state", tmp_path / "state")
+    assert (good.exit_code, good.stdout) == (0, "")
+    with closing(sqlite.connect(tmp_path / "state" / "coordinator.db")) as connection:
+        connection.execute(
+            "INSERT INTO account (id, owner, kind, currency, balance)"
+            " VALUES ('acc_x:TEST', 'acc_x', 'peer', 'TEST', 5)"
+        )
+    bad = call("coordinator", "check", "--state", tmp_path / "state")
+    assert bad.exit_code == 1
+    assert "add up to 5 nanos instead of 0" in bad.stdout
+    assert "NOT SOUND" in bad.stderr
+    report = json_of(call("coordinator", "check", "--json", "--state", tmp_path / "state"))
+    assert len(report["problems"]) == 3
+
+
+def test_options_win_over_the_environment_and_that_over_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "coordinator.toml").write_text("fee_bps = 100\nport = 1\ndatabase = ''\n")
+    monkeypatch.setenv("LUMARIS_COORDINATOR_DATABASE", "postgresql://x:secret@/y")
+    found = _settings(tmp_path, {"port": 2}, port=3, host="::1")
+    assert (found.fee_bps, found.port, found.host) == (100, 2, "::1")
+    assert found.database == "postgresql://x:secret@/y"
+    assert "secret" not in repr(found)
