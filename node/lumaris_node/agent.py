@@ -25,6 +25,7 @@ from lumaris_node.challenges import Belonging, Challenges
 from lumaris_node.config import NodeConfig, direct_address
 from lumaris_node.coordinator_link import CoordinatorLink
 from lumaris_node.desk import Desk, Terms
+from lumaris_node.disputes import Disputes
 from lumaris_node.executors.port import Executor
 from lumaris_node.images.manage import open_store
 from lumaris_node.images.service import ImageService
@@ -115,6 +116,7 @@ class Node:
             await self._build(stack)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._settler.run)
+                nursery.start_soon(self._disputes.run)
                 nursery.start_soon(self._expire_holds)
                 nursery.start_soon(self._prune)
                 nursery.start_soon(self._keep_certified)
@@ -151,6 +153,9 @@ class Node:
             sentence = str(self._owner.status()["status"])
         if self._settler.last_error:
             sentence += f" Settlements wait: {self._settler.last_error}."
+        disputes = self._disputes.status()
+        if disputes["open"]:
+            sentence += f" Disputes open: {disputes['open']}; see `lumaris dispute show`."
         return {
             "status": sentence,
             "peer": self._key.peer_id,
@@ -172,6 +177,7 @@ class Node:
             "gpus": to_builtins(self._quotes.total.gpus),
             "challenges": dict(self._challenges.counts),
             "witness": self._witness.status(),
+            "disputes": disputes,
             "total": _plain(self._quotes.total),
             "free": _plain(free),
             "held": _plain(held),
@@ -238,8 +244,23 @@ class Node:
         self._tenders = Tenders(
             overlay, self._adverts, gate, free=lambda: quotes.free, clock=self.clock
         )
+        disputes = self._disputes = Disputes(
+            link,
+            store,
+            key,
+            network=info.network,
+            token=lambda: enrolment.standing.token,
+            clock=self.clock,
+        )
         self._settler = Settler(
-            link, store, key, terms, token=lambda: enrolment.standing.token, clock=self.clock
+            link,
+            store,
+            key,
+            terms,
+            token=lambda: enrolment.standing.token,
+            clock=self.clock,
+            dispute=disputes.open_unpaid if config.settle.dispute_unpaid else None,
+            disputed=disputes.wake,
         )
         self._sessions = Sessions(
             self._desk,

@@ -90,6 +90,13 @@ class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     hours: Annotated[tuple[Hours, ...], Meta(max_length=16)] = ()
 
 
+class Settle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What is done about money. With `dispute_unpaid` a session that ended with delivered and
+    unpaid work is disputed before it is claimed; that takes a bond from the node's account."""
+
+    dispute_unpaid: bool = False
+
+
 class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How other peers find and reach this node, and what it does for them."""
 
@@ -113,6 +120,7 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     accept: Accept = Accept()
     vm: Vm = Vm()
     schedule: Schedule = Schedule()
+    settle: Settle = Settle()
     network: Network = Network()
     log_level: Literal["debug", "info", "warning"] = "info"
 

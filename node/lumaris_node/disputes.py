@@ -17,14 +17,14 @@ import trio
 from lumaris_node.coordinator_link import CoordinatorLink
 from lumaris_node.store import Store
 from lumaris_overlay.evidence import read_evidence
-from lumaris_protocol import agreements, codec, coordinator_api, dispute_file, pleading, rulings
+from lumaris_protocol import agreements, codec, coordinator_api, dispute_file, pleading
 from lumaris_protocol.agreements import Contract
 from lumaris_protocol.coordinator_api import TRANSIENT, Dispute
 from lumaris_protocol.errors import EnvelopeError, LumarisError
 from lumaris_protocol.keys import KeyPair
 from lumaris_protocol.machines.dispute import OPEN
 from lumaris_protocol.messages.dispute import DisputeOpen
-from lumaris_protocol.rulings import Dossier
+from lumaris_protocol.rulings import Dossier, work
 from lumaris_protocol.settlement import Papers
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class Disputes:
                 self._after = dispute.number if over else self._after
                 if dispute.state in OPEN:
                     found.append(dispute)
-            if page.next is None or page.next <= (page.disputes[-1].number - 1 if page.disputes else 0):
+            if page.next is None or not page.disputes:
                 break
         names = {dispute.dispute for dispute in found}
         self._answered &= names
@@ -191,10 +191,8 @@ class Disputes:
         chosen = pleading.choose(kept, room=pleading.first_bundle_room())
         dossier = Dossier(contract, network=self._network)
         dossier.add(chosen, party=self._key.peer_id)
-        owed = pleading.asked(
-            dossier.main, "unpaid_delivery", order=0, paid_nanos=item.total_nanos
-        )
-        if rulings.worth(dossier.main).delivered <= item.total_nanos or not owed:
+        owed = pleading.asked(dossier.main, "unpaid_delivery", order=0, paid_nanos=item.total_nanos)
+        if work.worth(dossier.main).delivered <= item.total_nanos or not owed:
             return False
         opening = pleading.opening(
             contract,

@@ -6,7 +6,7 @@ The claim is idempotent, so it is simply repeated, with growing pauses, across r
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import trio
@@ -23,11 +23,12 @@ from lumaris_protocol.settlement import Papers
 log = logging.getLogger(__name__)
 
 _RETRY_S_MIN, _RETRY_S_MAX = 0.5, 60.0
+_DISPUTED_S = 600.0  # a ruling takes hours or days
 # These say something of the coordinator and nothing of the claim: the others would meet them too.
 _OUTAGE = ("coordinator_unreachable", "busy", "unauthorized")
 # Any other refusal stands whatever is retried; the claim is then closed with it as its reason.
 # A claim that is `not_yet_valid` waits for our clock to be put right.
-_RETRYABLE = coordinator_api.TRANSIENT | {"not_yet_valid"}
+_RETRYABLE = coordinator_api.TRANSIENT | {"not_yet_valid", "in_dispute"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,12 @@ class Settler:
         *,
         token: Callable[[], str],
         clock: Callable[[], float],
+        dispute: Callable[[Papers], Awaitable[bool]] | None = None,
+        disputed: Callable[[], None] = lambda: None,
     ) -> None:
+        """`dispute` may open one before a session is claimed; `disputed` hears that one is open."""
+        self._dispute, self._disputed = dispute, disputed
+        self._seen: set[str] = set()  # sessions that `dispute` has looked at
         self._link, self._store, self._key, self._terms = link, store, key, terms
         self._token, self._clock = token, clock
         self._lock = trio.Lock()
@@ -84,6 +90,7 @@ class Settler:
             items, now = await self._store.unsettled(), trio.current_time()
             names = {item.session for item in items}
             self._again = {name: again for name, again in self._again.items() if name in names}
+            self._seen &= names
             for item in items:
                 again = self._again.get(item.session)
                 if again is not None and again.due_at > now:
@@ -116,10 +123,26 @@ class Settler:
         elif code not in _OUTAGE:
             before = self._again.get(name)
             pause_s = _RETRY_S_MIN if before is None else min(2 * before.pause_s, _RETRY_S_MAX)
+            pause_s = _DISPUTED_S if code == "in_dispute" else pause_s
             self._again[name] = _Again(code, trio.current_time() + pause_s, pause_s)
         return code
 
+    async def _dispute_first(self, item: Papers) -> None:
+        """A dispute that the coordinator refuses is no reason not to claim."""
+        if self._dispute is None or item.session in self._seen:
+            return
+        try:
+            await self._dispute(item)
+        except LumarisError as error:
+            if error.code in coordinator_api.TRANSIENT:
+                raise
+            log.warning("not disputed session=%s code=%s", item.session, error.code)
+        except OSError as error:
+            log.warning("not disputed session=%s error=%s", item.session, error)
+        self._seen.add(item.session)
+
     async def _settle(self, item: Papers) -> None:
+        await self._dispute_first(item)
         claim = settlement.claim(
             item,
             self._key,
@@ -134,7 +157,8 @@ class Settler:
                 raise
             answer = await self._fetch(item, error)
         if isinstance(answer, coordinator_api.Claimed):
-            raise LumarisError("internal", "The coordinator let a seller's claim wait.")
+            self._disputed()
+            raise LumarisError("in_dispute")
         bundle = receipts.decode_bundle(answer)
         signed = codec.open_signed(bundle.receipt, Receipt, network=self._terms.network)
         if signed.signer not in self._terms.coordinators:

@@ -5,10 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from lumaris_protocol import codec, merkle
+from lumaris_protocol.agreements import Contract
 from lumaris_protocol.codec import Signed
 from lumaris_protocol.keys import KeyPair
 from lumaris_protocol.messages.base import Message
-from lumaris_protocol.messages.budget import CreditRequest, GrantRequest, Registration
+from lumaris_protocol.messages.budget import (
+    AmendRequest,
+    BondRequest,
+    CreditRequest,
+    GrantRequest,
+    Registration,
+)
 from lumaris_protocol.messages.challenge import Challenge, ChallengeAnswer
 from lumaris_protocol.messages.demand import Demand
 from lumaris_protocol.messages.dispute import (
@@ -34,9 +41,16 @@ from lumaris_protocol.messages.execution import (
     Usage,
     WorkOrder,
 )
+from lumaris_protocol.messages.identity import PeerLink, TlsRequest
 from lumaris_protocol.messages.money import PayoutRequest
-from lumaris_protocol.messages.notice import CheckpointNotice
-from lumaris_protocol.messages.payment import Close, Settle, Voucher
+from lumaris_protocol.messages.notice import (
+    CheckpointNotice,
+    KeyList,
+    Revocations,
+    Revoked,
+    SigningKey,
+)
+from lumaris_protocol.messages.payment import Amendment, Close, Settle, Voucher
 from lumaris_protocol.messages.shard_map import Shard, ShardMap
 from tests.protocol import parties as p
 
@@ -54,6 +68,9 @@ def samples() -> dict[str, tuple[Message, KeyPair]]:
         (p.settled().receipt.message, p.COORDINATOR),
         (_shard_map(), p.COORDINATOR),
         (_checkpoint_notice(), p.COORDINATOR),
+        (_revocations(), p.COORDINATOR),
+        (_key_list(), p.STRANGER),
+        (_amendment(agreed), p.BUYER),
         (_demand(), p.BUYER),
         (_endpoint(), p.SELLER),
         (_challenge(), p.BUYER),
@@ -64,6 +81,30 @@ def samples() -> dict[str, tuple[Message, KeyPair]]:
         *((message, p.SELLER_SESSION) for message in _of_seller()),
     ]
     return {message.TYPE: (message, key) for message, key in signed}
+
+
+def _revocations() -> Revocations:
+    revoked = Revoked(peer=p.SELLER.peer_id, serial=0, at=p.NOW, reason="key_lost")
+    return Revocations(
+        coordinator=p.COORDINATOR.peer_id, after=0, seq=1, revoked=(revoked,), issued_at=p.NOW
+    )
+
+
+def _key_list() -> KeyList:
+    key = SigningKey(peer=p.COORDINATOR.peer_id, not_before=p.NOW, not_after=p.NOW + 86_400)
+    return KeyList(root=p.STRANGER.peer_id, seq=1, keys=(key,), issued_at=p.NOW)
+
+
+def _amendment(agreed: Contract) -> Amendment:
+    terms, ends_at = agreed.agreement.terms, agreed.agreement.ends_at
+    return Amendment(
+        agreement_hash=agreed.hash,
+        session=agreed.agreement.session,
+        n=1,
+        cap_nanos=2 * terms.cap_nanos,
+        ends_at=ends_at,
+        issued_at=p.NOW,
+    )
 
 
 def _checkpoint_notice() -> CheckpointNotice:
@@ -162,6 +203,24 @@ def _to_coordinator() -> list[tuple[Message, KeyPair]]:
         nonce="0" * 31 + "4",
         **common,
     )
+    bond = BondRequest(
+        peer=p.SELLER.peer_id,
+        action="lock",
+        amount_nanos=10**9,
+        currency="TEST",
+        nonce="0" * 31 + "5",
+        **common,
+    )
+    amend = AmendRequest(
+        buyer=p.BUYER.peer_id,
+        agreement_hash=agreed.hash,
+        amendment_by_buyer=codec.sign(_amendment(agreed), p.BUYER, p.NETWORK).data,
+        **common,
+    )
+    link = PeerLink(peer=p.SELLER.peer_id, user="usr_" + "a" * 24, **common)
+    tls = TlsRequest(
+        peer=p.SELLER.peer_id, challenge="0" * 31 + "6", csr=b"\x30\x03csr", **common
+    )
     request = GrantRequest(buyer=p.BUYER.peer_id, **both, **common)
     settle = Settle(
         session=agreed.agreement.session,
@@ -176,6 +235,10 @@ def _to_coordinator() -> list[tuple[Message, KeyPair]]:
         (registration, p.SELLER),
         (credit, p.BUYER),
         (payout, p.SELLER),
+        (bond, p.SELLER),
+        (amend, p.BUYER),
+        (link, p.SELLER),
+        (tls, p.SELLER),
         (request, p.BUYER),
         (settle, p.SELLER),
     ]
