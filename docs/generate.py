@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import importlib
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -20,11 +19,13 @@ import msgspec
 from msgspec import inspect
 
 from lumaris.cli.root import root
+from lumaris_coordinator.app import ROUTERS
 from lumaris_coordinator.config import Settings
+from lumaris_coordinator.upkeep.config_file import MEANINGS
 from lumaris_node.config import NodeConfig
 from lumaris_protocol import codes, limits, protocols
 from lumaris_protocol.frames import Kind
-from lumaris_protocol.machines import buyer, desk, escrow, job, seller
+from lumaris_protocol.machines import buyer, desk, dispute, escrow, job, seller
 from lumaris_protocol.messages import base, receipt
 from lumaris_protocol.registry import MESSAGES
 
@@ -82,22 +83,18 @@ NODE_MEANINGS: Final = {
     " belongs to the day it begins on. Empty means all day. Running leases go on to their end.",
     "log_level": "`debug` with the flag `--debug`.",
 }
-COORDINATOR_MEANINGS: Final = {
-    "state": ("--state", "Folder of the key and the database."),
-    "host": ("--host", "Address to listen on. Other machines need more than the default."),
-    "port": ("--port", "TCP port; 0 lets the system choose. The command's default is 24480."),
-    "network": ("--network", "The network's name. It is part of every signature."),
-    "currency": ("", "The currency's code. The command line always uses the default."),
-    "fee_bps": ("--fee-bps", "The fee on what is paid, in hundredths of a per cent."),
-    "settle_window_s": ("--settle-window", "Seconds a seller has to claim after a session's end."),
-    "test_credit_nanos": (
-        "--test-credit",
-        "Test credit an account may get; the flag is in credits.",
-    ),
-    "shard_map": (
-        "--shard-map",
-        "JSON file that divides the market, checked at start. None: the map of last time.",
-    ),
+STATE_MEANING: Final = "Folder of the keys, the settings and, without `database`, the data."
+COORDINATOR_FLAGS: Final = {
+    "state": "--state",
+    "host": "--host",
+    "port": "--port",
+    "network": "--network",
+    "fee_bps": "--fee-bps",
+    "settle_window_s": "--settle-window",
+    "test_credit_nanos": "--test-credit",
+    "shard_map": "--shard-map",
+    "overlay": "--overlay/--no-overlay",
+    "overlay_listen": "--overlay-listen",
 }
 ENVIRONMENT_MEANINGS: Final = {
     "LUMARIS_STATE": "The buyer's folder, as `--state`. Default: `buyer` in the user's data"
@@ -110,15 +107,20 @@ ENVIRONMENT_MEANINGS: Final = {
     " port, on loopback when the coordinator is there, else on every address.",
     "LUMARIS_TRANSFER_MIB_S": "MiB a second that a buyer's files may take, both ways. Default: 0,"
     " no limit.",
+    "LUMARIS_COORDINATOR_DATABASE": "The coordinator's `database`, such as `postgresql://…`; it"
+    " wins over the file, and keeps a password out of it.",
+    "LUMARIS_EXAMPLES": "Tests only: how many runs the property tests of the ledger make.",
     "LUMARIS_REQUIRE_APT": "Tests only: `1` makes missing Debian packages a failure.",
     "LUMARIS_REQUIRE_DOCKER": "Tests only: `1` makes a missing Docker engine a failure.",
     "LUMARIS_REQUIRE_NAMESPACES": "Tests only: `1` makes a lack of network namespaces a failure.",
+    "LUMARIS_REQUIRE_POSTGRES": "Tests only: `1` makes missing PostgreSQL programs a failure.",
     "LUMARIS_REQUIRE_PROCESS": "Tests only: `1` makes a missing process tier a failure.",
     "LUMARIS_REQUIRE_REGISTRY": "Tests only: `1` makes a missing `docker-registry` a failure.",
     "LUMARIS_REQUIRE_SCIENCE": "Tests only: `1` makes a missing `python-science` extra a failure.",
     "LUMARIS_REQUIRE_VM": "Tests only: `1` makes a missing QEMU, kernel or busybox a failure.",
     "LUMARIS_REQUIRE_VOLUMES": "Tests only: `1` makes a kind of volume that fails a failure.",
     "LUMARIS_STORM": "Tests only: the operations of the storm of settlements, such as 100000.",
+    "LUMARIS_TEST_STORE": "Tests only: `postgres` runs the coordinator's tests on PostgreSQL.",
     "LUMARIS_TEST_MARK": "Tests only: marks the processes of guests, so that they are found again.",
 }
 _TYPES: Final = {
@@ -202,10 +204,8 @@ def bounds() -> str:
 def endpoints() -> str:
     """The coordinator's HTTP interface."""
     rows = []
-    for name in ("identity", "ledger", "escrow", "receipts"):
-        rows += _routes(importlib.import_module(f"lumaris_coordinator.{name}.routes").router)
-    for name in ("shard_map", "status"):
-        rows += _routes(importlib.import_module(f"lumaris_coordinator.{name}").router)
+    for router in ROUTERS:
+        rows += _routes(router)
     return _table(("request", "answer"), rows)
 
 
@@ -229,14 +229,14 @@ def node_settings() -> str:
 
 def coordinator_settings() -> str:
     """The coordinator's settings."""
-    fields = dataclasses.fields(Settings)
-    _same("coordinator", {field.name for field in fields}, COORDINATOR_MEANINGS)
     rows = []
-    for field in fields:
-        flag, meaning = COORDINATOR_MEANINGS[field.name]
+    for field in dataclasses.fields(Settings):
+        flag = COORDINATOR_FLAGS.get(field.name)
         default = "" if field.default is dataclasses.MISSING else f"`{field.default}`"
+        meaning = STATE_MEANING if field.name == "state" else MEANINGS[field.name]
         rows.append(
-            f"| `{field.name}` | {f'`{flag}`' if flag else '-'} | {default or '-'} | {meaning} |"
+            f"| `{field.name}` | {f'`{flag}`' if flag else '-'} | {default or '-'} |"
+            f" {meaning.replace(chr(10) + '# ', ' ')} |"
         )
     return _table(("setting", "flag", "default", "meaning"), rows)
 
@@ -254,6 +254,7 @@ PARTS: Final[dict[str, Callable[[], str]]] = {
     "seller-session": lambda: machine(seller.SELLER_SESSION),
     "job": lambda: machine(job.JOB),
     "escrow": lambda: machine(escrow.ESCROW),
+    "dispute": lambda: machine(dispute.DISPUTE),
     "errors": errors,
     "messages": messages,
     "records": records,
@@ -424,7 +425,7 @@ def _routes(router: Any) -> list[str]:
     return [
         f"| `{method} {route.path}` | {_first_paragraph(route.endpoint)} |"
         for route in router.routes
-        for method in sorted(route.methods)
+        for method in sorted(getattr(route, "methods", ("WS",)))
     ]
 
 

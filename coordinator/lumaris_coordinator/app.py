@@ -80,6 +80,24 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+# The busiest first: routes are tried in this order.
+ROUTERS: Final = (
+    escrow_router,
+    identity_router,
+    user_router,
+    trust_router,
+    ledger_router,
+    receipts_router,
+    shards_router,
+    offers_router,
+    disputes_router,
+    events_router,
+    webhooks_router,
+    money_router,
+    status.router,
+)
+
+
 class Coordinator:
     """One coordinator over one state directory. Use inside `running()`.
 
@@ -295,22 +313,7 @@ def create_app(coordinator: Coordinator) -> FastAPI:
     )
     app.state.coordinator = coordinator
     app.state.bad_documents = coordinator.bad_documents
-    for router in (
-        # First: routes are tried in this order, and trying them all costs more than a signature.
-        escrow_router,
-        identity_router,
-        user_router,
-        trust_router,
-        ledger_router,
-        receipts_router,
-        shards_router,
-        offers_router,
-        disputes_router,
-        events_router,
-        webhooks_router,
-        money_router,
-        status.router,
-    ):
+    for router in ROUTERS:
         app.include_router(router)
     app.add_exception_handler(LumarisError, problems.on_error)
     app.add_exception_handler(RequestValidationError, problems.on_invalid)

@@ -124,7 +124,7 @@ _KEY: Final = {
         "pattern": "^[!-~]+$",
     },
 }
-_PREFIX: Final = "#/components/schemas/"
+SCHEMAS: Final = "#/components/schemas/"
 
 
 def complete(document: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def complete(document: dict[str, Any]) -> dict[str, Any]:
     """
     shapes = {told.shape for found in ANSWERS.values() for told in found if told.shape is not None}
     ordered = sorted(shapes | {a.Problem}, key=lambda shape: shape.__name__)
-    _, schemas = msgspec.json.schema_components(ordered, ref_template=_PREFIX + "{name}")
+    _, schemas = msgspec.json.schema_components(ordered, ref_template=SCHEMAS + "{name}")
     components = document.setdefault("components", {})
     components["schemas"] = {**components.get("schemas", {}), **schemas}
     components["securitySchemes"] = SECURITY_SCHEMES
@@ -149,7 +149,7 @@ def _complete_one(name: str, operation: dict[str, Any]) -> None:
         **{str(told.status): _response(told) for told in ANSWERS[name]},
         "default": {
             "description": "Why it was refused.",
-            "content": {MEDIA_TYPE: {"schema": {"$ref": f"{_PREFIX}Problem"}}},
+            "content": {MEDIA_TYPE: {"schema": {"$ref": f"{SCHEMAS}Problem"}}},
         },
     }
     if name in IDEMPOTENT:
@@ -162,7 +162,7 @@ def _response(told: Told) -> dict[str, Any]:
     if told.media is None:
         return {"description": "Nothing more to say."}
     if told.shape is not None:
-        schema: dict[str, Any] = {"$ref": _PREFIX + told.shape.__name__}
+        schema: dict[str, Any] = {"$ref": SCHEMAS + told.shape.__name__}
         description = (told.shape.__doc__ or "").partition("\n")[0]
     elif told.media == JSON:
         schema, description = (

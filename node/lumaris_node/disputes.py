@@ -1,4 +1,4 @@
-"""Disputes against this node, answered by itself; and unpaid deliveries, disputed if the owner says.
+"""Disputes against this node, answered by itself; unpaid deliveries, disputed if the owner says.
 
 The node asks its coordinator every few minutes, and at once when a settlement was refused for a
 dispute. It answers each dispute once, with what it kept of the session: a seller that stays silent
@@ -19,7 +19,7 @@ from lumaris_node.store import Store
 from lumaris_overlay.evidence import read_evidence
 from lumaris_protocol import agreements, codec, coordinator_api, dispute_file, pleading
 from lumaris_protocol.agreements import Contract
-from lumaris_protocol.coordinator_api import TRANSIENT, Dispute
+from lumaris_protocol.coordinator_api import Dispute
 from lumaris_protocol.errors import EnvelopeError, LumarisError
 from lumaris_protocol.keys import KeyPair
 from lumaris_protocol.machines.dispute import OPEN
@@ -36,6 +36,10 @@ _SOON_S: Final = 5.0  # after a hint, and no more often however many there are
 _PAGES_MAX: Final = 8
 # What one refusal says again and again is not asked for each time.
 _REFUSED_MAX: Final = 1024
+
+
+# These say something of the coordinator and nothing of one dispute.
+_OUTAGE: Final = ("coordinator_unreachable", "busy", "unauthorized", "rate_limited")
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ class Disputes:
         try:
             shown = await self._answer(dispute)
         except LumarisError as error:
-            if error.code in TRANSIENT:
+            if error.code in _OUTAGE:
                 raise
             if self._refused.get(name) != error.code and len(self._refused) < _REFUSED_MAX:
                 self._refused[name] = error.code
