@@ -40,6 +40,8 @@ _HELP_WIDTH: Final = 96
 
 # What a setting is for. A setting without a line here, or a line without a setting, is an error.
 NODE_MEANINGS: Final = {
+    "settle.dispute_unpaid": "Dispute a session that ended with delivered and unpaid work,"
+    " before it is claimed; that takes a bond from the node's account.",
     "coordinator": "The coordinator's address. Flag: `--coordinator`.",
     "listen": "IP and TCP port for peers; port 0 lets the system choose. Flag: `--listen`.",
     "direct": "IP and TCP port where other programs connect directly; empty means the IP of"

@@ -14,9 +14,7 @@ def main() -> None:
     print("ready", flush=True)
     sys.stdin.readline()
     name = "replica"
-    print(
-        group_rate(lambda: postgres.connect(dsn, name=name), int(clients), float(seconds), hot=True)
-    )
+    print(group_rate(lambda: postgres.write(dsn, name), int(clients), float(seconds), hot=True))
 
 
 if __name__ == "__main__":

@@ -167,6 +167,27 @@ def direct_rate(dsn: str, clients: int, seconds: float, *, hot: bool = False) ->
     return done / took
 
 
+def costs(dsn: str, size: int, seconds: float) -> tuple[float, float, float]:
+    """(round trips, our microseconds of processor, operations in a second) of batches of `size`;
+    the first two for each operation, and without the event loop."""
+    session = postgres.write(dsn, "benchmark")
+    try:
+        done, before = 0, session.round_trips
+        began, processor = time.perf_counter(), time.thread_time()
+        while time.perf_counter() - began < seconds:
+            session.execute("BEGIN IMMEDIATE")
+            for _ in range(size):
+                session.execute("SAVEPOINT operation")
+                operation(next(_numbers), hot=False)(session)
+                session.execute("RELEASE operation")
+            session.execute("COMMIT")
+            done += size
+        used, took = time.thread_time() - processor, time.perf_counter() - began
+        return (session.round_trips - before) / done, used / done * 1e6, done / took
+    finally:
+        session.close()
+
+
 def replicas_rate(dsn: str, replicas: int, clients: int, seconds: float) -> float:
     """Operations in a second of several coordinators' writers on one hot account."""
     command = [
@@ -227,27 +248,37 @@ def measure_postgres(world: World) -> None:
     dsn = world.dsn
 
     def connect() -> Connection:
-        return postgres.connect(dsn, name="benchmark")
+        return postgres.write(dsn, "benchmark")
 
-    prepare_once = postgres.connect(dsn)
+    prepare_once = connect()
     prepare(prepare_once)
     prepare_once.close()
     found: dict[str, list[float]] = {}
     for _ in range(world.rounds):
-        for clients in (64, 256):
-            found.setdefault(f"group {clients}", []).append(
-                group_rate(connect, clients, world.seconds)
+        # In this order every ratio below is one of neighbours.
+        for name, clients, hot in (
+            ("single hot", 64, True),
+            ("group hot", 64, True),
+            ("group 64", 64, False),
+            ("single 64", 64, False),
+            ("single 256", 256, False),
+            ("group 256", 256, False),
+        ):
+            rate = (
+                group_rate(connect, clients, world.seconds, hot=hot)
+                if name.startswith("group")
+                else direct_rate(dsn, clients, world.seconds, hot=hot)
             )
-            found.setdefault(f"single {clients}", []).append(
-                direct_rate(dsn, clients, world.seconds)
-            )
-        found.setdefault("group hot", []).append(group_rate(connect, 64, world.seconds, hot=True))
-        found.setdefault("single hot", []).append(direct_rate(dsn, 64, world.seconds, hot=True))
+            found.setdefault(name, []).append(rate)
         for number in (1, 2):
             found.setdefault(f"replicas {number}", []).append(
                 replicas_rate(dsn, number, 64, world.seconds)
             )
     row = world.row
+    trips, processor, rate = costs(dsn, 64, world.seconds)
+    row("PostgreSQL: round trips / operation, batches of 64", trips, "")
+    row("PostgreSQL: our processor, batches of 64", processor, "us/op")
+    row("PostgreSQL: batches of 64, no queue", rate, "op/s")
     for name, rates in found.items():
         row(f"PostgreSQL: {name}", statistics.median(rates), "op/s")
     for clients, least in ((64, 4), (256, 5)):

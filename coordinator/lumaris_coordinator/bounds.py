@@ -20,8 +20,8 @@ BODY_READ_S_MAX: Final = 10.0
 WRITER_QUEUE_MAX: Final = 2_048
 # Beyond some hundred operations a larger batch no longer pays; it only delays the first of it.
 WRITER_BATCH_MAX: Final = 512
-# The oldest one waits longer than that only when the disk or the database stands still. A few are let
-# in all the same: one slow sync on an idle machine is no reason to refuse anybody.
+# The oldest one waits longer than that only when the disk or the database stands still. A few are
+# let in all the same: one slow sync on an idle machine is no reason to refuse anybody.
 WRITER_STALLED_S: Final = 0.25
 WRITER_STALLED_QUEUE_MAX: Final = 64
 # A batch that could not begin is tried again for as long as a database server takes to restart.
@@ -34,6 +34,14 @@ WRITE_S_MAX: Final = 30.0
 LOCK_WAIT_S: Final = 5.0
 # A database server that is there answers a connection at once.
 DATABASE_CONNECT_S_MAX: Final = 5
+# Statements on their way to a database server, and what they carry: beyond some tens of them a
+# round trip costs nothing any more, and both sides keep their answers in memory.
+PIPELINE_MAX: Final = 1_024
+PIPELINE_BYTES_MAX: Final = 4 * 1024 * 1024
+# The server starts on what it has while we make the rest.
+PIPELINE_FLUSH: Final = 32
+# The statements of the rooms are some two hundred; those that are made on the way go unprepared.
+PREPARED_MAX: Final = 512
 # Readers of a database server: more threads than this would only wait for the interpreter.
 DATABASE_READERS_MAX: Final = 4
 # Less free space than this is told by /readyz, hours before a full disk refuses writes.

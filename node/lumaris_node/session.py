@@ -115,6 +115,7 @@ class SessionHost:
         self._gate_changed = trio.Event()
         self._wiping: trio.Nursery | None = None
         self._over = trio.Event()
+        self._heard_out = trio.Event()  # nothing that the buyer may still say changes anything
         self._ending: Callable[[], None] = lambda: None
         self._freed: Callable[[], None] = lambda: None
         self._reason = ""
@@ -154,6 +155,8 @@ class SessionHost:
             await self._over.wait()
             with trio.move_on_after(_FLUSH_S):
                 await self._outbox.flush()
+                if self.machine.awaits_close:  # its signature gives the rest back to it
+                    await self._heard_out.wait()
             nursery.cancel_scope.cancel()
 
     @property
@@ -196,6 +199,8 @@ class SessionHost:
                 case _:
                     if isinstance(effect, Send):
                         self._evidence.note(effect.data)
+                    if isinstance(effect, KeepCloses):
+                        self._heard_out.set()
                     self._outbox.put(effect)
 
     async def room(self) -> None:
@@ -292,6 +297,7 @@ class SessionHost:
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
         self.end("buyer_lost")
+        self._heard_out.set()
 
     async def _send(self) -> None:
         try:
@@ -452,7 +458,9 @@ class SessionHost:
                 await self._store.keep_grant(self.session, data)
             case KeepVoucher(data, total_nanos):
                 await self._store.keep_voucher(self.session, data, total_nanos)
-            case KeepCloses(by_buyer, by_seller):
-                await self._store.keep_closes(self.session, by_buyer, by_seller)
+            case KeepCloses(by_buyer, by_seller, total_nanos):
+                await self._store.keep_closes(
+                    self.session, by_buyer, by_seller, total_nanos=total_nanos
+                )
             case _:
                 raise AssertionError(effect)

@@ -118,15 +118,19 @@ class Store:
     async def keep_voucher(self, session: str, voucher: bytes, total_nanos: int) -> None:
         """A higher voucher."""
         await self._write(
-            "UPDATE session SET voucher = ?, total_nanos = ? WHERE session = ? AND total_nanos < ?",
+            "UPDATE session SET voucher = ?, total_nanos = ? WHERE session = ? AND total_nanos < ?"
+            " AND close_buyer IS NULL",
             (voucher, total_nanos, session, total_nanos),
         )
 
-    async def keep_closes(self, session: str, by_buyer: bytes, by_seller: bytes) -> None:
-        """The co-signed end."""
+    async def keep_closes(
+        self, session: str, by_buyer: bytes, by_seller: bytes, *, total_nanos: int
+    ) -> None:
+        """The co-signed end: a claim names its total, which may be less than the voucher's."""
         await self._write(
-            "UPDATE session SET close_buyer = ?, close_seller = ? WHERE session = ?",
-            (by_buyer, by_seller, session),
+            "UPDATE session SET close_buyer = ?, close_seller = ?, total_nanos = ?"
+            " WHERE session = ?",
+            (by_buyer, by_seller, total_nanos, session),
         )
 
     async def end_session(self, session: str, reason: str, *, orders: int, now: float) -> None:

@@ -35,10 +35,11 @@ class KeepVoucher:
 
 @dataclass(frozen=True)
 class KeepCloses:
-    """Store both sides' co-signed end (buyer's first)."""
+    """Store both sides' co-signed end (buyer's first); from now on a claim names its total."""
 
     by_buyer: bytes
     by_seller: bytes
+    total_nanos: int
 
 
 @dataclass(frozen=True)

@@ -95,8 +95,9 @@ class DisputeDesk:
     ) -> Draft:
         """A dispute about a session, or the session of a job, with what we kept of it.
 
-        Without an amount the most that the evidence shows is asked. Raises LumarisError: `not_found`
-        or `evidence_insufficient` for what is not here, `not_disputable` for what cannot be claimed.
+        Without an amount the most that the evidence shows is asked. Raises LumarisError:
+        `not_found` or `evidence_insufficient` for what is not here, `not_disputable` for what
+        cannot be claimed.
         """
         papers, ordered = await trio.to_thread.run_sync(self._papers, name)
         if papers.grant is None:

@@ -122,7 +122,7 @@ class FanOut:
     def _begin(self, session: Session, nursery: trio.Nursery) -> None:
         self._bought += 1
         self._active[session.session] = session
-        self._paid_before[session.session] = session.machine.tab.vouchered_nanos
+        self._paid_before[session.session] = session.machine.tab.due_nanos
         nursery.start_soon(self._drive, session)
 
     @property
@@ -171,7 +171,7 @@ class FanOut:
         finally:
             del self._active[session.session]
             before = self._paid_before.pop(session.session)
-            self._spent_nanos += session.machine.tab.vouchered_nanos - before
+            self._spent_nanos += session.machine.tab.due_nanos - before
             self._changed.set()
 
     async def _draw(self, session: Session) -> None:

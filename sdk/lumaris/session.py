@@ -121,7 +121,7 @@ class Session:
     @property
     def remaining_nanos(self) -> int:
         """What the grant still covers."""
-        return self.machine.terms.cap_nanos - self.machine.tab.vouchered_nanos
+        return self.machine.terms.cap_nanos - self.machine.tab.due_nanos
 
     async def run(self, opening: list[Effect]) -> None:
         """From the opening to the end; never raises for what the seller does."""
@@ -469,8 +469,10 @@ class Session:
         match effect:
             case KeepVoucher(data, total_nanos):
                 await self._store.keep_voucher(self.session, data, total_nanos)
-            case KeepCloses(by_buyer, by_seller):
-                await self._store.keep_closes(self.session, by_buyer, by_seller)
+            case KeepCloses(by_buyer, by_seller, total_nanos):
+                await self._store.keep_closes(
+                    self.session, by_buyer, by_seller, total_nanos=total_nanos
+                )
             case _:
                 raise AssertionError(effect)
 

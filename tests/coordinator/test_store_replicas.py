@@ -86,6 +86,23 @@ async def test_a_commit_wakes_the_other_replica(tmp_path: Path, dsn: str) -> Non
         assert row == ("1",)
 
 
+@pytest.mark.slow
+async def test_a_replica_that_lost_its_line_hears_of_commits_again(
+    tmp_path: Path, dsn: str
+) -> None:
+    async with replica(tmp_path, dsn) as one, replica(tmp_path, dsn) as two:
+        heard = await two.bus.woken(0)  # it listens
+        with trio.fail_after(20):
+            with psycopg.connect(dsn, autocommit=True) as other:
+                other.execute(
+                    "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
+                    " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+                )
+            heard = await two.bus.woken(heard)  # it listens again: something may have been missed
+            await one.submit(count_up)
+            await two.bus.woken(heard)
+
+
 async def test_a_replica_knows_of_the_others(tmp_path: Path, dsn: str) -> None:
     async with replica(tmp_path, dsn) as one:
         assert await one.submit(one.others) == 0

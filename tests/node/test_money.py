@@ -317,3 +317,53 @@ async def test_shutting_down_pays_and_settles(market: Market, short_exposure):
         assert job.result.reason == "shutting_down"
         await seller.gone.wait()
         await market.assert_at_rest(buyer, cost_nanos=job.result.cost_nanos)
+
+
+async def break_down(market: Market, seller: Seller, buyer: Buyer) -> JobResult:
+    """A job that was vouchered for is failed by the seller's platform; how it ended."""
+    job = Job()
+    async with trio.open_nursery() as nursery:
+        request = market.request(m.WAIT, max_cost_nanos=CREDIT // 10, attempts=1)
+        nursery.start_soon(job.run, buyer, request)
+
+        async def has_voucher() -> bool:
+            return (await seller.node._store.summary())["pending_nanos"] > 0
+
+        await eventually_async(has_voucher, "a voucher arrived")
+        (host,) = seller.node._sessions.hosts
+        assert host._run is not None
+        host._run.abort()
+        await job.ended.wait()
+    assert job.result is not None
+    assert (job.result.reason, job.result.cost_nanos) == ("platform_error", 0)
+    return job.result
+
+
+async def test_a_job_that_the_platform_fails_costs_nothing(market: Market, short_exposure):
+    seller = await market.seller(price=DEAR)
+    async with market.buyer() as buyer:
+        await break_down(market, seller, buyer)
+        assert await paid(buyer) > 0
+        await market.assert_at_rest(buyer, cost_nanos=0)
+
+
+async def test_what_was_vouchered_for_it_pays_the_next_job(market: Market, short_exposure):
+    seller = await market.seller(price=DEAR)
+    async with market.buyer() as buyer:
+        failed = await break_down(market, seller, buyer)
+        vouchered = await paid(buyer)
+        result = await buyer.run(market.request(m.HELLO, max_cost_nanos=CREDIT // 10))
+        assert (result.reason, result.session) == ("succeeded", failed.session)
+        assert 0 < result.cost_nanos < vouchered == await paid(buyer)
+        await market.assert_at_rest(buyer, cost_nanos=result.cost_nanos)
+
+
+async def test_a_seller_that_ends_it_gives_back_what_its_platform_failed(
+    market: Market, short_exposure
+):
+    seller = await market.seller(price=DEAR)
+    async with market.buyer() as buyer:
+        await break_down(market, seller, buyer)
+        seller.node.stop()
+        await seller.gone.wait()
+        await market.assert_at_rest(buyer, cost_nanos=0)

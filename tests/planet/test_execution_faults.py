@@ -28,6 +28,7 @@ from tests.planet.execution import (
     Arena,
     Shelf,
     arena,
+    assert_money_rests,
     eventually,
     marked,
 )
@@ -268,6 +269,11 @@ def test_what_is_left_would_be_seen(market: Arena) -> None:
     market.client("seen")  # its folder goes with the others
 
 
+def vouchered(market: Arena) -> int:
+    """What all sessions of the buyer come to by its own book-keeping."""
+    return sum(item["total_nanos"] for item in market.client().sessions())
+
+
 @pytest.mark.docker
 def test_an_engine_that_is_absent_goes_and_returns(
     shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -277,16 +283,24 @@ def test_an_engine_that_is_absent_goes_and_returns(
         with arena(tmp_path, shelf, ("process", "container"), wait=False) as market:
             eventually(lambda: market.offered() == {"process"}, "only what works is offered")
             engine.up()
+            spent = 0
             for number in (signal.SIGKILL, signal.SIGTERM):
                 eventually(lambda: "container" in market.offered(), "it is offered", why=market.log)
                 with market.running(
                     "container", f"print('on', flush=True)\n{SPIN}", until="on"
                 ) as job:
+                    eventually(lambda: vouchered(market) > spent, "it is vouchered")  # noqa: B023
                     engine.signal(number)
                     result = job.result(WAIT_S)
                 assert (result.reason, result.cost_nanos) == ("platform_error", 0), result
+                assert_money_rests(market.client())
+                assert vouchered(market) == spent, "what was vouchered for it came back"
                 eventually(lambda: market.offered() == {"process"}, "it is withdrawn")
-                assert market.run("process", QUICK).ok
+                quick = market.run("process", QUICK)
+                assert quick.ok
+                assert_money_rests(market.client())
+                spent += quick.cost_nanos
+                assert vouchered(market) == spent
                 engine.up()
             eventually(lambda: "container" in market.offered(), "it is offered", why=market.log)
             assert market.run("container", QUICK).ok

@@ -218,9 +218,7 @@ def _to_coordinator() -> list[tuple[Message, KeyPair]]:
         **common,
     )
     link = PeerLink(peer=p.SELLER.peer_id, user="usr_" + "a" * 24, **common)
-    tls = TlsRequest(
-        peer=p.SELLER.peer_id, challenge="0" * 31 + "6", csr=b"\x30\x03csr", **common
-    )
+    tls = TlsRequest(peer=p.SELLER.peer_id, challenge="0" * 31 + "6", csr=b"\x30\x03csr", **common)
     request = GrantRequest(buyer=p.BUYER.peer_id, **both, **common)
     settle = Settle(
         session=agreed.agreement.session,

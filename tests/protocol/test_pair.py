@@ -305,7 +305,7 @@ def test_a_failed_order_without_a_meter_costs_nothing() -> None:
     assert pair.over() == ("closed", "closed")
 
 
-def test_a_metered_order_that_fails_keeps_only_what_was_vouchered() -> None:
+def test_a_metered_order_that_fails_costs_only_what_was_vouchered() -> None:
     pair = Pair().open()
     n = pair.order()
     pair.pump()
@@ -314,10 +314,11 @@ def test_a_metered_order_that_fails_keeps_only_what_was_vouchered() -> None:
         pair.pass_time(1000)
         pair.pump()
     paid = pair.stored()
-    pair.fail(n, "error", "platform_error")
+    pair.fail(n, "failed", "exit_nonzero")
     pair.pump()
     assert pair.stored() == paid
     assert pair.seller.tab.unpaid_nanos == pair.buyer.tab.unpaid_nanos == 0
+    assert pair.seller.tab.due_nanos == pair.buyer.tab.due_nanos == pair.buyer.costs[n] == paid[0]
 
 
 def test_the_next_order_after_a_failure_is_paid_in_full() -> None:
@@ -328,7 +329,7 @@ def test_the_next_order_after_a_failure_is_paid_in_full() -> None:
     for _ in range(12):
         pair.pass_time(1000)
         pair.pump()
-    pair.fail(n, "error", "platform_error")
+    pair.fail(n, "failed", "exit_nonzero")
     pair.pump()
     before, _ = pair.stored()
     pair.run_one(ms=700)
@@ -614,14 +615,17 @@ def test_what_is_said_after_the_end_is_ignored() -> None:
     pair.by_seller(pair.seller.end("shutting_down"))
     pair.order()
     pair.by_buyer(pair.buyer.cancel(1))
+    late = pair.buyer._chain.sign(Voucher, total_nanos=50)
+    pair.to_seller.append(late.data)
+    stale = pair.buyer._chain.sign(Voucher, total_nanos=50)
+    pair.to_seller.append(stale.data)
     pair.pump()  # the seller's close, then the failure of an order that it stopped
     assert pair.queue == []
     assert pair.over() == ("shutting_down", "shutting_down")
-    late = pair.buyer._chain.sign(Voucher, total_nanos=50)
-    kept = pair.seller.receive(late.data, now=pair.now)  # money that crossed the end still counts
-    assert kept == [KeepVoucher(late.data, 50)]
-    stale = pair.buyer._chain.sign(Voucher, total_nanos=50)
-    assert pair.seller.receive(stale.data, now=pair.now) == []
+    # Money that crossed the end still counts; what comes after both have signed it does not.
+    assert of(pair.seller_did, KeepVoucher) == [KeepVoucher(late.data, 50)]
+    after = pair.buyer._chain.sign(Voucher, total_nanos=60)
+    assert pair.seller.receive(after.data, now=pair.now) == []
 
 
 # --- a hostile peer ---

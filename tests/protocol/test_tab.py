@@ -49,6 +49,39 @@ def test_a_struck_order_is_not_owed_but_its_vouchers_stay() -> None:
     assert tab.unpaid_nanos == 50
 
 
+def test_what_an_order_had_is_credit_when_nothing_of_it_counts() -> None:
+    tab = Tab(cap_nanos=1000)
+    tab.accrue(1, 50)
+    tab.voucher(30)
+    assert (tab.due_nanos, tab.amount_nanos(1)) == (30, 50)
+    assert tab.strike(1, metered_nanos=0) == 0
+    assert (tab.unpaid_nanos, tab.vouchered_nanos, tab.due_nanos, tab.amount_nanos(1)) == (
+        0,
+        30,
+        0,
+        0,
+    )
+    tab.finish(2, 20)
+    assert (tab.unpaid_nanos, tab.vouchered_nanos, tab.due_nanos) == (0, 30, 20)
+
+
+def test_what_is_given_back_comes_off_open_orders() -> None:
+    tab = Tab(cap_nanos=1000)
+    tab.finish(1, 50)
+    tab.accrue(2, 40)
+    tab.accrue(3, 40)
+    tab.voucher(120)
+    tab.give_back(70)
+    assert (tab.due_nanos, tab.unpaid_nanos, tab.amount_nanos(2), tab.amount_nanos(3)) == (
+        70,
+        0,
+        20,
+        0,
+    )
+    tab.give_back(10)
+    assert (tab.due_nanos, tab.unpaid_nanos) == (50, 0)
+
+
 def test_what_was_meant_for_others_pays_them_when_an_order_is_struck() -> None:
     tab = Tab(cap_nanos=1000)
     tab.accrue(1, 50)
@@ -108,4 +141,5 @@ def test_the_sums_always_hold(facts: list[tuple[str, int, int]]) -> None:
         assert before <= tab.vouchered_nanos <= tab.cap_nanos
         assert tab._credit_nanos >= 0
         assert paid + tab._credit_nanos <= tab.vouchered_nanos
+        assert paid <= tab.due_nanos <= tab.vouchered_nanos
         assert tab._credit_nanos == 0 or tab.unpaid_nanos == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 
 import msgspec
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from lumaris_protocol import effects as fx
+from lumaris_protocol import pricing
 from lumaris_protocol.errors import LumarisError
 from tests.protocol import parties as p
 from tests.protocol.pair import Pair
@@ -25,7 +27,9 @@ class Walk(RuleBasedStateMachine):
         super().__init__()
         self.pair = Pair(TIGHT, accepts=False).open()
         self.waiting: list[int] = []
-        self.refused = False
+        self.errors: set[int] = set()
+        self.accepted_nanos = 0
+        self.cut = False
 
     def deliveries(self) -> None:
         seen = [e.delivery.n for e in self.pair.buyer_did if isinstance(e, fx.Delivered)]
@@ -50,9 +54,12 @@ class Walk(RuleBasedStateMachine):
             self.pair.pass_time(ms)
 
     @precondition(lambda self: self.pair.running and not self.pair.seller.machine.done)
-    @rule(fails=st.booleans())
-    def finish(self, fails: bool) -> None:
-        if fails:
+    @rule(end=st.sampled_from(["delivered", "failed", "error"]))
+    def finish(self, end: str) -> None:
+        if end == "error":
+            self.errors.add(self.pair.running)
+            self.pair.fail(self.pair.running, "error", "platform_error")
+        elif end == "failed":
             self.pair.fail(self.pair.running, "failed", "exit_nonzero")
         else:
             self.pair.deliver()
@@ -75,12 +82,15 @@ class Walk(RuleBasedStateMachine):
     def answer(self, accept: int) -> None:
         self.deliveries()
         for n in self.waiting[:2]:
-            answer = (
-                self.pair.buyer.accept(n, now=self.pair.now)
-                if accept
-                else self.pair.buyer.reject(n, "output_mismatch")
-            )
-            self.pair.by_buyer(answer)
+            if accept:
+                self.accept(n)
+            else:
+                self.pair.by_buyer(self.pair.buyer.reject(n, "output_mismatch"))
+
+    def accept(self, n: int) -> None:
+        answer = self.pair.buyer.accept(n, now=self.pair.now)
+        self.accepted_nanos += self.pair.buyer.costs[n] if answer else 0
+        self.pair.by_buyer(answer)
 
     @rule(n=st.integers(min_value=1, max_value=20))
     def cancel(self, n: int) -> None:
@@ -92,6 +102,11 @@ class Walk(RuleBasedStateMachine):
             self.pair.by_buyer(self.pair.buyer.close())
         if chance == 1 and not self.pair.seller.machine.done:
             self.pair.by_seller(self.pair.seller.end("shutting_down"))
+        if chance == 2:
+            self.cut = True
+            self.pair.to_seller = self.pair.to_buyer = deque(maxlen=0)
+            self.pair.by_buyer(self.pair.buyer.lost("seller_lost"))
+            self.pair.by_seller(self.pair.seller.end("buyer_lost"))
 
     @invariant()
     def money(self) -> None:
@@ -103,7 +118,7 @@ class Walk(RuleBasedStateMachine):
         pair.pump()
         self.deliveries()
         for n in self.waiting:
-            pair.by_buyer(pair.buyer.accept(n, now=pair.now))
+            self.accept(n)
         pair.pump()
         if pair.buyer.live == 0 and pair.buyer.machine.state == pair.seller.machine.state == "open":
             # Nothing is owed by the buyer's tab, so the seller's must not wait for anything.
@@ -118,6 +133,29 @@ class Walk(RuleBasedStateMachine):
             assert paid == taken
         assert taken <= paid
         pair.check()
+        self.check_end()
+
+    def check_end(self) -> None:
+        """What is paid with both signatures: for no order that the seller's platform failed."""
+        pair = self.pair
+        sides = [
+            [e for e in did if isinstance(e, fx.KeepCloses)]
+            for did in (pair.buyer_did, pair.seller_did)
+        ]
+        assert all(len(kept) <= 1 for kept in sides)
+        owed = self.accepted_nanos - pair.buyer.tab.delivered_unpaid_nanos
+        if not self.cut:
+            assert pair.stored()[1] >= owed
+            if sides[0]:
+                assert sides[1] in (sides[0], [])
+        prices = [
+            pricing.order_nanos(pair.terms, ms)
+            for n, ms in pair.wall_ms.items()
+            if n not in self.errors
+        ]
+        for kept in sides[0] + sides[1]:
+            assert owed <= kept.total_nanos <= pair.stored()[1]
+            assert kept.total_nanos <= sum(prices) + pair.terms.exposure_nanos
 
 
 TestWalk = Walk.TestCase

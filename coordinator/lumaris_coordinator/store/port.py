@@ -4,6 +4,11 @@ Statements are written in the subset that SQLite and PostgreSQL share: `?` and `
 `INTEGER`, `TEXT` and `BLOB` columns, conditions that compare (`seller = 1`), and numbers that the
 statement itself makes (`(SELECT coalesce(max(id), 0) + 1 FROM txn)`): one batch is written at a
 time, so they have no gaps.
+
+A writer's statement may be sent without waiting for its answer: it has happened for certain only
+once something of it or after it was read, and its error may be raised as late as that. So an
+operation lets the errors of its statements pass, and asks for `rowcount` or rows where it must
+know.
 """
 
 from __future__ import annotations
@@ -40,6 +45,19 @@ class Connection(Protocol):
     def close(self) -> None:
         """End the session; an open transaction is rolled back."""
         ...
+
+
+class Late(BaseException):
+    """A statement of an operation failed, and that was noticed only after the operation.
+
+    `ago` operations before the newest; since the failed statement nothing has happened. Cleared by
+    `ROLLBACK TO operation`, which goes back to the beginning of the failed one. No Exception, so
+    that no operation takes it for an error of its own.
+    """
+
+    def __init__(self, ago: int, cause: Exception) -> None:
+        super().__init__(f"a statement failed {ago} operations ago: {cause}")
+        self.ago, self.cause = ago, cause
 
 
 @dataclass(frozen=True)

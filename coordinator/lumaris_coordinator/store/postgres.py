@@ -6,9 +6,8 @@ are written, that sums and truth values are plain integers, and what `BEGIN IMME
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Final
 
@@ -19,7 +18,9 @@ from psycopg.adapt import AdaptersMap, Loader
 from psycopg.types.numeric import Int8Dumper
 
 from lumaris_coordinator.bounds import DATABASE_CONNECT_S_MAX, LOCK_WAIT_S, WRITE_S_MAX
-from lumaris_coordinator.store.port import Cursor
+from lumaris_coordinator.store.pipeline import Session
+from lumaris_coordinator.store.port import Connection as PortConnection
+from lumaris_coordinator.store.port import Cursor, first
 from lumaris_protocol.errors import LumarisError
 
 CHANNEL: Final = "lumaris"
@@ -29,7 +30,6 @@ BATCH_LOCK: Final = (_SPACE << 32) | 1
 SCHEMA_LOCK: Final = (_SPACE << 32) | 2
 PRESENCE: Final = 3
 _TOKENS: Final = re.compile(r"'(?:[^']|'')*'|\?(\d*)")
-_RELEASE: Final = "RELEASE operation"
 _OPTIONS: Final[dict[str, Any]] = {
     "application_name": "lumaris-coordinator",
     "connect_timeout": DATABASE_CONNECT_S_MAX,
@@ -42,76 +42,56 @@ _OPTIONS: Final[dict[str, Any]] = {
 
 
 class Connection:
-    """One session. A writer's batches exclude those of every other writer on the database.
+    """One session that waits for every statement: a reader's, or one that changes the schema."""
 
-    A RELEASE travels with the statement after it: a batch is paid for in round trips.
-    """
-
-    def __init__(self, inner: psycopg.Connection[Any], *, name: str = "") -> None:
-        self.inner, self._named = inner, bool(name)
-        self._together = {
-            "BEGIN IMMEDIATE": f"BEGIN ISOLATION LEVEL READ COMMITTED; {_lock()}",
-            "SAVEPOINT operation": "SAVEPOINT operation",
-            "COMMIT": f"SELECT pg_notify('{CHANNEL}', '{name}'); COMMIT" if name else "COMMIT",
-        }
-        self._owed = ""
+    def __init__(self, inner: psycopg.Connection[Any]) -> None:
+        self.inner = inner
 
     def execute(self, sql: str, values: Sequence[object] = (), /) -> Cursor:
         """Run one statement of the shared subset."""
-        if sql == _RELEASE:
-            self._owed = f"{_RELEASE}; "
-            return _NOTHING
-        owed, self._owed = self._owed, ""
-        if sql in self._together:
-            return self.inner.execute(_literal(owed + self._together[sql]), prepare=False)
-        if owed:
-            self.inner.execute(_literal(_RELEASE), prepare=False)
-        if not values:
-            return self.inner.execute(_literal(translate(sql)))
-        return self.inner.execute(_literal(translate(sql)), values)
+        return self.inner.execute(_literal(translate(sql)), values or None)
 
     def close(self) -> None:
-        """End the session. A writer's presence ends with the call, not when the server notices."""
-        if self._named and not self.inner.closed:
-            with contextlib.suppress(psycopg.Error):
-                self.inner.execute("SELECT pg_advisory_unlock_all()")
+        """End the session."""
         self.inner.close()
 
 
-class _Nothing:
-    """The answer to a statement that has not been sent yet."""
-
-    rowcount = 0
-
-    def fetchall(self) -> list[Any]:
-        return []
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(())
+def connect(dsn: str, *, read_only: bool = False) -> Connection:
+    """A session in autocommit mode. Raises psycopg.Error."""
+    return Connection(_connect(dsn, read_only=read_only))
 
 
-_NOTHING: Final = _Nothing()
+def write(dsn: str, name: str) -> Session:
+    """A writer's session, whose batches exclude those of every other writer on the database. It
+    tells the others of them under its `name`. Raises psycopg.Error."""
+    inner = _connect(dsn, read_only=False)
+    try:
+        inner.execute(_literal(f"SELECT pg_advisory_lock_shared({_SPACE}, {PRESENCE})"))
+        return Session(
+            inner,
+            begin=(
+                "BEGIN ISOLATION LEVEL READ COMMITTED",
+                f"SELECT pg_advisory_xact_lock({BATCH_LOCK})",
+            ),
+            commit=(f"SELECT pg_notify('{CHANNEL}', '{name}')", "COMMIT"),
+            translate=translate,
+        )
+    except BaseException:
+        inner.close()
+        raise
 
 
-def connect(dsn: str, *, name: str = "", read_only: bool = False) -> Connection:
-    """A session in autocommit mode. With a `name` it writes, and tells the others so.
-
-    Raises psycopg.Error.
-    """
+def _connect(dsn: str, *, read_only: bool) -> psycopg.Connection[Any]:
     inner = psycopg.connect(
         dsn, autocommit=True, cursor_factory=psycopg.RawCursor, context=_adapters(), **_OPTIONS
     )
     try:
         for setting, value in _session(read_only=read_only).items():
-            inner.execute(_literal(f"SET {setting} = '{value}'"))
-        if name:
-            inner.execute(
-                _literal(f"SELECT pg_advisory_lock_shared({_SPACE}, {PRESENCE})"), prepare=False
-            )
+            inner.execute(_literal(f"SET {setting} = '{value}'"), prepare=False)
     except BaseException:
         inner.close()
         raise
-    return Connection(inner, name=name)
+    return inner
 
 
 def _session(*, read_only: bool) -> dict[str, str]:
@@ -128,17 +108,16 @@ def _session(*, read_only: bool) -> dict[str, str]:
     }
 
 
-def others(connection: Connection) -> int:
+def others(connection: PortConnection) -> int:
     """How many other sessions are writers."""
-    row = connection.inner.execute(
-        _literal(
-            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted"
-            " AND classid = $1 AND objid = $2 AND objsubid = 2"
-            " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-            " AND pid <> pg_backend_pid()"
-        ),
+    row = first(
+        connection,
+        "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted"
+        " AND classid = ? AND objid = ? AND objsubid = 2"
+        " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+        " AND pid <> pg_backend_pid()",
         (_SPACE, PRESENCE),
-    ).fetchone()
+    )
     return int(row[0]) if row else 0
 
 
@@ -190,10 +169,6 @@ def not_writable(dsn: str, error: Exception) -> LumarisError:
     if secret:
         text = text.replace(str(secret), "…")
     return LumarisError("not_writable", f"{place(dsn)}: {text}")
-
-
-def _lock() -> str:
-    return f"SELECT pg_advisory_xact_lock({BATCH_LOCK})"
 
 
 def _literal(sql: str) -> Any:

@@ -81,7 +81,7 @@ class PostgresServer:
     def writer(self) -> Connection:
         """The session of the writer's thread; it marks this replica as present."""
         try:
-            return postgres.connect(self._dsn, name=self._name)
+            return postgres.write(self._dsn, self._name)
         except psycopg.Error as error:
             raise postgres.not_writable(self._dsn, error) from None
 
@@ -118,7 +118,7 @@ class PostgresServer:
 
     def replicas(self, connection: Connection) -> int:
         """Other writing sessions."""
-        return postgres.others(cast("postgres.Connection", connection))
+        return postgres.others(connection)
 
     def failed(self, error: Exception) -> bool:
         """As `postgres.failed`."""
@@ -208,7 +208,11 @@ class _listening:  # noqa: N801 - used as a function
     async def __aenter__(self) -> psycopg.Connection[Any]:
         connect = partial(postgres.connect, self._dsn, read_only=True)
         self._connection = await anyio.to_thread.run_sync(connect)
-        self._connection.execute(f"LISTEN {postgres.CHANNEL}")
+        try:
+            self._connection.execute(f"LISTEN {postgres.CHANNEL}")
+        except BaseException:
+            self._connection.close()
+            raise
         return self._connection.inner
 
     async def __aexit__(self, *_: object) -> None:

@@ -5,9 +5,10 @@ operation in its own savepoint inside one transaction, commits, and only then te
 Nothing lingers on purpose: what queued up during the last commit is the next batch, so the batch
 grows with the load and a lone request waits for no one.
 
-An operation that raises loses its savepoint and nothing else. When the transaction itself fails,
-nobody is told that anything happened, and the connection is opened anew. A batch that could not
-even begin changed nothing, so it is tried again for a while: a database that restarts costs its
+An operation that raises loses its savepoint and nothing else. Over a line an error may be noticed
+late; then the operations after it run again, each of them waited for. When the transaction itself
+fails, nobody is told that anything happened, and the connection is opened anew. A batch that could
+not even begin changed nothing, so it is tried again for a while: a database that restarts costs its
 callers a moment and no answer. While it fails, the writer tries by itself, ever more rarely, so
 that it is well again before the next request asks.
 """
@@ -38,7 +39,7 @@ from lumaris_coordinator.bounds import (
     WRITER_STALLED_S,
 )
 from lumaris_coordinator.store.bus import Bus
-from lumaris_coordinator.store.port import Connection
+from lumaris_coordinator.store.port import Connection, Late, all_rows
 from lumaris_protocol.errors import LumarisError
 
 log = logging.getLogger(__name__)
@@ -160,7 +161,8 @@ class Writer:
 
         Raises what the operation raises, and LumarisError `busy` when the queue is full or stands
         still, when the commit failed or when it takes too long. After the last two the same request
-        may be repeated: every operation here is idempotent.
+        may be repeated: every operation here is idempotent. An operation may run twice in one
+        batch, of which only the second run counts: it changes nothing but the database.
         """
         job = _Job(operation)
         with self._wake:
@@ -219,7 +221,7 @@ class Writer:
             connection.execute("BEGIN IMMEDIATE")
             begun = True
             self._commit(connection, jobs)
-        except Exception:
+        except (Exception, Late):
             self._fail(batch, begun=begun)
             return
         self._rest = 0.0
@@ -235,23 +237,48 @@ class Writer:
         if self._follows:
             for hook in self._hooks:
                 hook.followed(connection)
-        for job in jobs:
-            self._run_one(connection, job)
+        self._run_all(connection, jobs)
         for hook in self._hooks:
             hook.before_commit(connection, int(self._clock()))
         connection.execute("COMMIT")
 
-    def _run_one(self, connection: Connection, job: _Job) -> None:
-        """One operation in its savepoint. Raises only when the transaction itself is lost."""
+    def _run_all(self, connection: Connection, jobs: list[_Job]) -> None:
+        """The operations in turn. After a late error those that followed it run once more, each of
+        them now waited for: many failures must not each repeat the rest of the batch."""
+        start, alone = 0, False
+        while True:
+            index = start
+            try:
+                for index in range(start, len(jobs)):
+                    self._run_one(connection, jobs[index], alone=alone)
+                _settle(connection)
+            except Late as late:
+                failed = index - late.ago
+                if self._failed(late.cause) or failed < start:
+                    raise
+                jobs[failed].value, jobs[failed].error = None, late.cause
+                connection.execute("ROLLBACK TO operation")
+                connection.execute("RELEASE operation")
+                start, alone = failed + 1, True
+            else:
+                return
+
+    def _run_one(self, connection: Connection, job: _Job, *, alone: bool) -> None:
+        """One operation in its savepoint. Raises when the transaction itself is lost, and `Late`
+        when an operation before it turns out to have failed."""
+        job.value = job.error = None
         connection.execute("SAVEPOINT operation")
         try:
             job.value = job.operation(connection)
+            if alone:
+                _settle(connection)
+            connection.execute("RELEASE operation")
         except Exception as error:
             if self._failed(error):
                 raise
-            job.error = error
+            job.value, job.error = None, error
             connection.execute("ROLLBACK TO operation")
-        connection.execute("RELEASE operation")
+            connection.execute("RELEASE operation")
 
     def _fail(self, batch: list[_Job], *, begun: bool) -> None:
         """Nobody is acknowledged. Who waits only since a moment for a batch that did not begin
@@ -323,6 +350,11 @@ class Writer:
             job.done.set()
         if news:
             self.bus.wake()
+
+
+def _settle(connection: Connection) -> None:
+    """Whoever reads knows that what was written before has happened."""
+    all_rows(connection, "SELECT 1")
 
 
 def _unconfirmed() -> LumarisError:

@@ -1,7 +1,9 @@
 """The buyer's side of one session.
 
 It signs orders and vouchers, and pays only for what can be true: never more than the agreed rate
-over the time that really passed here, never above the cap, never for an order that failed.
+over the time that really passed here, never above the cap, never for an order that failed. What it
+vouchered for an order that the seller's platform then failed pays later orders, or comes back with
+the co-signed end.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from lumaris_protocol.limits import (
     IMAGE_S_MAX,
     LINK_DEAD_S,
     LINK_RESUME_S,
+    NANOS_MAX,
     PAY_WAIT_S,
     PREPARE_S_MAX,
     SILENCE_S,
@@ -76,13 +79,13 @@ BUYER_SESSION: Final = Table(
         Row("open", "meter", "open", "voucher what is plausible"),
         Row("open", "delivery", "open", "fetch, check, accept, voucher"),
         Row("open", "close_sent", "closing", "voucher the rest; wait for the seller's signature"),
-        Row("open", "close", "ended", "the seller ends it: co-sign the vouchered total"),
+        Row("open", "close", "ended", "the seller ends it: co-sign what it asks for"),
         Row("open", "over", "ended", "claim with our highest voucher"),
         Row("closing", "job_event", "closing", ""),
         Row("closing", "log_chunk", "closing", ""),
         Row("closing", "meter", "closing", ""),
         Row("closing", "delivery", "closing", "too late: not accepted, not paid"),
-        Row("closing", "close", "closed", "keep both signatures; settle at once"),
+        Row("closing", "close", "closed", "co-sign the seller's total; settle at once"),
         Row("closing", "over", "ended", "claim with our highest voucher"),
         Row("closing", "session_ready", "closing", refusal="replayed"),
         *late(("closed", "ended"), _FACTS),
@@ -160,7 +163,8 @@ class BuyerSession:
         self._live: dict[int, _Order] = {}
         # How long the ended orders can have run, one at a time, and when the last of them ended.
         self._ran_s, self._ran_until = 0.0, now
-        self._our_close = b""
+        self._accepted_nanos = 0
+        self._our_close, self._our_total = b"", 0
 
     @property
     def live(self) -> int:
@@ -225,6 +229,7 @@ class BuyerSession:
         self.orders_accepted += 1
         self.tab.finish(n, order.delivery.amount_nanos)
         self.costs[n] = order.delivery.amount_nanos
+        self._accepted_nanos += order.delivery.amount_nanos
         acceptance = self._chain.sign(
             Acceptance, n=n, accepted=True, total_nanos=self._due_delivered
         )
@@ -258,7 +263,8 @@ class BuyerSession:
             return []
         effects = self._voucher(self._due_delivered)
         self.machine.take("close_sent")
-        self._our_close = self._close_message(reason)
+        self._our_total = self.tab.due_nanos
+        self._our_close = self._close_message(reason, self._our_total)
         return [*effects, Send(self._our_close)]
 
     def lost(self, reason: str) -> list[Effect]:
@@ -334,7 +340,8 @@ class BuyerSession:
         if message.state in _TERMINAL:
             self._count_ended(order, now)
             del self._live[message.n]
-            self.costs[message.n] = self.tab.strike(message.n)
+            kept = 0 if message.state == "error" else NANOS_MAX
+            self.costs[message.n] = self.tab.strike(message.n, metered_nanos=kept)
         return [OrderChanged(message)]
 
     def _on_log(self, message: LogChunk) -> list[Effect]:
@@ -380,19 +387,30 @@ class BuyerSession:
         return [Delivered(message)]
 
     def _on_close(self, message: Close, data: bytes, *, closing: bool) -> list[Effect]:
-        if message.total_nanos != self.tab.vouchered_nanos:
+        total = message.total_nanos
+        if not self._can_close_with(total):
             return [SessionOver("terms_changed" if closing else message.reason)]
-        if closing:
-            return [KeepCloses(self._our_close, data), SessionOver("closed")]
-        ours = self._close_message(message.reason)
-        return [KeepCloses(ours, data), Send(ours), SessionOver(message.reason)]
+        self.tab.give_back(total)
+        if closing and total == self._our_total:
+            return [KeepCloses(self._our_close, data, total), SessionOver("closed")]
+        ours = self._close_message(message.reason, total)
+        over = SessionOver("closed" if closing else message.reason)
+        return [KeepCloses(ours, data, total), Send(ours), over]
 
     # --- inside ---
 
     @property
     def _due_delivered(self) -> int:
         """Everything that must be vouchered for accepted orders."""
-        return self.tab.vouchered_nanos + self.tab.delivered_unpaid_nanos
+        return self.tab.due_nanos + self.tab.delivered_unpaid_nanos
+
+    def _can_close_with(self, total_nanos: int) -> bool:
+        """No more than was vouchered; and no less than was accepted and vouchered.
+
+        A seller that asks for less has not heard of that yet, and must not lose by it.
+        """
+        accepted = self._accepted_nanos - self.tab.delivered_unpaid_nanos
+        return accepted <= total_nanos <= self.tab.vouchered_nanos
 
     def _check_amount(self, n: int, amount_nanos: int, now: float) -> None:
         """Orders of a session run one at a time, so time bounds each order and their sum."""
@@ -433,10 +451,10 @@ class BuyerSession:
         voucher = self._chain.sign(Voucher, total_nanos=total)
         return [KeepVoucher(voucher.data, total), Send(voucher.data)]
 
-    def _close_message(self, reason: str) -> bytes:
+    def _close_message(self, reason: str, total_nanos: int) -> bytes:
         return self._chain.sign(
             Close,
-            total_nanos=self.tab.vouchered_nanos,
+            total_nanos=total_nanos,
             orders_accepted=self.orders_accepted,
             reason=reason,
         ).data

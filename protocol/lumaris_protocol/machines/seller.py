@@ -30,6 +30,7 @@ from lumaris_protocol.limits import (
     IDLE_S_MAX,
     INPUT_BYTES_MAX,
     KEEPALIVE_S,
+    NANOS_MAX,
     ORDERS_QUEUED_MAX,
     PAY_WAIT_S,
 )
@@ -73,8 +74,8 @@ SELLER_SESSION: Final = Table(
         Row("open", "acceptance", "open", "put it on the tab, or strike it off"),
         Row("open", "voucher", "open", "keep it; open the gate when enough is paid"),
         Row("open", "cancel", "open", "stop the order"),
-        Row("open", "close", "closed", "co-sign when the totals agree"),
-        Row("open", "over", "ended", "settle with the highest voucher"),
+        Row("open", "close", "closed", "co-sign what is due, or name it; stop the orders"),
+        Row("open", "over", "ended", "name what is due; settle"),
         *late(("closed", "ended"), _FACTS),
     ),
 )
@@ -112,6 +113,9 @@ class SellerSession:
         self._states: dict[int, WorkState] = {}  # the last said of each live order
         self._said_at = self._busy_at = 0.0
         self._written_off_nanos = 0
+        self._our_close = b""
+        self._our_total: int | None = None
+        self._co_signed = False
 
     # --- what the buyer says ---
 
@@ -145,10 +149,15 @@ class SellerSession:
         return self._on_close(message, data)
 
     def _on_late(self, message: SessionMessage, signed: Signed[SessionMessage]) -> list[Effect]:
-        """A voucher that crossed our own end still counts."""
+        """A voucher that crossed our own end still counts, until the buyer signs that end too."""
+        if self._co_signed:
+            return []
         if isinstance(message, Voucher) and message.total_nanos > self.tab.vouchered_nanos:
             self.tab.voucher(message.total_nanos)
             return [KeepVoucher(signed.data, message.total_nanos)]
+        if isinstance(message, Close) and message.total_nanos == self._our_total:
+            self._co_signed = True
+            return [KeepCloses(signed.data, self._our_close, message.total_nanos)]
         return []
 
     def _check_grant(self, message: SessionOpen, now: float) -> None:
@@ -219,10 +228,16 @@ class SellerSession:
 
     def _on_close(self, message: Close, data: bytes) -> list[Effect]:
         stops: list[Effect] = [StopOrder(n, "cancelled") for n in self._live]
-        if message.total_nanos != self.tab.vouchered_nanos:
+        for n in (*self._live, *self._delivered):
+            self._strike(n)  # too late to be accepted
+        total, due = message.total_nanos, self.tab.due_nanos
+        if total > self.tab.vouchered_nanos:
             return [*stops, SessionOver("terms_changed")]
-        ours = self._close(message.reason)
-        return [*stops, KeepCloses(data, ours), Send(ours), SessionOver("closed")]
+        # What is on its way sets the tabs apart; what that can be worth is the exposure.
+        if due <= total <= due + self.terms.exposure_nanos:
+            ours, self._co_signed = self._close(message.reason, total), True
+            return [*stops, KeepCloses(data, ours, total), Send(ours), SessionOver("closed")]
+        return [*stops, Send(self._close(message.reason, due)), SessionOver("closed")]
 
     # --- what happens here ---
 
@@ -310,9 +325,12 @@ class SellerSession:
         exit_status: int | None = None,
         detail: str = "",
     ) -> list[Effect]:
-        """The order ended without a delivery: its unpaid part is struck off."""
+        """The order ended without a delivery: its unpaid part is struck off.
+
+        In the state `error` this platform failed it: what was vouchered for it is credit again.
+        """
         self._live.pop(n, None)
-        self._strike(n)
+        self._strike(n, kept_nanos=0 if state == "error" else NANOS_MAX)
         self._busy_at = now
         event = self._event(
             n,
@@ -324,7 +342,7 @@ class SellerSession:
             detail=detail,
         )
         self._states.pop(n, None)
-        return [*event, *self._gate(now), *self._bad_debt()]
+        return [*event, *self._gate(now), *self._bad_debt(state)]
 
     def state(self, n: int, state: WorkState, *, now: float) -> list[Effect]:
         """Tell the buyer a state that changes no money (paused, collecting)."""
@@ -353,7 +371,9 @@ class SellerSession:
             return []
         self.machine.take("over")
         stops: list[Effect] = [StopOrder(n, reason) for n in self._live]
-        return [*stops, Send(self._close(reason)), SessionOver(reason)]
+        for n in self._live:
+            self._strike(n)
+        return [*stops, Send(self._close(reason, self.tab.due_nanos)), SessionOver(reason)]
 
     def over_limit(self, n: int, usage: Usage) -> bool:
         """Whether the order costs more than it may: asking for that would break a rule."""
@@ -365,31 +385,39 @@ class SellerSession:
         """Whether the buyer still has to accept or reject order `n`."""
         return n in self._delivered
 
+    @property
+    def awaits_close(self) -> bool:
+        """Whether we ended it for less than was vouchered, and the buyer has yet to sign that."""
+        ours = self._our_total
+        return ours is not None and not self._co_signed and ours < self.tab.vouchered_nanos
+
     # --- inside ---
 
-    def _strike(self, n: int) -> None:
-        unpaid_nanos = self.tab.unpaid_nanos
-        self.tab.strike(n, metered_nanos=self._metered.pop(n, 0))
-        self._written_off_nanos += max(0, unpaid_nanos - self.tab.unpaid_nanos)
+    def _strike(self, n: int, *, kept_nanos: int = NANOS_MAX) -> None:
+        amount = self.tab.amount_nanos(n)
+        kept = self.tab.strike(n, metered_nanos=min(kept_nanos, self._metered.pop(n, 0)))
+        self._written_off_nanos += max(0, amount - kept)
 
-    def _bad_debt(self) -> list[Effect]:
-        """Work given away is bounded like work unpaid: the exposure, and as much as was paid."""
+    def _bad_debt(self, state: WorkState = "failed") -> list[Effect]:
+        """Work given away is bounded like work unpaid: by the exposure and what was vouchered."""
         bound = self.terms.exposure_nanos + self.tab.vouchered_nanos
         if self.terms.exposure_nanos == 0 or self._written_off_nanos < bound:
             return []
-        return self.end("unpaid")
+        return self.end("platform_error" if state == "error" else "unpaid")
 
     @property
     def _spent(self) -> int:
-        return self.tab.vouchered_nanos + self.tab.unpaid_nanos
+        return self.tab.due_nanos + self.tab.unpaid_nanos
 
-    def _close(self, reason: str) -> bytes:
-        return self._chain.sign(
+    def _close(self, reason: str, total_nanos: int) -> bytes:
+        self._our_total = total_nanos
+        self._our_close = self._chain.sign(
             Close,
-            total_nanos=self.tab.vouchered_nanos,
+            total_nanos=total_nanos,
             orders_accepted=self.orders_accepted,
             reason=reason,
         ).data
+        return self._our_close
 
     def _event(
         self,

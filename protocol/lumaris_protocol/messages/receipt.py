@@ -82,9 +82,7 @@ class ReceiptBundle(Part, frozen=True, forbid_unknown_fields=True, kw_only=True)
     amendments: Annotated[
         tuple[SmallDocument, ...], Meta(max_length=2 * limits.AMENDMENTS_MAX)
     ] = ()
-    rulings: Annotated[
-        tuple[Document, ...], Meta(max_length=limits.DISPUTES_PER_ESCROW_MAX)
-    ] = ()
+    rulings: Annotated[tuple[Document, ...], Meta(max_length=limits.DISPUTES_PER_ESCROW_MAX)] = ()
     salt: Annotated[bytes, Meta(min_length=32, max_length=32)]
     proof: LogProof
     checkpoint: Annotated[str, Meta(max_length=limits.CHECKPOINT_CHARS_MAX)]

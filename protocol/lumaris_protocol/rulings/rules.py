@@ -13,10 +13,9 @@ from typing import Final
 from lumaris_protocol import codec, envelope
 from lumaris_protocol.codec import Signed
 from lumaris_protocol.errors import EnvelopeError
-from lumaris_protocol.limits import SEQ_MAX
 from lumaris_protocol.messages.base import SessionMessage
 from lumaris_protocol.messages.execution import Delivery
-from lumaris_protocol.messages.payment import Close, Settle, Voucher
+from lumaris_protocol.messages.payment import Settle, Voucher
 from lumaris_protocol.rulings import work
 from lumaris_protocol.rulings.case import Case, Decision, Finding, penalty
 from lumaris_protocol.rulings.evidence import Session
@@ -135,23 +134,18 @@ def _encloses_forgery(case: Case, settle: Signed[Settle]) -> bool:
 
 
 def _stale_voucher(case: Case) -> Finding:
-    """The buyer closed or claimed with less than a voucher that it had signed before."""
+    """The buyer claimed with less than a voucher that it had signed."""
     agreement = case.agreement
     documents = [s.message for s in case.session.by(agreement.buyer_session_key)]
     vouchers = [m for m in documents if isinstance(m, Voucher)]
-    said = [(m.total_nanos, m.seq) for m in documents if isinstance(m, Close)]
-    # A claim on the escrow is no part of the chain: it ends the session, whatever its number.
-    said += [
-        (s.message.total_nanos, SEQ_MAX)
+    # A close alone moves no money, and with both closes the seller agreed to the lower total.
+    said = [
+        s.message.total_nanos
         for s in case.session.settles
-        if s.signer == agreement.buyer
+        if s.signer == agreement.buyer and len(s.message.closes) < 2
     ]
-    lower = [
-        total
-        for voucher in vouchers
-        for total, seq in said
-        if total < voucher.total_nanos and seq > voucher.seq
-    ]
+    highest = max((voucher.total_nanos for voucher in vouchers), default=0)
+    lower = [total for total in said if total < highest]
     if not lower:
         return _unproven(case)
     held_back = min(_vouchered(case) - min(lower), case.opened.amount_nanos)
