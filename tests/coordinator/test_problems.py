@@ -16,6 +16,7 @@ import trio
 from lumaris_coordinator import Coordinator, bounds, create_app, problems
 from lumaris_coordinator.config import Settings
 from lumaris_coordinator.problems import BadDocuments
+from lumaris_coordinator.store.writer import Writer
 from lumaris_overlay.private_files import load_or_create_key, make_private_folder
 from lumaris_protocol.codes import CODES
 from lumaris_protocol.errors import LumarisError
@@ -173,9 +174,8 @@ async def test_status_and_documentation(market: Market) -> None:
 async def test_not_ready_when_the_store_is_closed(
     market: Market, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(market.coordinator.store.writer, "_stopping", True)
+    monkeypatch.setattr(Writer, "alive", False)
     check(await market.client.get("/readyz"), 503, "busy")
-    monkeypatch.undo()
 
 
 async def test_two_coordinators_on_one_directory(market: Market) -> None:

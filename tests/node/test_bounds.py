@@ -94,6 +94,7 @@ class Rows:
 
     def __init__(self) -> None:
         self.reasons: list[str] = []
+        self.evidence = Path("/nonexistent/evidence")  # where nothing can be kept
 
     async def keep_voucher(self, *_: object) -> None:
         raise sqlite3.OperationalError("disk I/O error")
