@@ -90,7 +90,7 @@ def read(state: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             text = file.read(CONFIG_BYTES_MAX + 1)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
         raise LumarisError("config_invalid", f"{path}: {error.strerror}.") from None

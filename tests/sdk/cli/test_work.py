@@ -563,13 +563,15 @@ def test_node(parts: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_coordinator(parts: dict[str, Any], tmp_path: Path) -> None:
-    parts["lumaris_coordinator.config:Settings"] = SimpleNamespace()
+    parts["lumaris_coordinator.config:Settings"] = SimpleNamespace(network="devnet")
+    parts["lumaris_coordinator.upkeep.config_file:read"] = {"fee_bps": 7, "network": "devnet"}
     parts["lumaris_coordinator.cli:run"] = None
     words = ["--fee-bps", "0", "--settle-window", "1h", "--test-credit", "5", "--port", "0"]
     assert call("coordinator", "up", "--state", tmp_path, *words).exit_code == 0
-    assert parts["calls"][0][2] == {
+    made = next(call for call in parts["calls"] if call[0] == "lumaris_coordinator.config:Settings")
+    assert made[2] == {
         "state": tmp_path,
-        "host": "127.0.0.1",
+        "overlay": True,
         "port": 0,
         "network": "devnet",
         "fee_bps": 0,
