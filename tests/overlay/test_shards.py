@@ -249,7 +249,7 @@ async def test_real_hosts_join_the_shards_they_need() -> None:
         await buyer.seek(needs("r1"))
         await until(lambda: "r1" in regions_of(buyer))
         assert set(east.exchange.gossip.topics()) == {
-            f"/lumaris/{NETWORK}/{kind}/1" for kind in ("adverts", "demands")
+            f"/lumaris/{NETWORK}/{kind}/1" for kind in ("adverts", "demands", "notices")
         }
         await until(lambda: buyer.exchange.gossip.in_mesh(east.host.get_id(), ADVERTS, 1))
         async with buyer.adverts() as events:
