@@ -247,9 +247,10 @@ def test_a_hundred_killed_jobs_leave_nothing(market: Arena, tiers: tuple[str, ..
 
 
 def held_files(market: Arena) -> list[str]:
-    """All files of the seller, by name."""
+    """All files of the seller, by name, but for the evidence that it keeps of every session."""
     folder: Path = market.folder
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    names = (path.relative_to(folder) for path in folder.rglob("*"))
+    return sorted(str(name) for name in names if name.parts[0] != "evidence")
 
 
 def held_processes(market: Arena) -> list[int]:
