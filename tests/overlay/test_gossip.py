@@ -129,3 +129,41 @@ async def test_topics_are_joined_and_left():
         assert heard == [first]
         with pytest.raises(ValueError, match="shard"):
             await mine.join(ADVERTS, 5000)
+
+
+@pytest.mark.slow
+async def test_greetings_at_once_open_one_stream_and_a_lost_one_is_replaced():
+    async with open_host(member("one")) as one, open_host(member("two")) as two:
+        mine, peer = one.exchange.gossip, two.host.get_id()
+        heard: list[bytes] = []
+
+        def judge(shard: int, forwarder: str, data: bytes) -> Judgement:
+            heard.append(data)
+            return Judgement.PASS
+
+        two.exchange.gossip._judges[ADVERTS] = judge
+        await two.exchange.gossip.join(ADVERTS, 7)
+        await mine.join(ADVERTS, 7)
+        assert await two.connect((await one.reachability()).addresses) == 1
+        await until(lambda: mine.in_mesh(peer, ADVERTS, 7))
+
+        opened: list[object] = []
+        new_stream = one.host.new_stream
+
+        async def count(*arguments: object) -> object:
+            opened.append(arguments)
+            return await new_stream(*arguments)
+
+        one.host.new_stream = count
+        pubsub = mine._pubsub
+        pubsub._drop_stream(peer)
+        async with trio.open_nursery() as nursery:
+            for _ in range(4):
+                nursery.start_soon(pubsub._handle_new_peer, peer)
+        assert len(opened) == 1
+        assert pubsub._greeting == {}
+
+        await pubsub.peers[peer].reset()  # as after the loss of one of two connections
+        await mine.publish(ADVERTS, b"after the loss", 7)
+        await until(lambda: heard == [b"after the loss"])
+        assert peer in mine.followers(ADVERTS, 7)

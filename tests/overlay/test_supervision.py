@@ -27,7 +27,8 @@ from tests.overlay.world import advert, key_of, next_of, until
 
 pytestmark = [pytest.mark.planet, pytest.mark.slow]
 
-# Starts the real program beside a thread that takes memory once a file appears.
+# Starts the real program beside a thread that takes memory once a file appears, and keeps it. It
+# takes less than the kernel's own limit, or an allocation may fail here before the program looks.
 FILLING = """
 import sys, threading, time
 from pathlib import Path
@@ -38,9 +39,10 @@ def fill():
         time.sleep(0.01)
     signal.unlink()
     taken = []
-    while True:
+    for _ in range(80):
         taken.append(bytearray(b"x") * (4 << 20))
-        time.sleep(0.001)
+    while True:
+        time.sleep(1)
 threading.Thread(target=fill, daemon=True).start()
 sys.exit(main())
 """

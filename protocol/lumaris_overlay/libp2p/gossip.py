@@ -189,12 +189,13 @@ class Gossip:
     def reaches(self, peer: Any, kind: str, shard: int) -> bool:
         """Whether gossip gets to a peer: directly, or it follows and others have it from us."""
         mesh = self._router.mesh.get(topic_of(self._network, kind, shard), ())
+        if not self.knows(peer):
+            return False
         return peer in mesh or (len(mesh) >= _DEGREE_LOW and peer in self.followers(kind, shard))
 
     def knows(self, peer: Any) -> bool:
         """Whether a peer has taken our gossip stream and not reset it."""
-        stream: Any = self._pubsub.peers.get(peer)
-        return stream is not None and not stream.muxed_stream.reset_received
+        return self._pubsub.writes_to(peer)
 
     def admit(self, peer: Any) -> None:
         """Begin to gossip with a peer that was a stranger when it connected."""

@@ -97,6 +97,7 @@ class GuardedPubsub(Pubsub):
         self.judges: dict[str, Callable[[str, bytes], Judgement]] = {}
         self._manners = manners
         self._reading: dict[ID, Any] = {}
+        self._greeting: dict[ID, trio.Lock] = {}
         self._tolls = TokenBuckets(
             per_s=GOSSIP_COST_PER_S_PER_PEER,
             burst=GOSSIP_COST_BURST_PER_PEER,
@@ -124,10 +125,46 @@ class GuardedPubsub(Pubsub):
     async def _handle_new_peer(self, peer_id: ID) -> None:
         if not self._manners.admitted(str(peer_id)):
             return
-        with trio.move_on_after(_GREET_S) as greeting:
-            await super()._handle_new_peer(peer_id)
+        # One at a time: of two streams opened at once the peer may keep the one that we drop.
+        lock = self._greeting.setdefault(peer_id, trio.Lock())
+        try:
+            with trio.move_on_after(_GREET_S) as greeting:
+                async with lock:
+                    if not self.writes_to(peer_id):
+                        self._drop_stream(peer_id)
+                        await super()._handle_new_peer(peer_id)
+        finally:
+            if not lock.locked():
+                self._greeting.pop(peer_id, None)
         if greeting.cancelled_caught:
             raise SwarmException("the gossip stream did not open in time")
+
+    def writes_to(self, peer: ID) -> bool:
+        """Whether our stream to a peer can be written to, as far as is known here."""
+        stream: Any = self.peers.get(peer)
+        if stream is None or stream.muxed_stream.reset_received:
+            return False
+        return not stream.muxed_conn.is_closed
+
+    def _drop_stream(self, peer: ID) -> None:
+        """Forget a stream that is written to no longer, before the next one takes its place."""
+        if peer in self.peers:
+            del self.peers[peer]
+            if (queue := self.peer_queues.pop(peer, None)) is not None:
+                queue.close()
+            self.router.remove_peer(peer)
+            # What it may have missed is sent again.
+            self._replayed_recent_topics.pop(peer, None)
+
+    def _handle_dead_peer(self, peer_id: ID) -> None:
+        topics = [topic for topic, peers in self.peer_topics.items() if peer_id in peers]
+        super()._handle_dead_peer(peer_id)
+        # Only our stream ended: on its own the peer said once what it follows, and won't repeat it.
+        if peer_id in self._reading and self._peer_is_connected(peer_id):
+            for topic in topics:
+                self.peer_topics.setdefault(topic, set()).add(peer_id)
+            if topics:
+                self._peer_subscription_count[peer_id] = len(topics)
 
     # --- reading ---
 
