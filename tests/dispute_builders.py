@@ -49,6 +49,7 @@ class Work:
     seller: KeyPair
     network: str
     _seqs: dict[str, int] = field(default_factory=dict)
+    _orders: dict[int, str] = field(default_factory=dict)
 
     def order(self, n: int = 1, *, command: str = "work", **changes: Any) -> bytes:
         fields: dict[str, Any] = {
@@ -60,7 +61,9 @@ class Work:
             "limits": LIMITS,
             "idempotency_key": derive_id("job", f"{self.contract.hash}{n}".encode()),
         }
-        return self._sign(WorkOrder, self.buyer, fields, changes)
+        data = self._sign(WorkOrder, self.buyer, fields, changes)
+        self._orders.setdefault(n, digest(data))  # the seller gets the first of a number
+        return data
 
     def delivery(
         self, n: int = 1, *, output: str = "right", wall_ms: int = 1_000, **changes: Any
@@ -68,6 +71,7 @@ class Work:
         stdout = File(path="stdout", size_bytes=1, sha256=digest(output.encode()))
         fields: dict[str, Any] = {
             "n": n,
+            "order_hash": self._orders.get(n, digest(b"no order")),
             "exit_status": 0,
             "outputs": (),
             "output_root": digest(output.encode()),
@@ -82,6 +86,7 @@ class Work:
     def event(self, n: int = 1, *, wall_ms: int = 1_000, **changes: Any) -> bytes:
         fields: dict[str, Any] = {
             "n": n,
+            "order_hash": self._orders.get(n, digest(b"no order")),
             "state": "failed",
             "usage": Usage(wall_ms=wall_ms),
             "at": self.contract.agreement.issued_at + 5,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Collection, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,16 +27,20 @@ class Contract:
     by_seller: bytes
 
 
-def join(by_buyer: bytes, by_seller: bytes, *, network: str) -> Contract:
+def join(
+    by_buyer: bytes, by_seller: bytes, *, network: str, known: Collection[bytes] = ()
+) -> Contract:
     """Check both signatures over the same payload. Raises EnvelopeError.
 
-    Both envelopes are verified, so a contract can be handed to a third party as it is.
+    Both envelopes are verified (those `known` were before), so a contract can be handed to a third
+    party as it is.
     """
-    first = codec.open_signed(by_buyer, Agreement, network=network)
-    second = codec.open_signed(by_seller, Agreement, network=network)
-    agreement = first.message
-    payload = envelope.decode(by_buyer).payload
-    if envelope.decode(by_seller).payload != payload:
+    first = envelope.decode(by_buyer, size_max=Agreement.SIZE_MAX)
+    agreement = codec.open_decoded(first, Agreement, network=network, known=known).message
+    second = envelope.decode(by_seller, size_max=Agreement.SIZE_MAX)
+    codec.check_envelope(second, Agreement, network=network, known=known)
+    if second.payload != first.payload:
+        codec.decode_payload(second.payload, Agreement)  # what is no agreement has its own error
         raise EnvelopeError("terms_changed", "The two sides signed different agreements.")
     if first.signer != agreement.buyer or second.signer != agreement.seller:
         raise EnvelopeError("wrong_signer", "The agreement is not signed by its parties.")
@@ -44,7 +48,7 @@ def join(by_buyer: bytes, by_seller: bytes, *, network: str) -> Contract:
         raise EnvelopeError("wrong_signer", "Buyer and seller are the same peer.")
     if not 0 < agreement.ends_at - agreement.issued_at <= SESSION_KEY_LIFETIME_S_MAX:
         raise EnvelopeError("malformed", "The agreement's session keys live too long.")
-    return Contract(agreement, digest(payload), first.data, second.data)
+    return Contract(agreement, digest(first.payload), first.data, second.data)
 
 
 def coordinator_of(data: bytes) -> str:
@@ -113,13 +117,20 @@ def check_against_quote(
 
 
 def open_grant(
-    data: bytes, contract: Contract, *, network: str, coordinator: str, now: float | None
+    data: bytes,
+    contract: Contract,
+    *,
+    network: str,
+    coordinator: str,
+    now: float | None,
+    known: Collection[bytes] = (),
 ) -> Signed[BudgetGrant]:
-    """Check that a grant covers a contract. With `now` it must also be current.
+    """Check that a grant covers a contract. With `now` it must also be current. Those `known` had
+    their signature checked before.
 
     Raises EnvelopeError for bad bytes and RefusedError `grant_invalid` for another's grant.
     """
-    grant = codec.open_signed(data, BudgetGrant, network=network, signer=coordinator)
+    grant = codec.open_signed(data, BudgetGrant, network=network, signer=coordinator, known=known)
     message, agreement = grant.message, contract.agreement
     if now is not None:
         codec.check_times(

@@ -59,6 +59,30 @@ class Membership(msgspec.Struct, frozen=True):
     expires_at: int
 
 
+class TlsCertificate(msgspec.Struct, frozen=True):
+    """A TLS client certificate and the authority that signed it, both in PEM."""
+
+    certificate: str
+    ca: str
+    expires_at: int
+
+
+class User(msgspec.Struct, frozen=True):
+    """Somebody with a name, and the peers that belong to it."""
+
+    user: str
+    name: str
+    operator: bool
+    created_at: int
+    peers: list[str]
+
+
+class Peers(msgspec.Struct, frozen=True):
+    """The peers of a user."""
+
+    peers: list[str]
+
+
 class Bootstrap(msgspec.Struct, frozen=True):
     """Where to find the network."""
 
@@ -83,6 +107,15 @@ class Account(msgspec.Struct, frozen=True):
     free_nanos: int
     held_nanos: int
     wallets: list[Wallet] = []
+
+
+class Credit(msgspec.Struct, frozen=True):
+    """Test credit that was given."""
+
+    account: str
+    currency: str
+    credited_nanos: int
+    transaction: int
 
 
 class Payout(msgspec.Struct, frozen=True):
@@ -125,6 +158,21 @@ class Escrow(msgspec.Struct, frozen=True):
     settle_by: int
     runway_s: int
     receipt: str | None
+
+
+class EscrowClaim(msgspec.Struct, frozen=True):
+    """A signed claim; `taken` is false for one that enclosed a forged voucher."""
+
+    by: str
+    taken: bool
+    document: bytes
+    at: int
+
+
+class EscrowClaims(msgspec.Struct, frozen=True):
+    """The claims on a session's money that may be evidence."""
+
+    claims: list[EscrowClaim]
 
 
 class EscrowPage(msgspec.Struct, frozen=True):
@@ -310,9 +358,31 @@ def register(registration: bytes) -> Request[Membership]:
     return _post("/v1/identity/register", registration, _json(Membership))
 
 
-def credit(credit_request: bytes) -> Request[Account]:
+def tls_certificate(tls_request: bytes) -> Request[TlsCertificate]:
+    """Send a signed TlsRequest."""
+    return _post("/v1/identity/tls-certificate", tls_request, _json(TlsCertificate))
+
+
+def user(token: str) -> Request[User]:
+    """The user of a token or an API key."""
+    return Request("GET", "/v1/users/me", _json(User), headers=_bearer(token))
+
+
+def link_peer(peer_link: bytes, token: str) -> Request[Peers]:
+    """Send a signed PeerLink: the peer belongs to the user from now on."""
+    headers = {**_bearer(token), "content-type": ENVELOPE_MEDIA_TYPE}
+    return Request("POST", "/v1/users/me/peers", _json(Peers), peer_link, headers)
+
+
+def unlink_peer(peer: str, token: str) -> Request[bytes]:
+    """Take a peer from its user; either may ask."""
+    path = f"/v1/users/me/peers/{peer}"
+    return Request("DELETE", path, lambda _status, body: body, headers=_bearer(token))
+
+
+def credit(credit_request: bytes) -> Request[Credit]:
     """Send a signed CreditRequest."""
-    return _post("/v1/credits", credit_request, _json(Account))
+    return _post("/v1/credits", credit_request, _json(Credit))
 
 
 def payout(payout_request: bytes) -> Request[Payout]:
@@ -355,6 +425,12 @@ def escrows(token: str, *, after: int = 0, state: str = "") -> Request[EscrowPag
 def escrow(session: str, token: str) -> Request[Escrow]:
     """The money of one of the caller's sessions."""
     return Request("GET", f"/v1/escrows/{session}", _json(Escrow), headers=_bearer(token))
+
+
+def escrow_claims(session: str, token: str) -> Request[EscrowClaims]:
+    """The claims on a session's money that may be evidence for its parties."""
+    path = f"/v1/escrows/{session}/claims"
+    return Request("GET", path, _json(EscrowClaims), headers=_bearer(token))
 
 
 def settle(claim: bytes) -> Request[bytes | Claimed]:

@@ -16,19 +16,31 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from lumaris_protocol import agreements, codec, envelope, keys, limits, merkle, notes, rulings
+from lumaris_protocol import (
+    agreements,
+    codec,
+    envelope,
+    key_list,
+    keys,
+    limits,
+    merkle,
+    notes,
+    rulings,
+)
 from lumaris_protocol.agreements import Contract
 from lumaris_protocol.codec import Signed
-from lumaris_protocol.errors import LumarisError, RefusedError
+from lumaris_protocol.errors import EnvelopeError, LumarisError, RefusedError
 from lumaris_protocol.messages.base import Document, Part
 from lumaris_protocol.messages.dispute import (
     CheckerDraw,
+    CheckerList,
     DisputeEvidence,
     DisputeOpen,
     DisputeSplit,
     DisputeWithdraw,
     Ruling,
 )
+from lumaris_protocol.messages.notice import KeyList
 from lumaris_protocol.messages.receipt import LogProof
 from lumaris_protocol.receipts import Check, Verdict
 from lumaris_protocol.rulings import Case, Decision, Dossier
@@ -40,8 +52,10 @@ _Salt = Annotated[bytes, Meta(min_length=merkle.SALT_BYTES, max_length=merkle.SA
 
 
 class DrawEntry(Part, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A signed draw, and the proof that its checkpoint holds the dispute's opening."""
+    """A signed draw, its list, and the proof that its checkpoint holds that list."""
 
+    candidates: Document
+    salt: _Salt
     draw: Document
     proof: LogProof
 
@@ -63,7 +77,6 @@ class DisputeFile(Part, frozen=True, forbid_unknown_fields=True, kw_only=True):
         str, Meta(min_length=1, max_length=limits.NAME_CHARS_MAX, pattern=r"^[^/]+\Z")
     ]
     opened: _Bundle
-    opened_salt: _Salt
     evidence: Annotated[tuple[_Bundle, ...], Meta(max_length=2 * limits.EVIDENCE_BUNDLES_MAX)] = ()
     draws: Annotated[tuple[DrawEntry, ...], Meta(max_length=limits.CHECKERS_MAX)] = ()
     agreed: Annotated[tuple[Document, ...], Meta(max_length=2)] = ()
@@ -107,17 +120,22 @@ def decode(data: bytes) -> DisputeFile:
         raise RefusedError("malformed", f"Not a dispute file: {error}") from None
 
 
-def verify(data: bytes, *, trusted: frozenset[str]) -> Report:
-    """Replay a dispute file against the coordinator peer ids in `trusted`. Never raises."""
-    report = Report()
+def verify(data: bytes, *, trusted: frozenset[str], listed: KeyList | None = None) -> Report:
+    """Replay a dispute file against the coordinator peer ids in `trusted`. Never raises.
+
+    With the coordinator's key list, which the caller has checked, its keys count as they do for
+    receipts (`receipts.verify_bundle`) and `trusted` does not.
+    """
+    report, trust = Report(), _Trust(trusted, listed)
     try:
-        found = _open(report, decode(data))
-        signed = _open_ruling(report, found)
+        found = _open(report, decode(data), trust)
+        signed = _open_ruling(report, found, trust)
+        log_key = ""
         if signed is not None:
             case = _case(found, signed.message)
-            _check_draws(report, found, signed, trusted)
+            _check_draws(report, found, signed, trust)
             _check_decision(report, found, case, signed.message)
-            _check_log(report, found, signed, trusted)
+            log_key = _check_log(report, found, signed, trust)
     except LumarisError as error:
         name = CHECKS[len(report.checks)]
         report.checks.append(Check(name, holds=False, detail=f"{error.code}: {error.message}"))
@@ -126,14 +144,40 @@ def verify(data: bytes, *, trusted: frozenset[str]) -> Report:
         report.checks.append(Check("ruling", holds=False, detail="there is no ruling yet"))
         report.verdict = "unknown"
         return report
-    known = signed.signer in trusted
+    known = trust.counts(signed, log_key)
     detail = "is trusted" if known else "is not trusted here"
     report.checks.append(Check("trust", known, f"the coordinator key {detail}"))
     report.verdict = "valid" if known else "unknown"
     return report
 
 
-def _open(report: Report, file: DisputeFile) -> _Opened:
+@dataclass(frozen=True)
+class _Trust:
+    """Whom the reader believes."""
+
+    trusted: frozenset[str]
+    listed: KeyList | None
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """Every key that may have signed a head of the log."""
+        if self.listed is None:
+            return self.trusted
+        return frozenset(key.peer for key in self.listed.keys)
+
+    def stands_for(self, signer: str, named: str) -> bool:
+        """Whether a key signs for the coordinator that a document names."""
+        return key_list.stands_for(self.listed, signer, named)
+
+    def counts(self, signed: Signed[Ruling], log_key: str) -> bool:
+        """Whether a ruling, and the key of its place in the log, are the coordinator's."""
+        if self.listed is None:
+            return signed.signer in self.trusted
+        at = key_list.valid(self.listed, now=signed.message.issued_at)
+        return signed.signer in at and log_key in key_list.never_revoked(self.listed)
+
+
+def _open(report: Report, file: DisputeFile, trust: _Trust) -> _Opened:
     _note(report, "form", "a dispute file of format lumaris-dispute/1")
     opened = codec.open_signed(file.opened, DisputeOpen, network=file.network)
     message = opened.message
@@ -144,12 +188,11 @@ def _open(report: Report, file: DisputeFile) -> _Opened:
         message.agreement_by_buyer, message.agreement_by_seller, network=file.network
     )
     rulings.check_opening(message, contract)
+    grantor = envelope.decode(message.grant).signer
+    if not trust.stands_for(grantor, contract.agreement.coordinator):
+        raise RefusedError("wrong_signer", "The grant is not by the agreement's coordinator.")
     agreements.open_grant(
-        message.grant,
-        contract,
-        network=file.network,
-        coordinator=contract.agreement.coordinator,
-        now=None,
+        message.grant, contract, network=file.network, coordinator=grantor, now=None
     )
     _note(report, "agreement", f"{contract.hash}, held by its coordinator")
     dossier = Dossier(contract, network=file.network)
@@ -189,14 +232,14 @@ def check_bundle(
         raise RefusedError("out_of_sequence", f"The party's next bundle has the number {n}.")
 
 
-def _open_ruling(report: Report, found: _Opened) -> Signed[Ruling] | None:
+def _open_ruling(report: Report, found: _Opened, trust: _Trust) -> Signed[Ruling] | None:
     entry = found.file.ruling
     if entry is None:
         return None
     signed = codec.open_signed(entry.ruling, Ruling, network=found.file.network)
     report.ruling, report.coordinator = signed.message, signed.signer
     message, opened, agreement = signed.message, found.opened.message, found.contract.agreement
-    if signed.signer != agreement.coordinator:
+    if not trust.stands_for(signed.signer, agreement.coordinator):
         raise RefusedError("wrong_signer", "The ruling is not by the agreement's coordinator.")
     said = (message.dispute, message.agreement_hash, message.claim, message.order, message.opener)
     is_ = (opened.dispute, found.contract.hash, opened.claim, opened.order, opened.opener)
@@ -210,29 +253,52 @@ def _open_ruling(report: Report, found: _Opened) -> Signed[Ruling] | None:
     return signed
 
 
-def _check_draws(
-    report: Report, found: _Opened, signed: Signed[Ruling], trusted: frozenset[str]
-) -> None:
-    """Every checker was drawn from what its checkpoint made of the list, and none was skipped."""
-    agreement, drawn = found.contract.agreement, list[str]()
+def _check_draws(report: Report, found: _Opened, signed: Signed[Ruling], trust: _Trust) -> None:
+    """Every checker was drawn from a list that was logged before the chance of it was known."""
+    drawn = list[str]()
     for round_, entry in enumerate(found.file.draws):
-        draw = codec.open_signed(
-            entry.draw, CheckerDraw, network=found.file.network, signer=signed.signer
-        ).message
-        checkpoint = _open_checkpoint(draw.checkpoint, found.file.network, signed.signer, trusted)
-        included = _included(found.file.opened, found.file.opened_salt, entry.proof, checkpoint)
-        parties = (agreement.buyer, agreement.seller)
-        rulings.check_candidates(draw.candidates, parties=parties, drawn=drawn)
-        falls_on = rulings.draw(
-            draw.candidates, root=checkpoint.root, dispute=draw.dispute, round_=round_
-        )
-        same = draw.dispute == found.opened.message.dispute and draw.round == round_
-        if not (included and same and falls_on == draw.checker):
-            raise RefusedError("dispute_invalid", f"Draw {round_} does not follow from its list.")
-        drawn.append(draw.checker)
+        drawn.append(_draw_again(found, entry, signed.signer, trust, drawn, round_=round_))
     if tuple(drawn) != signed.message.facts.checkers:
         raise RefusedError("dispute_invalid", "The ruling names other checkers than were drawn.")
     _note(report, "draws", f"{len(drawn)} drawn, each repeated from its checkpoint")
+
+
+def _draw_again(
+    found: _Opened,
+    entry: DrawEntry,
+    signer: str,
+    trust: _Trust,
+    drawn: list[str],
+    *,
+    round_: int,
+) -> str:
+    """The checker of one draw. Raises EnvelopeError or RefusedError."""
+    network, agreement = found.file.network, found.contract.agreement
+    drawing = codec.open_signed(entry.draw, CheckerDraw, network=network)
+    listed = codec.open_signed(entry.candidates, CheckerList, network=network)
+    if not all(trust.stands_for(one, signer) for one in (drawing.signer, listed.signer)):
+        raise RefusedError("wrong_signer", "A draw is not by the coordinator of the ruling.")
+    draw = drawing.message
+    checkpoint, _ = _open_checkpoint(draw.checkpoint, network, signer, trust)
+    rulings.check_candidates(listed.message.candidates, parties=(agreement.buyer, agreement.seller))
+    falls_on = rulings.draw(
+        listed.message.candidates,
+        root=checkpoint.root,
+        dispute=draw.dispute,
+        round_=round_,
+        drawn=drawn,
+    )
+    # Replicas are all drawn from one list; a checker in the place of a silent one has its own.
+    first = 0 if agreement.verification == "repl" else round_
+    name = found.opened.message.dispute
+    if not (
+        (draw.dispute, draw.round, draw.list_hash) == (name, round_, listed.hash)
+        and (listed.message.dispute, listed.message.round) == (name, first)
+        and falls_on == draw.checker
+        and _included(entry.candidates, entry.salt, entry.proof, checkpoint)
+    ):
+        raise RefusedError("dispute_invalid", f"Draw {round_} does not follow from its list.")
+    return falls_on
 
 
 def _case(found: _Opened, ruling: Ruling) -> Case:
@@ -243,8 +309,11 @@ def _check_decision(report: Report, found: _Opened, case: Case, ruling: Ruling) 
     facts, opened = ruling.facts, found.opened.message
     if facts.bond_nanos != rulings.opener_bond(opened.amount_nanos):
         raise RefusedError("dispute_invalid", "The opener's bond is not the one that is due.")
-    if facts.stake_nanos > rulings.stake_max(opened, case.agreement):
+    staked_max = rulings.stake_max(opened, case.agreement, refundable=facts.paid_nanos)
+    if facts.stake_nanos > staked_max:
         raise RefusedError("dispute_invalid", "More was at stake than can be lost.")
+    if facts.ends_at < case.agreement.ends_at or facts.claimed_nanos > facts.paid_nanos:
+        raise RefusedError("dispute_invalid", "What the ruling states of the agreement is untrue.")
     if not _ended_so(found, case, ruling):
         raise RefusedError("dispute_invalid", "The dispute had not ended in the way it says.")
     expected = _decision(found, case, ruling)
@@ -324,25 +393,32 @@ def open_split(copies: tuple[bytes, ...], case: Case, *, network: str) -> Disput
     return message
 
 
-def _check_log(
-    report: Report, found: _Opened, signed: Signed[Ruling], trusted: frozenset[str]
-) -> None:
+def _check_log(report: Report, found: _Opened, signed: Signed[Ruling], trust: _Trust) -> str:
+    """The ruling is in the log; the key that signed the checkpoint."""
     entry = found.file.ruling
     assert entry is not None
-    checkpoint = _open_checkpoint(entry.checkpoint, found.file.network, signed.signer, trusted)
+    checkpoint, key = _open_checkpoint(entry.checkpoint, found.file.network, signed.signer, trust)
     if not _included(entry.ruling, entry.salt, entry.proof, checkpoint):
         raise RefusedError("dispute_invalid", "The ruling is not in the log of its checkpoint.")
     _note(report, "log", f"leaf {entry.proof.index} of {entry.proof.size} in {checkpoint.origin}")
+    return key
 
 
 def _open_checkpoint(
-    note: str, network: str, signer: str, trusted: frozenset[str]
-) -> merkle.Checkpoint:
-    signers = (signer, *sorted(trusted - {signer}))
-    checkpoint = merkle.open_checkpoint(note, *map(keys.public_key_of, signers))
-    if checkpoint.origin != notes.log_origin(network):
-        raise RefusedError("dispute_invalid", "The checkpoint is of another network's log.")
-    return checkpoint
+    note: str, network: str, signer: str, trust: _Trust
+) -> tuple[merkle.Checkpoint, str]:
+    """A checkpoint, and the key that signed it. Raises EnvelopeError or RefusedError."""
+    refusal = EnvelopeError("bad_signature")
+    for key in (*sorted(trust.keys - {signer}), signer):
+        try:
+            checkpoint = merkle.open_checkpoint(note, keys.public_key_of(key))
+        except EnvelopeError as error:
+            refusal = error
+            continue
+        if checkpoint.origin != notes.log_origin(network):
+            raise RefusedError("dispute_invalid", "The checkpoint is of another network's log.")
+        return checkpoint, key
+    raise refusal
 
 
 def _included(document: bytes, salt: bytes, proof: LogProof, checkpoint: merkle.Checkpoint) -> bool:

@@ -15,8 +15,10 @@ minimal varints, no trailing bytes), so that one document has one byte form and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
+
+import msgspec
 
 from lumaris_protocol import keys
 from lumaris_protocol.errors import EnvelopeError
@@ -25,13 +27,13 @@ from lumaris_protocol.keys import KeyPair, PeerId
 from lumaris_protocol.limits import ENVELOPE_BYTES_MAX, NAME_CHARS_MAX
 
 _FIELDS: Final = (1, 2, 3, 5)
+_TAGS: Final = tuple(number << 3 | 2 for number in _FIELDS)
 _TYPE_BYTES_MAX: Final = 64
 _KEY_BYTES: Final = 36
 _VARINT_BYTES_MAX: Final = 4  # 28 bits: above every size limit here
 
 
-@dataclass(frozen=True)
-class Envelope:
+class Envelope(msgspec.Struct, frozen=True):
     """A decoded, not yet verified envelope. `data` is the exact bytes it came from."""
 
     data: bytes
@@ -74,24 +76,27 @@ def decode(data: bytes, *, size_max: int = ENVELOPE_BYTES_MAX) -> Envelope:
     """
     if len(data) > size_max:
         raise EnvelopeError("oversize", f"A document of {len(data)} bytes; {size_max} are allowed.")
+    data = bytes(data)
     parts: list[bytes] = []
-    position = 0
-    for number in _FIELDS:
-        if position >= len(data) or data[position] != number << 3 | 2:
+    position, end = 0, len(data)
+    for tag in _TAGS:
+        if position >= end or data[position] != tag:
             raise EnvelopeError("malformed", "An envelope field is missing or out of order.")
-        size, position = _read_uvarint(data, position + 1)
-        parts.append(data[position : position + size])
-        position += size
-        if position > len(data):
+        begin = position + 2
+        if begin > end or (size := data[position + 1]) >= 0x80:  # else a length of one byte
+            size, begin = _read_uvarint(data, position + 1)
+        position = begin + size
+        if position > end:
             raise EnvelopeError("malformed", "An envelope field runs past the end.")
-    if position != len(data):
+        parts.append(data[begin:position])
+    if position != end:
         raise EnvelopeError("malformed", "Bytes follow the envelope.")
     public_key = keys.decode_public_key(parts[0])
     if public_key is None or len(parts[3]) != 64:
         raise EnvelopeError("malformed", "The envelope's key or signature is not Ed25519.")
     if not parts[1].isascii() or not 0 < len(parts[1]) <= _TYPE_BYTES_MAX:
         raise EnvelopeError("malformed", "The envelope's type is not a short ASCII name.")
-    return Envelope(bytes(data), public_key, parts[1].decode(), parts[2], parts[3])
+    return Envelope(data, public_key, parts[1].decode(), parts[2], parts[3])
 
 
 def type_of(data: bytes) -> str:
@@ -104,11 +109,16 @@ def type_of(data: bytes) -> str:
 
 def signed_bytes(network: str, payload_type: str, payload: bytes) -> bytes:
     """What the signature covers: domain, type and payload, each length-prefixed."""
+    return b"".join((_head(network, payload_type), _uvarint(len(payload)), payload))
+
+
+@lru_cache(maxsize=256)  # a few networks by the types there are
+def _head(network: str, payload_type: str) -> bytes:
     if not 0 < len(network) <= NAME_CHARS_MAX or "/" in network:
         raise ValueError("a network name is 1 to 64 characters without a slash")
     domain = f"lumaris/{network}/{payload_type}/v1".encode()
     kind = payload_type.encode()
-    return b"".join(_uvarint(len(part)) + part for part in (domain, kind, payload))
+    return _uvarint(len(domain)) + domain + _uvarint(len(kind)) + kind
 
 
 def _uvarint(number: int) -> bytes:

@@ -66,6 +66,19 @@ def valid(message: KeyList, *, now: float) -> frozenset[str]:
     return frozenset(key.peer for key in message.keys if is_valid(key, now))
 
 
+def stands_for(message: KeyList | None, signer: str, named: str) -> bool:
+    """Whether a key signs for the coordinator that a document names: it is that key, or both are of
+    the list. Money must come to rest whatever happened to the key that was named."""
+    listed = {key.peer for key in message.keys} if message is not None else set()
+    return signer == named or {signer, named} <= listed
+
+
+def never_revoked(message: KeyList) -> frozenset[str]:
+    """The keys under which a head of the log counts: a thief can date back what it signs, but its
+    log is no other's."""
+    return frozenset(key.peer for key in message.keys if not key.revoked_at)
+
+
 def newest(message: KeyList, *, now: float) -> str | None:
     """The valid key that was begun last: the one that new agreements name. None: there is none."""
     # Signing early for the skew of others would meet those whose clocks are behind.

@@ -13,6 +13,11 @@ GIB = 1024 * MIB
 ADVERT_BYTES_MAX = 2 * KIB
 # Any other signed document. The largest is a receipt bundle's agreement with two signatures.
 ENVELOPE_BYTES_MAX = 64 * KIB
+# An agreement with the longest lists of GPUs and of hosts is 13 kB. Both its copies, the grant, a
+# voucher and both closes must fit one claim, in base64: 54 KiB at their largest.
+AGREEMENT_BYTES_MAX = 16 * KIB
+# What a session says of money: with the longest reason 1 kB.
+MONEY_BYTES_MAX = 2 * KIB
 # One frame on a stream: an envelope or a chunk of log or file with its header.
 FRAME_BYTES_MAX = 256 * KIB
 # Bytes of guest output in one LogChunk; base64 and the envelope around it stay under a frame.
@@ -80,6 +85,8 @@ NOTICE_ASKS_PER_S_PER_PEER = 0.2
 NOTICE_ASKS_BURST_PER_PEER = 10
 # A request for a TLS certificate with the largest key accepted, RSA of 4,096 bits, is 1.7 kB.
 CSR_BYTES_MAX = 4 * KIB
+# What a coordinator answers with: a certificate of 0.7 kB, and room for a chain.
+TLS_CERTIFICATE_BYTES_MAX = 16 * KIB
 
 # --- disputes ------------------------------------------------------------------------------------
 # A work order, delivery or event with the longest lists of files.
@@ -96,8 +103,8 @@ EVIDENCE_BUNDLES_MAX = 8
 CHECKERS_MAX = 3
 # 256 candidates are 25 kB: one envelope. The sellers with the largest bonds are taken.
 CHECKER_CANDIDATES_MAX = 256
-# Replicas of one order: a majority of seven is four that would all have to lie alike.
-REPLICAS_MAX = 7
+# Sessions with drawn checkers that one side shows: each checker, and tries that came to nothing.
+OTHER_SESSIONS_MAX = 2 * CHECKERS_MAX
 # The opener's bond: at 12 % of what is asked a false dispute does not pay while fewer than one
 # checker in ten lies. The least of it pays for keeping the dispute for ever.
 DISPUTE_BOND_BPS = 1_200

@@ -40,6 +40,7 @@ from lumaris_protocol.messages.execution import (
     JobEvent,
     WorkOrder,
 )
+from lumaris_protocol.messages.negotiation import Agreement
 from lumaris_protocol.messages.payment import Close, Voucher
 from lumaris_protocol.rulings import Session, work
 
@@ -109,6 +110,31 @@ def choose(
     return tuple(one.data for one in kept if one.data in chosen)
 
 
+def only(documents: Iterable[bytes], n: int) -> tuple[bytes, ...]:
+    """What shows how order `n` came out: the order, and the seller's word of its end."""
+    kept = [found for found in map(_open, documents) if found is not None]
+    return tuple(
+        one.data
+        for one in kept
+        if (isinstance(one.message, WorkOrder | Delivery) and one.message.n == n)
+        or (
+            isinstance(one.message, JobEvent) and one.message.n == n and one.message.state in _ENDED
+        )
+    )
+
+
+def shows_another_run(documents: Iterable[bytes]) -> bool:
+    """Whether the work of another session, a checker's or a replica's, is among these."""
+    for data in documents:
+        try:
+            found = envelope.decode(data, size_max=SESSION_DOCUMENT_BYTES_MAX)
+        except EnvelopeError:
+            continue
+        if found.payload_type == Agreement.TYPE:
+            return True
+    return False
+
+
 def _groups(kept: Sequence[_Kept], order: int) -> list[list[_Kept]]:
     """What belongs together, the most telling first."""
     by_order: dict[int, list[_Kept]] = defaultdict(list)
@@ -128,11 +154,11 @@ def _contradictions(kept: Sequence[_Kept]) -> list[list[_Kept]]:
     pairs = []
     for one in kept:
         places: list[tuple[object, ...]] = [(one.signer, "seq", one.message.seq)]
-        if isinstance(one.message, Delivery):
-            places.append((one.signer, "delivery", one.message.n))
+        if isinstance(one.message, WorkOrder | Delivery):
+            places.append((one.signer, one.message.TYPE, one.message.n))
         for place in places:
             other = first.setdefault(place, one)
-            if other.message != one.message:
+            if other.data != one.data:
                 pairs.append([other, one])
     return pairs
 
@@ -186,9 +212,9 @@ def asked(session: Session, claim: DisputeClaim, *, order: int, paid_nanos: int)
     if claim == "wrong_result":
         result = work.result_of(session, order)
         return result.price_nanos if result else 0
-    found = work.worth(session)
     if claim == "not_delivered":
-        return max(0, paid_nanos - found.total)
+        return max(0, paid_nanos - work.against_refund(session))
+    found = work.worth(session)
     if claim == "unpaid_delivery":
         owed = found.delivered + found.rejected // 2 - paid_nanos
         return max(0, min(owed, session.contract.agreement.terms.exposure_nanos))

@@ -26,6 +26,7 @@ from lumaris_protocol import (
 from lumaris_protocol.agreements import Contract
 from lumaris_protocol.codec import Signed
 from lumaris_protocol.errors import EnvelopeError, LumarisError, RefusedError
+from lumaris_protocol.key_list import never_revoked, stands_for
 from lumaris_protocol.key_list import valid as valid_keys
 from lumaris_protocol.limits import MIB
 from lumaris_protocol.log_policy import LogPolicy, Standing
@@ -98,8 +99,9 @@ def verify_bundle(
     """Check a receipt file against the coordinator peer ids in `trusted`. Never raises.
 
     The log keys of a `policy` are trusted too, and its quorum is asked for. With a `key_list`,
-    which the caller has checked, a key counts for receipts of its time, and the log may have
-    another one.
+    which the caller has checked, a key counts for receipts of its time, any other of the list may
+    have signed in its place, and the log's head must be under a key that was never revoked: what a
+    thief dates back with a stolen key is in no log but its own.
     """
     report = Report()
     anchors = _Anchors(trusted, policy, key_list)
@@ -109,8 +111,8 @@ def verify_bundle(
         receipt = codec.open_signed(bundle.receipt, Receipt, network=bundle.network)
         report.receipt, report.coordinator = receipt.message, receipt.signer
         _note(report, "receipt", f"signed by coordinator {receipt.signer}")
-        contract = _check_agreement(report, bundle, receipt)
-        _check_amounts(report, bundle, receipt, contract)
+        contract = _check_agreement(report, bundle, receipt, anchors)
+        _check_amounts(report, bundle, receipt, contract, anchors)
         log_key = _check_log(report, bundle, receipt, anchors)
         standing = log_policy.check(policy, bundle.checkpoint) if policy is not None else None
     except LumarisError as error:
@@ -122,6 +124,8 @@ def verify_bundle(
     detail = (
         "the coordinator key is trusted" if known else "the coordinator key is not trusted here"
     )
+    if key_list is not None and log_key not in never_revoked(key_list):
+        detail = "the log's head is under no key that counts: fetch the receipt file again"
     report.checks.append(Check("trust", known, detail))
     if standing is not None:
         names = ", ".join(standing.witnesses).encode(errors="replace").decode() or "none"
@@ -159,23 +163,34 @@ class _Anchors:
         """Whether a key counts for the log, now: a policy that lists logs decides alone."""
         if self._logs:
             return standing is not None and standing.log is not None
+        if self.key_list is not None:
+            return signer in never_revoked(self.key_list)
         return signer in self.coordinators
 
+    def stands_for(self, signer: str, named: str) -> bool:
+        """Whether a key signs for the coordinator that a document names: it is that key, or another
+        one of the same list."""
+        return stands_for(self.key_list, signer, named)
 
-def _check_agreement(report: Report, bundle: ReceiptBundle, receipt: Signed[Receipt]) -> Contract:
+
+def _check_agreement(
+    report: Report, bundle: ReceiptBundle, receipt: Signed[Receipt], anchors: _Anchors
+) -> Contract:
     contract = agreements.join(
         bundle.agreement_by_buyer, bundle.agreement_by_seller, network=bundle.network
     )
-    if (
-        contract.hash != receipt.message.agreement_hash
-        or contract.agreement.coordinator != receipt.signer
-    ):
+    named = contract.agreement.coordinator
+    by_coordinator = anchors.stands_for(receipt.signer, named)
+    if contract.hash != receipt.message.agreement_hash or not by_coordinator:
         raise RefusedError("receipt_invalid", "The enclosed agreement is not the receipt's.")
     _note(
         report, "agreement", f"signed by {contract.agreement.buyer} and {contract.agreement.seller}"
     )
+    grantor = envelope.decode(bundle.grant).signer
+    if not anchors.stands_for(grantor, named):
+        raise EnvelopeError("wrong_signer", "The grant is not by the agreement's coordinator.")
     grant = agreements.open_grant(
-        bundle.grant, contract, network=bundle.network, coordinator=receipt.signer, now=None
+        bundle.grant, contract, network=bundle.network, coordinator=grantor, now=None
     )
     bounds = _amended(bundle, contract)
     if not (grant.message.cap_nanos == receipt.message.cap_nanos == bounds.cap_nanos):
@@ -199,7 +214,11 @@ def _amended(bundle: ReceiptBundle, contract: Contract) -> agreements.Bounds:
 
 
 def _check_amounts(
-    report: Report, bundle: ReceiptBundle, receipt: Signed[Receipt], contract: Contract
+    report: Report,
+    bundle: ReceiptBundle,
+    receipt: Signed[Receipt],
+    contract: Contract,
+    anchors: _Anchors,
 ) -> None:
     message = receipt.message
     vouchered, voucher_hash = 0, None
@@ -211,7 +230,7 @@ def _check_amounts(
             cap_nanos=message.cap_nanos,
         )
         vouchered, voucher_hash = voucher.message.total_nanos, voucher.hash
-    least, most = _payable(bundle, receipt, contract, vouchered)
+    least, most = _payable(bundle, receipt, contract, vouchered, anchors)
     if not least <= message.paid_nanos <= most or message.voucher_hash != voucher_hash:
         raise RefusedError("receipt_invalid", "The amount paid is not the buyer's voucher.")
     _note(report, "voucher", f"the buyer vouchered {vouchered} nanos")
@@ -233,7 +252,11 @@ def _check_amounts(
 
 
 def _payable(
-    bundle: ReceiptBundle, receipt: Signed[Receipt], contract: Contract, vouchered: int
+    bundle: ReceiptBundle,
+    receipt: Signed[Receipt],
+    contract: Contract,
+    vouchered: int,
+    anchors: _Anchors,
 ) -> tuple[int, int]:
     """The least and the most that may be paid: one amount, unless a ruling added to the voucher.
 
@@ -250,9 +273,10 @@ def _payable(
         return closed, closed
     most, seen = vouchered, set()
     for data in bundle.rulings:
-        ruling = codec.open_signed(
-            data, Ruling, network=bundle.network, signer=receipt.signer
-        ).message
+        signed = codec.open_signed(data, Ruling, network=bundle.network)
+        if not anchors.stands_for(signed.signer, contract.agreement.coordinator):
+            raise EnvelopeError("wrong_signer", "A ruling is not by the agreement's coordinator.")
+        ruling = signed.message
         if ruling.agreement_hash != contract.hash or ruling.dispute in seen:
             raise RefusedError("receipt_invalid", "A ruling is another agreement's, or repeated.")
         seen.add(ruling.dispute)

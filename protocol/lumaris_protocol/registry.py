@@ -57,6 +57,7 @@ MESSAGES: Final[dict[str, type[Message]]] = {
         dispute.DisputeEvidence,
         dispute.DisputeWithdraw,
         dispute.DisputeSplit,
+        dispute.CheckerList,
         dispute.CheckerDraw,
         dispute.Ruling,
         shard_map.ShardMap,

@@ -60,6 +60,12 @@ class RevokedSet:
         """Whether the peer itself was revoked; a certificate issued later makes it good again."""
         return (peer, 0) in self._entries
 
+    def ends(self, *peers: str, agreed_at: int) -> bool:
+        """Whether what these peers agreed on ends: one of them was revoked since. One that was
+        reinstated makes new agreements; a buyer's clock may be ahead of the coordinator's."""
+        found = (self._entries.get((peer, 0)) for peer in peers)
+        return any(at is not None and agreed_at - CLOCK_SKEW_S <= at for at in found)
+
     def _forget(self, now: float) -> None:
         ended = [name for name, at in self._entries.items() if at + REMEMBERED_S < now]
         for name in ended:

@@ -6,6 +6,7 @@ receipt is verified with them years later.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -103,11 +104,16 @@ def claim(papers: Papers, key: KeyPair, *, network: str, coordinator: str, now: 
     return codec.sign(settle, key, network).data
 
 
-def open_claim(settle: Signed[Settle], *, network: str, coordinator: str) -> Claim:
-    """Check everything a claim encloses. Raises EnvelopeError or RefusedError; pays nothing."""
+def open_claim(
+    settle: Signed[Settle], *, network: str, coordinator: str, known: Collection[bytes] = ()
+) -> Claim:
+    """Check everything a claim encloses; documents `known` had their signatures checked before.
+
+    Raises EnvelopeError or RefusedError; pays nothing.
+    """
     message = settle.message
     contract = agreements.join(
-        message.agreement_by_buyer, message.agreement_by_seller, network=network
+        message.agreement_by_buyer, message.agreement_by_seller, network=network, known=known
     )
     agreement = contract.agreement
     if settle.signer != message.party or message.party not in (agreement.buyer, agreement.seller):
@@ -115,7 +121,7 @@ def open_claim(settle: Signed[Settle], *, network: str, coordinator: str) -> Cla
     if message.session != agreement.session or message.coordinator != coordinator:
         raise RefusedError("wrong_domain", "The claim names another session or coordinator.")
     grant = agreements.open_grant(
-        message.grant, contract, network=network, coordinator=coordinator, now=None
+        message.grant, contract, network=network, coordinator=coordinator, now=None, known=known
     )
     voucher = None
     if message.voucher is not None:
@@ -140,6 +146,8 @@ def open_closes(closes: tuple[bytes, ...], agreement: Agreement, *, network: str
     Raises EnvelopeError or RefusedError.
     """
     signers = (agreement.buyer_session_key, agreement.seller_session_key)
+    if len(closes) != len(signers):
+        raise RefusedError("claim_unproven", "A co-signed end has two documents.")
     totals = set()
     for data, signer in zip(closes, signers, strict=True):
         close = codec.open_signed(data, Close, network=network, signer=signer).message

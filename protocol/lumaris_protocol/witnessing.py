@@ -191,10 +191,20 @@ def _with_evidence(
 
 
 def _log_part(note: str, point: Checkpoint, keys: Iterable[bytes]) -> str:
-    """The note with the log's own signatures only: what others added is not ours to pass on."""
+    """The note with the log's own signatures only, each of them checked: what others added is not
+    ours to pass on, and a false line would spoil the note for whoever meets it first."""
     names = [notes.NoteKey(point.origin, notes.ED25519, key) for key in keys]
-    known = {(key.name, key.id) for key in names}
-    lines = dict.fromkeys(
-        notes.line_of(line) for line in notes.parse(note).lines if (line.name, line.key_id) in known
-    )
+    known = {(key.name, key.id): key for key in names}
+    lines: dict[str, None] = {}
+    for line in notes.parse(note).lines:
+        key = known.get((line.name, line.key_id))
+        if key is not None and _holds(line, point, key):
+            lines[notes.line_of(line)] = None
     return f"{point.body}\n{''.join(lines)}"
+
+
+def _holds(line: notes.Line, point: Checkpoint, key: notes.NoteKey) -> bool:
+    try:
+        return notes.verify(notes.Note(point.body, (line,)), key) is not None
+    except EnvelopeError:
+        return False

@@ -82,6 +82,7 @@ def test_what_is_no_reference(text: str) -> None:
         ("64:ff9b:1::a9fe:a9fe", False),
         ("::7f00:1", False),
         ("fec0::1", False),
+        ("3fff::1", False),
         ("nonsense", False),
     ],
 )

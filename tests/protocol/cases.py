@@ -56,8 +56,10 @@ def facts(**changes: Any) -> Facts:
         "ended": "deadline",
         "opened_at": p.NOW,
         "evidence_until": p.NOW + 3_600,
+        "ends_at": contract().agreement.ends_at,
     }
-    return Facts(**(fields | changes))
+    fields |= changes
+    return Facts(**({"claimed_nanos": fields["paid_nanos"]} | fields))
 
 
 def case(

@@ -7,11 +7,13 @@ told otherwise. Everything a shell would store or do is noted in plain lists for
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 from lumaris_protocol import effects as fx
 from lumaris_protocol import frames
 from lumaris_protocol.effects import Effect
 from lumaris_protocol.frames import Kind
+from lumaris_protocol.ids import digest
 from lumaris_protocol.limits import ORDERS_QUEUED_MAX
 from lumaris_protocol.machines.buyer import BuyerSession
 from lumaris_protocol.machines.seller import SellerSession
@@ -41,6 +43,7 @@ class Pair:
         self.gate_open = True
         self.log: dict[int, int] = {}
         self.jobs = 0
+        self.hashes: dict[int, str] = {}
 
     # --- the wire ---
 
@@ -119,8 +122,13 @@ class Pair:
             idempotency_key=key or p.id_of("job", f"key {self.jobs}"),
             now=self.now,
         )
+        self.hashes[n] = next(digest(e.data) for e in effects if isinstance(e, fx.Send))
         self.by_buyer(effects)
         return n
+
+    def about(self, n: int) -> dict[str, Any]:
+        """What the seller names an order by: its number, and its hash if there is one."""
+        return {"n": n, "order_hash": self.hashes.get(n, p.digest_of("no order"))}
 
     def start(self) -> int:
         """The seller starts its oldest queued order; its number."""

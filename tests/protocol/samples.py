@@ -21,6 +21,7 @@ from lumaris_protocol.messages.demand import Demand
 from lumaris_protocol.messages.dispute import (
     Candidate,
     CheckerDraw,
+    CheckerList,
     DisputeEvidence,
     DisputeOpen,
     DisputeSplit,
@@ -265,23 +266,31 @@ def _disputes() -> list[tuple[Message, KeyPair]]:
         evidence=shown,
         issued_at=p.NOW,
     )
+    listed = CheckerList(
+        dispute=name,
+        round=0,
+        candidates=(Candidate(peer=p.STRANGER.peer_id, weight_nanos=10**9),),
+        issued_at=p.NOW,
+    )
     drawn = CheckerDraw(
         dispute=name,
         round=0,
+        list_hash=p.digest_of("list"),
         checkpoint=p.settled().bundle.checkpoint,
-        candidates=(Candidate(peer=p.STRANGER.peer_id, weight_nanos=10**9),),
         checker=p.STRANGER.peer_id,
         check_by=p.NOW + 86_400,
         issued_at=p.NOW,
     )
     facts = Facts(
         paid_nanos=500,
+        claimed_nanos=500,
         remainder_nanos=0,
         bond_nanos=1_000_000,
         stake_nanos=550,
         ended="deadline",
         opened_at=p.NOW,
         evidence_until=p.NOW + 3_600,
+        ends_at=text.ends_at,
         checkers=(p.STRANGER.peer_id,),
     )
     ruling = Ruling(
@@ -310,6 +319,7 @@ def _disputes() -> list[tuple[Message, KeyPair]]:
         (more, p.SELLER),
         (DisputeWithdraw(party=text.buyer, **about), p.BUYER),
         (DisputeSplit(award_nanos=1, refund_nanos=2, **about), p.BUYER),
+        (listed, p.COORDINATOR),
         (drawn, p.COORDINATOR),
         (ruling, p.COORDINATOR),
     ]
@@ -349,11 +359,20 @@ def _of_seller() -> list[Message]:
     usage = Usage(wall_ms=200, cpu_ms=150, memory_peak_bytes=1 << 20, fuel=12345)
     return [
         SessionReady(agreement_hash=p.contract().hash, **chain),
-        JobEvent(n=1, state="killed", reason="killed_memory", exit_status=137, at=p.NOW, **chain),
+        JobEvent(
+            n=1,
+            order_hash=p.digest_of("order"),
+            state="killed",
+            reason="killed_memory",
+            exit_status=137,
+            at=p.NOW,
+            **chain,
+        ),
         LogChunk(n=1, stream="stdout", offset=0, data=bytes(range(256)), **chain),
         Meter(n=1, amount_nanos=500, usage=usage, **chain),
         Delivery(
             n=1,
+            order_hash=p.digest_of("order"),
             exit_status=0,
             outputs=outputs,
             output_root=merkle.files_root(outputs),

@@ -34,7 +34,7 @@ RECORDS: list[tuple[api.Request[Any], msgspec.Struct]] = [
     ),
     (
         api.credit(b"signed"),
-        api.Account(account="a", peer="p", currency="TEST", free_nanos=1, held_nanos=2),
+        api.Credit(account="a", currency="TEST", credited_nanos=1, transaction=2),
     ),
     (
         api.account("token"),

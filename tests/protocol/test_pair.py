@@ -71,7 +71,7 @@ def chain_of_seller(pair: Pair, key: KeyPair = p.SELLER_SESSION) -> SendChain:
 def say_running(pair: Pair, chain: SendChain, *orders: int) -> None:
     """The rogue seller says that orders run: only then may they cost anything."""
     for n in orders:
-        event = chain.sign(JobEvent, n=n, state="running", at=p.NOW)
+        event = chain.sign(JobEvent, **pair.about(n), state="running", at=p.NOW)
         pair.buyer.receive(event.data, now=pair.now)
 
 
@@ -100,9 +100,8 @@ def first_word(kind: str, pair: Pair) -> bytes:
     ).data
 
 
-def delivery_fields(n: int, amount_nanos: int) -> dict[str, Any]:
-    return {
-        "n": n,
+def delivery_fields(pair: Pair, n: int, amount_nanos: int) -> dict[str, Any]:
+    return pair.about(n) | {
         "exit_status": 0,
         "outputs": (),
         "output_root": merkle.files_root(()),
@@ -612,6 +611,7 @@ def test_what_is_said_after_the_end_is_ignored() -> None:
     pair.order()
     pair.pump()
     pair.start()
+    pair.seller._asked_nanos = 60
     pair.by_seller(pair.seller.end("shutting_down"))
     pair.order()
     pair.by_buyer(pair.buyer.cancel(1))
@@ -766,10 +766,12 @@ def test_an_order_out_of_number_or_an_acceptance_of_nothing_is_refused() -> None
 def test_a_stale_or_excessive_voucher_is_refused() -> None:
     for totals, code in (((50, 50), "voucher_stale"), ((50, 49), "voucher_stale"), ((0,), "stale")):
         pair = Pair().open()
+        pair.seller._asked_nanos = 50
         sent = [pair.buyer._chain.sign(Voucher, total_nanos=total).data for total in totals]
         with pytest.raises(ViolationError, match=code):
             hear(pair, pair.seller, sent)
     pair = Pair().open()
+    pair.seller._asked_nanos = 2 * pair.terms.cap_nanos
     data = pair.buyer._chain.sign(Voucher, total_nanos=pair.terms.cap_nanos + 1).data
     with pytest.raises(ViolationError, match="over_cap"):
         pair.seller.receive(data, now=pair.now)
@@ -777,16 +779,14 @@ def test_a_stale_or_excessive_voucher_is_refused() -> None:
 
 
 def test_an_overcharging_meter_or_delivery_is_refused() -> None:
-    spoken: list[tuple[type[SessionMessage], dict[str, Any]]] = [
-        (Meter, {"n": 1, "amount_nanos": 5000, "usage": Usage()}),
-        (Delivery, delivery_fields(1, 5000)),
-    ]
-    for kind, fields in spoken:
+    for kind in (Meter, Delivery):
         pair = Pair()
         chain = rogue_seller(pair)
         pair.order()
         say_running(pair, chain, 1)
         pair.now += 1  # a second at 2000 a second, and a start of 100
+        meter = {"n": 1, "amount_nanos": 5000, "usage": Usage()}
+        fields = meter if kind is Meter else delivery_fields(pair, 1, 5000)
         data = chain.sign(kind, **fields).data
         with pytest.raises(ViolationError, match="overcharged"):
             pair.buyer.receive(data, now=pair.now)
@@ -801,7 +801,7 @@ def test_orders_that_run_one_by_one_cannot_each_cost_all_the_time() -> None:
         for _ in range(10):
             say_running(pair, chain, pair.order())
         pair.now += 10
-        sent = [chain.sign(Delivery, **delivery_fields(n, 20_100)).data for n in range(1, 11)]
+        sent = [chain.sign(Delivery, **delivery_fields(pair, n, 20_100)).data for n in range(1, 11)]
         with pytest.raises(ViolationError, match="overcharged"):
             hear(pair, pair.buyer, sent)
         pair.check()
@@ -832,7 +832,7 @@ def test_a_delivery_that_contradicts_itself_is_refused(changes: dict[str, Any], 
     chain = rogue_seller(pair)
     pair.order()
     say_running(pair, chain, 1)
-    data = chain.sign(Delivery, **(delivery_fields(1, 0) | changes)).data
+    data = chain.sign(Delivery, **(delivery_fields(pair, 1, 0) | changes)).data
     with pytest.raises(ViolationError, match=code):
         pair.buyer.receive(data, now=pair.now)
 
@@ -842,7 +842,7 @@ def test_a_second_delivery_and_too_much_output_are_refused() -> None:
     chain = rogue_seller(pair)
     say_running(pair, chain, pair.order())
     for expected in ("", "replayed"):
-        data = chain.sign(Delivery, **delivery_fields(1, 0)).data
+        data = chain.sign(Delivery, **delivery_fields(pair, 1, 0)).data
         if expected:
             with pytest.raises(ViolationError, match=expected):
                 pair.buyer.receive(data, now=pair.now)
@@ -852,7 +852,7 @@ def test_a_second_delivery_and_too_much_output_are_refused() -> None:
     chain = rogue_seller(pair)
     say_running(pair, chain, pair.order())
     big = msgspec.structs.replace(p.file("a"), size_bytes=p.LIMITS.disk_bytes + 1)
-    fields = delivery_fields(1, 0) | {
+    fields = delivery_fields(pair, 1, 0) | {
         "outputs": (big,),
         "output_root": merkle.files_root((big,)),
     }
@@ -883,10 +883,10 @@ def test_words_about_orders_that_do_not_exist_are_ignored() -> None:
     pair = Pair()
     chain = rogue_seller(pair)
     spoken: list[tuple[type[SessionMessage], dict[str, Any]]] = [
-        (JobEvent, {"n": 9, "state": "failed", "at": p.NOW}),
+        (JobEvent, pair.about(9) | {"state": "failed", "at": p.NOW}),
         (LogChunk, {"n": 9, "stream": "stdout", "offset": 0, "data": b"x"}),
         (Meter, {"n": 9, "amount_nanos": 10**9, "usage": Usage()}),
-        (Delivery, delivery_fields(9, 10**9)),
+        (Delivery, delivery_fields(pair, 9, 10**9)),
     ]
     for kind, fields in spoken:
         assert pair.buyer.receive(chain.sign(kind, **fields).data, now=pair.now) == []
@@ -898,8 +898,8 @@ def test_a_seller_that_takes_a_delivery_back_leaves_nothing_to_accept() -> None:
     chain = rogue_seller(pair)
     n = pair.order()
     say_running(pair, chain, n)
-    pair.buyer.receive(chain.sign(Delivery, **delivery_fields(n, 0)).data, now=pair.now)
-    event = chain.sign(JobEvent, n=n, state="error", reason="platform_error", at=p.NOW)
+    pair.buyer.receive(chain.sign(Delivery, **delivery_fields(pair, n, 0)).data, now=pair.now)
+    event = chain.sign(JobEvent, **pair.about(n), state="error", reason="platform_error", at=p.NOW)
     pair.buyer.receive(event.data, now=pair.now)
     assert pair.buyer.accept(n, now=pair.now) == []
     assert pair.buyer.reject(n, "output_mismatch") == []

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from lumaris_protocol import codec, merkle, notes, receipts
 from lumaris_protocol.errors import RefusedError
+from lumaris_protocol.keys import KeyPair
+from lumaris_protocol.messages.notice import KeyList, SigningKey
 from lumaris_protocol.messages.receipt import LogProof, ReceiptBundle
 from tests import independent_log
 from tests.protocol import parties as p
@@ -282,3 +284,64 @@ def test_the_proof_in_the_form_of_other_tools() -> None:
     hashes = [base64.b64decode(line) for line in path]
     place = int(index.removeprefix("index "))
     assert independent_log.root_from_path(leaf, place, size, hashes) == root
+
+
+# --- after a key was revoked ---
+
+ROOT, NEW = p.key_of("root"), p.key_of("new coordinator key")
+
+
+def listed(at: int) -> KeyList:
+    """The first key was revoked soon after a receipt of that time."""
+    old = SigningKey(
+        peer=p.COORDINATOR.peer_id, not_before=0, not_after=at + 10**6, revoked_at=at + 100
+    )
+    new = SigningKey(peer=NEW.peer_id, not_before=at, not_after=at + 10**7)
+    return KeyList(root=ROOT.peer_id, seq=3, issued_at=at + 10_000, keys=(old, new))
+
+
+def filed(bundle: ReceiptBundle, receipt: bytes, log_key: KeyPair) -> bytes:
+    """The bundle with this receipt in a log of one leaf under that key."""
+    root = merkle.leaf_hash(merkle.commitment(p.SALT, receipt))
+    point = merkle.Checkpoint(notes.log_origin(p.NETWORK), 1, root)
+    changed = msgspec.structs.replace(
+        bundle,
+        receipt=receipt,
+        proof=LogProof(index=0, size=1, hashes=()),
+        checkpoint=merkle.sign_checkpoint(point, log_key),
+    )
+    return receipts.encode_bundle(changed)
+
+
+def test_what_a_thief_dates_back_is_not_believed() -> None:
+    done = p.settled()
+    message = done.receipt.message
+    data = codec.sign(message, p.COORDINATOR, p.NETWORK).data
+    keys = listed(message.issued_at)
+    forged = receipts.verify_bundle(
+        filed(done.bundle, data, p.COORDINATOR), trusted=frozenset(), key_list=keys
+    )
+    assert forged.verdict == "unknown"
+    assert "fetch the receipt file again" in forged.checks[-1].detail
+    # In the log that goes on under the new key it is an honest one.
+    honest = receipts.verify_bundle(
+        filed(done.bundle, data, NEW), trusted=frozenset(), key_list=keys
+    )
+    assert honest.verdict == "valid", honest
+    stranger = receipts.verify_bundle(
+        filed(done.bundle, data, ROOT), trusted=frozenset(), key_list=keys
+    )
+    assert stranger.verdict == "invalid"
+
+
+def test_another_key_of_the_list_ends_what_a_revoked_one_began() -> None:
+    done = p.settled()
+    at = done.receipt.message.issued_at
+    message = msgspec.structs.replace(done.receipt.message, issued_at=at + 200)
+    file = filed(done.bundle, codec.sign(message, NEW, p.NETWORK).data, NEW)
+    report = receipts.verify_bundle(file, trusted=frozenset(), key_list=listed(at))
+    assert report.verdict == "valid", report
+    assert report.coordinator == NEW.peer_id
+    # Two keys that are trusted apart may be two coordinators.
+    both = frozenset({p.COORDINATOR.peer_id, NEW.peer_id})
+    assert receipts.verify_bundle(file, trusted=both).verdict == "invalid"

@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace as changed
 
 from lumaris_protocol import pricing, rulings
-from lumaris_protocol.limits import PENALTY_BPS
+from lumaris_protocol.limits import DISPUTE_BOND_NANOS_MIN, PENALTY_BPS
 from lumaris_protocol.messages.execution import Usage
 from lumaris_protocol.rulings import Case, Decision
 from tests.dispute_builders import LIMITS, Work
@@ -342,8 +342,8 @@ def test_what_is_no_check(shown: Any) -> None:
     assert not rulings.proven(found)
     decision = rulings.rule(found)
     assert (decision.fault, decision.rule) == ("neither", "check_missing")
-    assert decision.bond_returned
-    assert decision.collected_nanos == 0
+    # Checks that would not please are kept back: it has its price, and not the whole bond.
+    assert (decision.bond_returned, decision.collected_nanos) == (False, DISPUTE_BOND_NANOS_MIN)
 
 
 def test_a_check_on_another_tier_does_not_count() -> None:
@@ -360,7 +360,7 @@ def test_a_checker_that_was_not_drawn_does_not_count() -> None:
     assert rulings.rule(result_case(theirs, shown, checkers=())).rule == "no_checker"
 
 
-def replicas(*outputs: str, counted: int | None = None, **known: Any) -> Decision:
+def replica_case(*outputs: str, counted: int | None = None, drawn: int = 0, **known: Any) -> Case:
     made = work(contract(verification="repl"))
     shown = [made.order(), made.delivery(output="a")]
     names = []
@@ -369,16 +369,20 @@ def replicas(*outputs: str, counted: int | None = None, **known: Any) -> Decisio
         theirs = other_work(key, session)
         shown += [*theirs.agreements, theirs.order(3), theirs.delivery(3, output=output)]
         names.append(key.peer_id)
-    found = case(
+    names += [p.key_of(f"silent {number}").peer_id for number in range(drawn - len(names))]
+    return case(
         made,
         "wrong_result",
         buyer=tuple(shown),
         order=1,
         paid_nanos=PRICE,
-        replicas=tuple(names[:counted]),
+        checkers=tuple(names[:counted]),
         **known,
     )
-    return rulings.rule(found)
+
+
+def replicas(*outputs: str, **known: Any) -> Decision:
+    return rulings.rule(replica_case(*outputs, **known))
 
 
 def test_most_of_the_replicas_are_right() -> None:
@@ -391,7 +395,38 @@ def test_most_of_the_replicas_are_right() -> None:
     assert replicas("a", "b", "b").rule == "no_majority"
 
 
-def test_too_few_replicas_prove_nothing() -> None:
-    assert replicas("b").rule == "replicas_missing"
-    assert replicas("b", "b", counted=1).rule == "replicas_missing"
-    assert replicas("b", "b", counted=1).fault == "buyer"
+def test_too_few_replicas_decide_nothing() -> None:
+    assert replicas("b", "b", counted=1).rule == "no_checker"
+    assert replicas("b", "b", counted=0).rule == "no_checker"
+    missing = replicas("b", drawn=2)
+    assert (missing.fault, missing.rule) == ("neither", "replicas_missing")
+    assert missing.collected_nanos == DISPUTE_BOND_NANOS_MIN
+
+
+def test_all_drawn_replicas_have_answered() -> None:
+    """Then nothing can change any more; before, one of them may still turn it."""
+    assert rulings.proven(replica_case("b", "b"))
+    assert not rulings.proven(replica_case("b", "b", drawn=3))
+
+
+def test_a_checkers_result_counts_whoever_bought_it() -> None:
+    theirs = other_work(CHECKER, CHECKER_SESSION, buyer=p.SELLER)
+    made = work()
+    found = case(
+        made,
+        "wrong_result",
+        buyer=(made.order(), made.delivery(output="wrong")),
+        seller=(*theirs.agreements, theirs.order(7), theirs.delivery(7, output="wrong")),
+        order=1,
+        paid_nanos=PRICE,
+        checkers=(CHECKER.peer_id,),
+    )
+    assert rulings.rule(found).rule == "result_equal"
+
+
+def test_nothing_beyond_is_owed_for_what_the_seller_did_not_claim() -> None:
+    theirs = other_work(CHECKER, CHECKER_SESSION)
+    shown = (theirs.order(7), theirs.delivery(7))
+    found = rulings.rule(result_case(theirs, shown, paid_nanos=PRICE, claimed_nanos=0))
+    got = PRICE - PRICE * contract().agreement.fee_bps // 10_000
+    assert (found.refund_nanos, found.slash_nanos) == (got, got)

@@ -14,7 +14,7 @@ from lumaris_protocol import codec, rulings
 from lumaris_protocol.agreements import Contract
 from lumaris_protocol.errors import EnvelopeError, LumarisError, RefusedError
 from lumaris_protocol.keys import KeyPair
-from lumaris_protocol.limits import EVIDENCE_BYTES_MAX, EVIDENCE_DOCUMENTS_MAX
+from lumaris_protocol.limits import EVIDENCE_BYTES_MAX, EVIDENCE_DOCUMENTS_MAX, OTHER_SESSIONS_MAX
 from lumaris_protocol.messages.dispute import Candidate, DisputeOpen
 from lumaris_protocol.messages.negotiation import Agreement
 from lumaris_protocol.rulings import Dossier, Finding
@@ -24,6 +24,7 @@ from tests.protocol.cases import (
     CAP,
     CHECKER,
     CHECKER_SESSION,
+    EXPOSURE,
     case,
     claim_of,
     contract,
@@ -181,10 +182,15 @@ def test_bad_lists_of_candidates() -> None:
             rulings.draw(names, root=bytes(32), dispute=dispute, round_=0)
     names = candidates(1, 2)
     with pytest.raises(RefusedError, match="dispute_invalid"):
-        rulings.check_candidates(names, parties=(names[0].peer,), drawn=())
+        rulings.check_candidates(names, parties=(names[0].peer,))
+    rulings.check_candidates(names, parties=(p.BUYER.peer_id,))
+    for drawn in names:
+        found = rulings.draw(names, root=bytes(32), dispute=dispute, round_=1, drawn=(drawn.peer,))
+        assert found != drawn.peer
     with pytest.raises(RefusedError, match="dispute_invalid"):
-        rulings.check_candidates(names, parties=(), drawn=(names[1].peer,))
-    rulings.check_candidates(names, parties=(p.BUYER.peer_id,), drawn=())
+        rulings.draw(
+            names, root=bytes(32), dispute=dispute, round_=1, drawn=[name.peer for name in names]
+        )
 
 
 # --- money ---
@@ -199,6 +205,7 @@ CLAIMS = st.sampled_from(("not_delivered", "unpaid_delivery", "equivocation"))
     award=AMOUNTS,
     refund=AMOUNTS,
     fine=AMOUNTS,
+    paid=AMOUNTS,
     remainder=AMOUNTS,
     bond=AMOUNTS,
     stake=AMOUNTS,
@@ -209,12 +216,21 @@ def test_a_decision_conserves_money(
     award: int,
     refund: int,
     fine: int,
+    paid: int,
     remainder: int,
     bond: int,
     stake: int,
 ) -> None:
     by = p.SELLER if claim == "unpaid_delivery" else p.BUYER
-    held = case(SHARED, claim, by=by, remainder_nanos=remainder, bond_nanos=bond, stake_nanos=stake)
+    held = case(
+        SHARED,
+        claim,
+        by=by,
+        paid_nanos=paid,
+        remainder_nanos=remainder,
+        bond_nanos=bond,
+        stake_nanos=stake,
+    )
     found = rulings.decide(held, Finding(fault, "any", award, refund=refund, penalty=fine))
     assert 0 <= found.award_nanos <= remainder
     assert 0 <= found.collected_nanos <= found.slash_nanos
@@ -222,6 +238,7 @@ def test_a_decision_conserves_money(
     assert found.collected_nanos <= source
     parts = found.refund_nanos + found.victim_nanos + found.fees_nanos
     assert parts == found.collected_nanos
+    assert found.refund_nanos <= paid
     assert min(found.refund_nanos, found.victim_nanos, found.fees_nanos) >= 0
     assert found.victim_nanos <= (found.collected_nanos - found.refund_nanos + 1) // 2
     if by is p.SELLER:
@@ -250,14 +267,60 @@ def test_a_refund_is_never_more_than_paid_asked_or_staked(
 
 
 def test_a_split_and_a_withdrawal() -> None:
-    held = case(work(), "not_delivered", remainder_nanos=50, stake_nanos=40)
-    found = rulings.split(held, award_nanos=20, refund_nanos=30)
-    assert (found.award_nanos, found.refund_nanos, found.bond_returned) == (20, 30, True)
-    assert found.victim_nanos == found.fees_nanos == 0
-    assert rulings.withdrawn(held, answered=False).bond_returned
-    late = rulings.withdrawn(held, answered=True)
+    held = case(
+        work(), "not_delivered", remainder_nanos=50, stake_nanos=40, paid_nanos=90, amount=CAP
+    )
+    found = rulings.split(held, award_nanos=20, refund_nanos=70)
+    assert (found.award_nanos, found.refund_nanos, found.bond_returned) == (20, 70, True)
+    # The seller itself pays it: nothing is collected.
+    assert found.collected_nanos == found.victim_nanos == found.fees_nanos == 0
+    assert rulings.split(held, award_nanos=51, refund_nanos=91).refund_nanos == 90
+    large = case(work(), "not_delivered", bond_nanos=5_000_000)
+    early = rulings.withdrawn(large, answered=False)
+    assert (early.fault, early.bond_returned) == ("neither", False)
+    assert (early.collected_nanos, early.victim_nanos) == (1_000_000, 500_000)
+    late = rulings.withdrawn(large, answered=True)
     assert (late.fault, late.bond_returned, late.award_nanos) == ("buyer", False, 0)
-    assert late.victim_nanos == 500_000
+    assert (late.collected_nanos, late.victim_nanos) == (5_000_000, 2_500_000)
+
+
+def test_what_can_be_given_back() -> None:
+    terms = {"fee_bps": 1_000}
+    assert rulings.refundable(paid=100, claimed=100, refunded=0, **terms) == 100
+    assert rulings.refundable(paid=100, claimed=0, refunded=0, **terms) == 90
+    assert rulings.refundable(paid=100, claimed=50, refunded=60, **terms) == 35
+    assert rulings.refundable(paid=100, claimed=100, refunded=200, **terms) == 0
+
+
+def test_no_more_is_staked_than_can_be_lost() -> None:
+    held = case(work(), "not_delivered", amount=CAP)
+    agreement = held.agreement
+    assert rulings.stake_max(held.opened, agreement, refundable=100) == 110
+    wrong = case(work(), "wrong_result", amount=CAP, order=1).opened
+    assert rulings.stake_max(wrong, agreement, refundable=100) == 200
+    unpaid = case(work(), "unpaid_delivery", by=p.SELLER, amount=CAP).opened
+    assert rulings.stake_max(unpaid, agreement, refundable=0) == EXPOSURE // 10
+    fraud = case(work(), "equivocation", amount=0).opened
+    assert rulings.stake_max(fraud, agreement, refundable=0) == CAP
+
+
+def test_the_room_for_other_sessions_is_each_sides_own() -> None:
+    dossier = Dossier(contract(), network=p.NETWORK)
+    for number in range(OTHER_SESSIONS_MAX):
+        theirs = other_work(p.key_of(f"r{number}"), p.key_of(f"r{number} session"), buyer=p.SELLER)
+        dossier.add(theirs.agreements, party=p.SELLER.peer_id)
+    ours = other_work(CHECKER, CHECKER_SESSION)
+    dossier.add(ours.agreements, party=p.BUYER.peer_id)
+    more = other_work(p.key_of("more"), p.key_of("more session"), buyer=p.SELLER)
+    with pytest.raises(RefusedError, match="oversize"):
+        dossier.add(more.agreements, party=p.SELLER.peer_id)
+
+
+def test_a_checkers_agreement_may_name_another_key_of_the_coordinator() -> None:
+    theirs = other_work(CHECKER, CHECKER_SESSION, coordinator=p.STRANGER.peer_id)
+    dossier = Dossier(contract(), network=p.NETWORK)
+    dossier.add((*theirs.agreements, theirs.order()), party=p.BUYER.peer_id)
+    assert len(dossier.others) == 1
 
 
 def test_evidence_cannot_be_another_agreements() -> None:

@@ -47,7 +47,8 @@ class Seller:
         return self.pair.by_buyer(self.pair.buyer.receive(data, now=self.pair.now))
 
     def state(self, n: int, state: WorkState, **fields: object) -> list[fx.Effect]:
-        return self.hear(self.chain.sign(JobEvent, n=n, state=state, at=p.NOW, **fields).data)
+        named = self.pair.about(n)
+        return self.hear(self.chain.sign(JobEvent, **named, state=state, at=p.NOW, **fields).data)
 
     def meter(self, n: int, amount: int) -> None:
         self.hear(self.chain.sign(Meter, n=n, amount_nanos=amount, usage=Usage()).data)
@@ -56,7 +57,7 @@ class Seller:
         self.hear(
             self.chain.sign(
                 Delivery,
-                n=n,
+                **self.pair.about(n),
                 exit_status=0,
                 outputs=(),
                 output_root=merkle.files_root(()),

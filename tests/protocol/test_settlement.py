@@ -57,8 +57,8 @@ def both(n: int, cap: int, longer_s: int) -> tuple[bytes, bytes]:
 
 def ruling(nanos: int, *, name: str = "1", key: KeyPair = p.COORDINATOR, **changes: Any) -> bytes:
     facts = Facts(
-        paid_nanos=0, remainder_nanos=CAP, bond_nanos=0, stake_nanos=0, ended="done",
-        opened_at=p.NOW, evidence_until=p.NOW,
+        paid_nanos=0, claimed_nanos=0, remainder_nanos=CAP, bond_nanos=0, stake_nanos=0,
+        ended="done", opened_at=p.NOW, evidence_until=p.NOW, ends_at=p.NOW,
     )  # fmt: skip
     fields: dict[str, Any] = {
         "dispute": p.id_of("dispute", name), "agreement_hash": CONTRACT.hash,
@@ -122,6 +122,7 @@ def checked(
         ("closed", 400, {"closes": closes(400, of=OTHER)}, "voucher"),
         ("closed", 400, {"closes": closes(400)[::-1]}, "voucher"),
         ("closed", 400, {"closes": closes(400)[:1] * 2}, "voucher"),
+        ("closed", 400, {"closes": closes(400)[:1]}, "voucher"),
         ("claimed", 400, {"closes": closes(400)}, "voucher"),
         ("claimed", 400, {}, "voucher"),
         ("claimed", 500, {"rulings": (ruling(0),)}, "voucher"),

@@ -56,7 +56,7 @@ from lumaris_protocol.messages.execution import (
     SessionReady,
     WorkOrder,
 )
-from lumaris_protocol.messages.payment import Close, Voucher
+from lumaris_protocol.messages.payment import BUYER_CLOSES, Close, Voucher
 from lumaris_protocol.paths import check_tree
 
 _FACTS: Final = ("session_ready", "job_event", "log_chunk", "meter", "delivery", "close")
@@ -104,6 +104,7 @@ _PROGRESS_S: Final = 0.2  # between two words on how far a preparation is; other
 @dataclass
 class _Order:
     limits: Limits
+    hash: str
     sent_at: float
     offsets: dict[str, int] = field(default_factory=lambda: {"stdout": 0, "stderr": 0})
     delivery: Delivery | None = None
@@ -116,6 +117,7 @@ class _Order:
     paused_s: float = 0.0  # for certain
     claimed_nanos: int = 0  # the most the seller asked for it
     metered_nanos: int = 0  # the part of that on the tab
+    given_up: bool = False
 
     def note_state(self, state: str, now: float) -> None:
         """The seller says that it is in this state."""
@@ -213,7 +215,7 @@ class BuyerSession:
         self._orders_sent = n  # only now: an order that cannot be signed uses up no number
         if not self._live:
             self._heard_at = self._head_at = now  # silence counts while something is expected
-        self._live[n] = _Order(limits, now)
+        self._live[n] = _Order(limits, order.hash, now)
         return n, [Send(order.data)]
 
     def accept(self, n: int, *, now: float) -> list[Effect]:
@@ -257,14 +259,20 @@ class BuyerSession:
             return []
         return [Send(self._chain.sign(Cancel, n=n, grace_s=grace_s).data)]
 
-    def close(self, reason: str = "closed") -> list[Effect]:
+    def give_up(self, n: int) -> int:
+        """Wait for an order no longer; what it cost. The seller gets nothing more for it."""
+        if n in self._live:
+            self._live[n].given_up = True
+        return self.tab.strike(n)
+
+    def close(self) -> list[Effect]:
         """End the session: voucher what was accepted and propose the co-signed end."""
         if self.machine.state != "open":
             return []
         effects = self._voucher(self._due_delivered)
         self.machine.take("close_sent")
         self._our_total = self.tab.due_nanos
-        self._our_close = self._close_message(reason, self._our_total)
+        self._our_close = self._close_message(BUYER_CLOSES, self._our_total)
         return [*effects, Send(self._our_close)]
 
     def lost(self, reason: str) -> list[Effect]:
@@ -328,6 +336,7 @@ class BuyerSession:
         order = self._live.get(message.n)
         if order is None:
             return []  # an order we gave up on: its end was on the way
+        _check_order(order, message)
         repeated = message.state == order.state and not message.missing
         order.state = message.state
         order.note_state(message.state, now)
@@ -359,7 +368,10 @@ class BuyerSession:
         if message.n not in self._live or self.machine.state != "open":
             return []
         self._check_amount(message.n, message.amount_nanos, now)
-        self._live[message.n].metered_nanos = self._live[message.n].claimed_nanos
+        order = self._live[message.n]
+        order.metered_nanos = order.claimed_nanos
+        if order.given_up:
+            return []
         self.tab.accrue(message.n, message.amount_nanos)
         vouchers = self._voucher(self.tab.vouchered_nanos + self.tab.unpaid_nanos)
         return [Metered(message.n, message.usage), *vouchers]
@@ -370,6 +382,7 @@ class BuyerSession:
             return []
         if order.delivery is not None:
             raise ViolationError("replayed", f"Order {message.n} was delivered before.")
+        _check_order(order, message)
         self._check_amount(message.n, message.amount_nanos, now)
         if message.output_root != merkle.files_root(message.outputs) or message.exit_status != 0:
             raise ViolationError("output_mismatch", "The delivery contradicts itself.")
@@ -393,7 +406,10 @@ class BuyerSession:
         self.tab.give_back(total)
         if closing and total == self._our_total:
             return [KeepCloses(self._our_close, data, total), SessionOver("closed")]
-        ours = self._close_message(message.reason, total)
+        # The seller's reckoning: taking it is no word of ours on what we owed, so that we may
+        # still dispute what it took.
+        reason = "lease_ended" if message.reason == BUYER_CLOSES else message.reason
+        ours = self._close_message(reason, total)
         over = SessionOver("closed" if closing else message.reason)
         return [KeepCloses(ours, data, total), Send(ours), over]
 
@@ -458,3 +474,8 @@ class BuyerSession:
             orders_accepted=self.orders_accepted,
             reason=reason,
         ).data
+
+
+def _check_order(order: _Order, message: JobEvent | Delivery) -> None:
+    if message.order_hash != order.hash:
+        raise ViolationError("broken_chain", f"Another order of the number {message.n} is named.")

@@ -35,6 +35,7 @@ ESCROW: Final = Table(
         Row("disputed", "both_closed", "disputed", "pay what the voucher adds at once"),
         Row("disputed", "buyer_claim", "disputed", "pay what the voucher adds at once"),
         Row("disputed", "dispute_opened", "disputed", "one more dispute; all must end"),
+        Row("disputed", "window_ended", "disputed", "return what no dispute asks for"),
         Row("disputed", "ruled_in_part", "disputed", "pay the award; another dispute is open"),
         Row("disputed", "withdrawn_in_part", "disputed", "another dispute is open"),
         # The vouchers of a seller that was not heard yet stay good until the window ends, so

@@ -8,7 +8,7 @@ order runs only under a grant, and work stops while the unpaid amount is at the 
 from __future__ import annotations
 
 from collections import deque
-from typing import Final
+from typing import Any, Final
 
 from lumaris_protocol import agreements, merkle, pricing
 from lumaris_protocol.agreements import Contract
@@ -37,6 +37,7 @@ from lumaris_protocol.limits import (
 from lumaris_protocol.machines.chain import ReceiveChain, SendChain, session_kinds
 from lumaris_protocol.machines.tab import Tab
 from lumaris_protocol.machines.table import Machine, Row, Table, late
+from lumaris_protocol.machines.words import Kept, Words
 from lumaris_protocol.messages.base import SessionMessage
 from lumaris_protocol.messages.execution import (
     Acceptance,
@@ -52,7 +53,7 @@ from lumaris_protocol.messages.execution import (
     WorkOrder,
     WorkState,
 )
-from lumaris_protocol.messages.payment import Close, Voucher
+from lumaris_protocol.messages.payment import BUYER_CLOSES, Close, Voucher
 from lumaris_protocol.paths import check_tree
 
 _FACTS: Final = ("session_open", "work_order", "acceptance", "voucher", "cancel", "close")
@@ -104,9 +105,13 @@ class SellerSession:
         )
         self._last_n = 0
         self._live: dict[int, WorkOrder] = {}
-        self._delivered: dict[int, int] = {}  # amounts waiting for the buyer's word
+        # Of orders that something may still be said of: the hash, and what showing it takes.
+        self._papers: dict[int, tuple[str, int]] = {}
+        self._delivered: dict[int, tuple[int, Kept]] = {}  # waiting for the buyer's word
+        self._words = Words()
         self._keys_seen: deque[str] = deque(maxlen=_KEYS_REMEMBERED)
         self._metered: dict[int, int] = {}  # what the buyer was told of orders without an end
+        self._asked_nanos = 0  # by meters and deliveries, since the session began
         self._gate_open = True
         self._gate_shut_at = 0.0
         self._metered_at = 0.0
@@ -137,7 +142,7 @@ class SellerSession:
         if isinstance(message, SessionOpen):
             return self._on_open(message, now)
         if isinstance(message, WorkOrder):
-            return self._on_order(message, now)
+            return self._on_order(message, signed, now)
         if isinstance(message, Acceptance):
             return self._on_acceptance(message, now)
         if isinstance(message, Voucher):
@@ -152,7 +157,8 @@ class SellerSession:
         """A voucher that crossed our own end still counts, until the buyer signs that end too."""
         if self._co_signed:
             return []
-        if isinstance(message, Voucher) and message.total_nanos > self.tab.vouchered_nanos:
+        taken = self.tab.vouchered_nanos
+        if isinstance(message, Voucher) and taken < message.total_nanos <= self._asked_nanos:
             self.tab.voucher(message.total_nanos)
             return [KeepVoucher(signed.data, message.total_nanos)]
         if isinstance(message, Close) and message.total_nanos == self._our_total:
@@ -175,13 +181,16 @@ class SellerSession:
         ready = self._chain.sign(SessionReady, agreement_hash=self.contract.hash)
         return [KeepGrant(message.grant), Send(ready.data)]
 
-    def _on_order(self, order: WorkOrder, now: float) -> list[Effect]:
+    def _on_order(
+        self, order: WorkOrder, signed: Signed[SessionMessage], now: float
+    ) -> list[Effect]:
         if order.n != self._last_n + 1:
             raise ViolationError("out_of_sequence", f"Order {self._last_n + 1} is missing.")
         self._last_n = order.n
+        self._papers[order.n] = signed.hash, len(signed.data)
         reason = self._why_not(order, now)
         if reason:
-            return self._event(order.n, "error", now=now, reason=reason)
+            return self._last_event(order.n, "error", now=now, reason=reason)
         self._keys_seen.append(order.idempotency_key)
         self._live[order.n] = order
         return [RunOrder(order)]
@@ -209,20 +218,32 @@ class SellerSession:
         return ""
 
     def _on_acceptance(self, message: Acceptance, now: float) -> list[Effect]:
-        amount = self._delivered.pop(message.n, None)
-        if amount is None:
+        found = self._delivered.pop(message.n, None)
+        if found is None:
             raise ViolationError("out_of_sequence", f"Order {message.n} was not delivered.")
+        amount, kept = found
         if message.accepted:
+            # It knows of all that came before, and may refuse the rest of that later.
+            before = sum(
+                min(self.tab.paid_nanos(n), self._metered.get(n, 0))
+                for n in self._delivered
+                if n < message.n
+            )
+            self._words.accept(amount, message.total_nanos - before, kept=kept)
             self.orders_accepted += 1
             self.tab.finish(message.n, amount)
         else:
             self._strike(message.n)
         self._metered.pop(message.n, None)
+        self._papers.pop(message.n, None)
         return [*self._gate(now), *self._bad_debt()]
 
     def _on_voucher(
         self, message: Voucher, signed: Signed[SessionMessage], now: float
     ) -> list[Effect]:
+        if message.total_nanos > self._asked_nanos:
+            # A gift that is claimed with the rest, and then denied as never delivered.
+            raise ViolationError("unasked")
         self.tab.voucher(message.total_nanos)
         return [KeepVoucher(signed.data, message.total_nanos), *self._gate(now)]
 
@@ -231,7 +252,7 @@ class SellerSession:
         for n in (*self._live, *self._delivered):
             self._strike(n)  # too late to be accepted
         total, due = message.total_nanos, self.tab.due_nanos
-        if total > self.tab.vouchered_nanos:
+        if total > self.tab.vouchered_nanos or message.reason != BUYER_CLOSES:
             return [*stops, SessionOver("terms_changed")]
         # What is on its way sets the tabs apart; what that can be worth is the exposure.
         if due <= total <= due + self.terms.exposure_nanos:
@@ -270,6 +291,7 @@ class SellerSession:
         effects: list[Effect] = []
         waited = now - self._metered_at >= self.terms.voucher_interval_s
         if waited or 2 * self.tab.unpaid_nanos >= self.terms.exposure_nanos:
+            self._ask(n, amount)
             self._metered_at, self._metered[n] = now, amount
             meter = self._chain.sign(Meter, n=n, amount_nanos=amount, usage=usage)
             effects.append(Send(meter.data))
@@ -293,10 +315,12 @@ class SellerSession:
         amount = pricing.order_nanos(self.terms, usage.wall_ms)
         if self.over_limit(n, usage):
             return self.failed(n, "killed", "budget_exceeded", now=now, usage=usage)
+        name, size = self._papers[n]
         try:
             delivery = self._chain.sign(
                 Delivery,
                 n=n,
+                order_hash=name,
                 exit_status=0,
                 outputs=outputs,
                 output_root=merkle.files_root(outputs),
@@ -311,7 +335,9 @@ class SellerSession:
         self.tab.accrue(n, amount)
         del self._live[n]
         self._states.pop(n, None)
-        self._delivered[n] = amount
+        self._ask(n, amount)
+        self._delivered[n] = amount, self._words.kept
+        self._papers[n] = name, size + len(delivery.data)
         return [Send(delivery.data), *self._gate(now)]
 
     def failed(
@@ -332,7 +358,7 @@ class SellerSession:
         self._live.pop(n, None)
         self._strike(n, kept_nanos=0 if state == "error" else NANOS_MAX)
         self._busy_at = now
-        event = self._event(
+        event = self._last_event(
             n,
             state,
             now=now,
@@ -341,7 +367,6 @@ class SellerSession:
             exit_status=exit_status,
             detail=detail,
         )
-        self._states.pop(n, None)
         return [*event, *self._gate(now), *self._bad_debt(state)]
 
     def state(self, n: int, state: WorkState, *, now: float) -> list[Effect]:
@@ -393,13 +418,19 @@ class SellerSession:
 
     # --- inside ---
 
+    def _ask(self, n: int, amount_nanos: int) -> None:
+        self._asked_nanos += max(0, amount_nanos - self._metered.get(n, 0))
+
     def _strike(self, n: int, *, kept_nanos: int = NANOS_MAX) -> None:
         amount = self.tab.amount_nanos(n)
         kept = self.tab.strike(n, metered_nanos=min(kept_nanos, self._metered.pop(n, 0)))
+        self._words.keep(kept, size_bytes=self._papers.get(n, ("", 0))[1])
         self._written_off_nanos += max(0, amount - kept)
 
     def _bad_debt(self, state: WorkState = "failed") -> list[Effect]:
         """Work given away is bounded like work unpaid: by the exposure and what was vouchered."""
+        if self._words.too_few:
+            return self.end("lease_ended")  # orders without an end run on under another one
         bound = self.terms.exposure_nanos + self.tab.vouchered_nanos
         if self.terms.exposure_nanos == 0 or self._written_off_nanos < bound:
             return []
@@ -419,6 +450,13 @@ class SellerSession:
         ).data
         return self._our_close
 
+    def _last_event(self, n: int, state: WorkState, *, now: float, **fields: Any) -> list[Effect]:
+        """The end of an order; nothing more is said of it."""
+        effects = self._event(n, state, now=now, **fields)
+        self._papers.pop(n, None)
+        self._states.pop(n, None)
+        return effects
+
     def _event(
         self,
         n: int,
@@ -433,10 +471,13 @@ class SellerSession:
         done: int = 0,
         total: int = 0,
     ) -> list[Effect]:
+        if n not in self._papers:
+            return []  # its end was said before
         self._states[n], self._said_at = state, now
         event = self._chain.sign(
             JobEvent,
             n=n,
+            order_hash=self._papers[n][0],
             state=state,
             reason=reason,
             detail=detail,

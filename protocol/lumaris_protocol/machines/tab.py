@@ -54,6 +54,10 @@ class Tab:
         """What order `n` costs so far; nothing once it is paid and gone."""
         return self._lines[n].amount_nanos if n in self._lines else 0
 
+    def paid_nanos(self, n: int) -> int:
+        """What of that was vouchered; nothing once it is paid and gone."""
+        return self._lines[n].paid_nanos if n in self._lines else 0
+
     def accrue(self, n: int, amount_nanos: int) -> None:
         """Order `n` has cost this much so far; a smaller figure than before changes nothing."""
         line = self._lines.setdefault(n, _Line())

@@ -64,6 +64,7 @@ class BudgetGrant(Message, frozen=True, forbid_unknown_fields=True, kw_only=True
     """
 
     TYPE: ClassVar[str] = "budget_grant"
+    SIZE_MAX: ClassVar[int] = limits.MONEY_BYTES_MAX
     grant: Id
     agreement_hash: Digest
     session: Id

@@ -41,6 +41,7 @@ Ended = Literal["evidence", "done", "deadline", "agreed"]
 # The largest document of a session is a work order.
 EvidenceDocument = Annotated[bytes, Meta(max_length=limits.SESSION_DOCUMENT_BYTES_MAX)]
 Evidence = Annotated[tuple[EvidenceDocument, ...], Meta(max_length=limits.EVIDENCE_DOCUMENTS_MAX)]
+Round = Annotated[int, Meta(ge=0, le=limits.CHECKERS_MAX - 1)]
 DisputedOrder = Annotated[int, Meta(ge=0, le=limits.SEQ_MAX)]
 
 
@@ -94,8 +95,8 @@ class DisputeWithdraw(Message, frozen=True, forbid_unknown_fields=True, kw_only=
 class DisputeSplit(Message, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """An end both parties agree to: each signs the very same payload bytes.
 
-    `award_nanos` of the frozen remainder go to the seller (less the agreed fee), `refund_nanos` of
-    the seller's bond to the buyer.
+    `award_nanos` of the frozen remainder go to the seller (less the agreed fee), `refund_nanos` out
+    of the seller's own account to the buyer.
     """
 
     TYPE: ClassVar[str] = "dispute_split"
@@ -113,20 +114,33 @@ class Candidate(Part, frozen=True, forbid_unknown_fields=True, kw_only=True):
     weight_nanos: Annotated[int, Meta(ge=1, le=limits.NANOS_MAX)]
 
 
+class CheckerList(Message, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Among whom a checker will be drawn, logged before the chance of the draw is known.
+
+    `round` is that of the first draw from it, counted from 0.
+    """
+
+    TYPE: ClassVar[str] = "checker_list"
+    dispute: Id
+    round: Round
+    candidates: Annotated[
+        tuple[Candidate, ...], Meta(min_length=1, max_length=limits.CHECKER_CANDIDATES_MAX)
+    ]
+    issued_at: Time
+
+
 class CheckerDraw(Message, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The coordinator's draw of a checker, which anyone can repeat (`rulings.draw`).
 
-    `checkpoint` is the first signed head of the receipts log that holds the dispute's opening; its
-    root is the draw's chance. `round` counts from 0; who was drawn before is no candidate.
+    `list_hash` names the signed CheckerList, and `checkpoint` is the first signed head of the
+    receipts log that holds it: its root is the draw's chance. Who was drawn before is left out.
     """
 
     TYPE: ClassVar[str] = "checker_draw"
     dispute: Id
-    round: Annotated[int, Meta(ge=0, le=limits.CHECKERS_MAX - 1)]
+    round: Round
+    list_hash: Digest
     checkpoint: Annotated[str, Meta(max_length=limits.CHECKPOINT_CHARS_MAX)]
-    candidates: Annotated[
-        tuple[Candidate, ...], Meta(min_length=1, max_length=limits.CHECKER_CANDIDATES_MAX)
-    ]
     checker: Peer
     check_by: Time
     issued_at: Time
@@ -135,22 +149,24 @@ class CheckerDraw(Message, frozen=True, forbid_unknown_fields=True, kw_only=True
 class Facts(Part, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What only the coordinator knows of a case, stated under its signature.
 
-    `paid_nanos` were paid to the seller before the ruling (where a refund is asked, as far as the
-    seller itself claimed them) and `remainder_nanos` are frozen.
-    `bond_nanos` is the opener's bond and `stake_nanos` the respondent's part, both held by the
-    dispute. `checkers` were drawn, in this order. `replicas` are the sellers whose results count
-    beside the respondent's: registered, with a bond, no two of one owner and none of a party's.
+    `paid_nanos` were paid to the seller before the ruling, `claimed_nanos` of them on its own
+    documents (a claim, an award of a dispute that it opened), and `refunded_nanos` were given back
+    by earlier rulings on the agreement. `remainder_nanos` are frozen. `bond_nanos` is the opener's
+    bond and `stake_nanos` the respondent's part, both held by the dispute. `ends_at` is the
+    agreement's end as amended. `checkers` were drawn, in this order.
     """
 
     paid_nanos: Amount
+    claimed_nanos: Amount
+    refunded_nanos: Amount = 0
     remainder_nanos: Amount
     bond_nanos: Amount
     stake_nanos: Amount
     ended: Ended
     opened_at: Time
     evidence_until: Time
+    ends_at: Time
     checkers: Annotated[tuple[Peer, ...], Meta(max_length=limits.CHECKERS_MAX)] = ()
-    replicas: Annotated[tuple[Peer, ...], Meta(max_length=limits.REPLICAS_MAX)] = ()
 
 
 class Ruling(Message, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -159,7 +175,8 @@ class Ruling(Message, frozen=True, forbid_unknown_fields=True, kw_only=True):
     `award_nanos` of the frozen remainder go to the seller, the rest of it back to the buyer.
     `slash_nanos` is what the loser owes of its stake or bond and `collected_nanos` what was there;
     of that `refund_nanos` make the buyer whole and `victim_nanos` (at most half of what is left)
-    go to the other side, the rest to the fees. `evidence_root` is the RFC 6962 root over the
+    go to the other side, the rest to the fees. In a split the seller's account pays `refund_nanos`
+    and nothing is collected. `evidence_root` is the RFC 6962 root over the
     opening and every evidence bundle, in the order of their arrival.
     """
 

@@ -117,6 +117,7 @@ class WorkOrder(SessionMessage, frozen=True, forbid_unknown_fields=True, kw_only
 class JobEvent(SessionMessage, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """An order changed its state. `missing` names input hashes the buyer must send.
 
+    `order_hash` is the WorkOrder's hash: what is said of an order is said of one signed text.
     While an image is fetched or compiled, `done` of `total` says how far that is (bytes; 0 of 0
     when not known) and `detail` what it is.
     """
@@ -124,6 +125,7 @@ class JobEvent(SessionMessage, frozen=True, forbid_unknown_fields=True, kw_only=
     TYPE: ClassVar[str] = "job_event"
     SIZE_MAX: ClassVar[int] = 4 * limits.ENVELOPE_BYTES_MAX - limits.KIB
     n: OrderNumber
+    order_hash: Digest
     state: WorkState
     reason: Annotated[str, Meta(max_length=limits.NAME_CHARS_MAX)] = ""
     detail: Text = ""
@@ -156,11 +158,15 @@ class Meter(SessionMessage, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class Delivery(SessionMessage, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The order succeeded: its outputs by hash, its log by hash, its price."""
+    """The order succeeded: its outputs by hash, its log by hash, its price.
+
+    `order_hash` is the WorkOrder's hash: a result means nothing for another order of this number.
+    """
 
     TYPE: ClassVar[str] = "delivery"
     SIZE_MAX: ClassVar[int] = 4 * limits.ENVELOPE_BYTES_MAX - limits.KIB
     n: OrderNumber
+    order_hash: Digest
     exit_status: ExitStatus
     outputs: Annotated[tuple[File, ...], Meta(max_length=limits.OUTPUT_FILES_MAX)]
     output_root: Digest
@@ -175,6 +181,7 @@ class Acceptance(SessionMessage, frozen=True, forbid_unknown_fields=True, kw_onl
     """The buyer took the delivery, or rejects it with a code; `total_nanos` is what it owes now."""
 
     TYPE: ClassVar[str] = "acceptance"
+    SIZE_MAX: ClassVar[int] = limits.MONEY_BYTES_MAX
     n: OrderNumber
     accepted: bool
     reason: Annotated[str, Meta(max_length=limits.NAME_CHARS_MAX)] = ""
@@ -188,5 +195,6 @@ class Cancel(SessionMessage, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """
 
     TYPE: ClassVar[str] = "cancel"
+    SIZE_MAX: ClassVar[int] = limits.MONEY_BYTES_MAX
     n: OrderNumber
     grace_s: Annotated[int, Meta(ge=0, le=limits.GRACE_S_MAX)] = 0

@@ -116,6 +116,7 @@ class Agreement(Message, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """
 
     TYPE: ClassVar[str] = "agreement"
+    SIZE_MAX: ClassVar[int] = limits.AGREEMENT_BYTES_MAX
     agreement: Id
     session: Id
     advert_hash: Digest

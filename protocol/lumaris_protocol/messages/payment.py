@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Final
 
 from msgspec import Meta
 
@@ -19,18 +19,27 @@ from lumaris_protocol.messages.base import (
     Time,
 )
 
+# The reason in the Close of a buyer that ends a session by its own will. Under another reason its
+# Close only takes what the seller offers at its end, and says nothing of what was owed.
+BUYER_CLOSES: Final = "closed"
+
 
 class Voucher(SessionMessage, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The buyer owes `total_nanos` for the whole session; only the highest counts, for good."""
 
     TYPE: ClassVar[str] = "voucher"
+    SIZE_MAX: ClassVar[int] = limits.MONEY_BYTES_MAX
     total_nanos: Amount
 
 
 class Close(SessionMessage, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One side ends the session. Two of these with the same total release the rest at once."""
+    """One side ends the session. Two of these with the same total release the rest at once.
+
+    Of the buyer, with the reason `closed`, it is its word of what it owed for the whole session.
+    """
 
     TYPE: ClassVar[str] = "close"
+    SIZE_MAX: ClassVar[int] = limits.MONEY_BYTES_MAX
     total_nanos: Amount
     orders_accepted: Count
     reason: Annotated[str, Meta(max_length=limits.NAME_CHARS_MAX)]

@@ -16,6 +16,7 @@ from lumaris_protocol.rulings.case import (
     evidence_root,
     opener_bond,
     other_side,
+    refundable,
     side_of,
     stake_max,
 )
@@ -24,6 +25,7 @@ from lumaris_protocol.rulings.evidence import ADMITTED, Dossier, Session
 from lumaris_protocol.rulings.rules import (
     decide,
     disputed_result,
+    is_forged,
     proven,
     rule,
     split,
@@ -44,9 +46,11 @@ __all__ = (
     "disputed_result",
     "draw",
     "evidence_root",
+    "is_forged",
     "opener_bond",
     "other_side",
     "proven",
+    "refundable",
     "rule",
     "side_of",
     "split",

@@ -19,6 +19,7 @@ from lumaris_protocol.limits import (
 )
 from lumaris_protocol.messages.dispute import DisputeClaim, DisputeOpen, Facts, Fault
 from lumaris_protocol.messages.negotiation import Agreement
+from lumaris_protocol.money import split_fee
 from lumaris_protocol.rulings.evidence import Dossier, Session
 
 # Ruled on the opening's own evidence, or not opened at all.
@@ -27,9 +28,8 @@ INSTANT: Final = frozenset(("equivocation", "forged_voucher", "stale_voucher"))
 FRAUD: Final = frozenset(("equivocation", "forged_voucher"))
 # About money that the escrow still holds: it is frozen until the ruling.
 FREEZES: Final = frozenset(("stale_voucher", "unpaid_delivery"))
-# About money that the seller has taken by its own claim. A voucher that only the buyer showed may
-# never have reached the seller, so no refund is reckoned from one.
-NEEDS_CLAIM: Final = frozenset(("not_delivered", "wrong_result"))
+# About money that the seller was paid.
+REFUNDS: Final = frozenset(("not_delivered", "wrong_result"))
 _ONLY: Final[dict[str, Fault]] = {
     "stale_voucher": "seller",
     "unpaid_delivery": "seller",
@@ -67,12 +67,24 @@ class Case:
         """The other side."""
         return other_side(self.opener)
 
+    @property
+    def refundable(self) -> int:
+        """The most that the seller can still be made to give back."""
+        facts = self.facts
+        return refundable(
+            paid=facts.paid_nanos,
+            claimed=facts.claimed_nanos,
+            refunded=facts.refunded_nanos,
+            fee_bps=self.agreement.fee_bps,
+        )
+
 
 @dataclass(frozen=True)
 class Finding:
     """What a rule finds, before it is known what money there is. Amounts are nanos.
 
     `refund` is due to the buyer out of the seller's stake, `penalty` from the respondent beside it.
+    `cost` is what the opener pays of its bond where nobody is at fault.
     """
 
     fault: Fault
@@ -80,6 +92,7 @@ class Finding:
     award: int = 0
     refund: int = 0
     penalty: int = 0
+    cost: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,14 +141,27 @@ def opener_bond(amount_nanos: int) -> int:
     return max(DISPUTE_BOND_NANOS_MIN, -(-amount_nanos * DISPUTE_BOND_BPS // FEE_BPS_MAX))
 
 
-def stake_max(opened: DisputeOpen, agreement: Agreement) -> int:
+def refundable(*, paid: int, claimed: int, refunded: int, fee_bps: int) -> int:
+    """What of a payment can be asked back, in nanos.
+
+    All that the seller took on its own documents. Of a voucher that only the buyer showed, what
+    came to the seller after the fee: it may never have seen that voucher.
+    """
+    unclaimed = split_fee(paid, fee_bps=fee_bps)[0] - split_fee(claimed, fee_bps=fee_bps)[0]
+    return max(0, claimed + unclaimed - refunded)
+
+
+def stake_max(opened: DisputeOpen, agreement: Agreement, *, refundable: int) -> int:
     """The most that the respondent can lose, which is what of its bond the dispute holds."""
-    amount = opened.amount_nanos
+    terms, amount = agreement.terms, opened.amount_nanos
     if opened.claim in FRAUD:
-        return agreement.terms.cap_nanos
-    if opened.claim == "wrong_result":
-        return amount + penalty(amount, wrong=True)
-    return penalty(amount) + (amount if opened.claim == "not_delivered" else 0)
+        return terms.cap_nanos
+    if opened.claim == "unpaid_delivery":
+        return penalty(min(amount, terms.exposure_nanos))
+    if opened.claim == "stale_voucher":
+        return penalty(amount)
+    amount = min(amount, refundable)
+    return amount + penalty(amount, wrong=opened.claim == "wrong_result")
 
 
 def penalty(amount_nanos: int, *, wrong: bool = False) -> int:

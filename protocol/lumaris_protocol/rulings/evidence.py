@@ -2,8 +2,9 @@
 
 What is admitted is a closed list. A document of the disputed session is signed by the session key
 that the agreement gave to its side. A document of another session is admitted only behind both
-signed copies of that session's agreement, and only when a party of the dispute bought there: this
-is how the work of a checker or of a replica is shown.
+signed copies of that session's agreement, and only from the party that bought there: this is how
+the work of a drawn checker is shown. Which coordinator its agreement names does not matter: the
+key of ours may have been replaced since the disputed session.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from lumaris_protocol.errors import RefusedError
 from lumaris_protocol.limits import (
     EVIDENCE_BYTES_MAX,
     EVIDENCE_DOCUMENTS_MAX,
-    REPLICAS_MAX,
+    OTHER_SESSIONS_MAX,
     SESSION_DOCUMENT_BYTES_MAX,
 )
 from lumaris_protocol.messages.base import Message, SessionMessage
@@ -90,8 +91,11 @@ class Dossier:
         others = dict(self.others)
         for contract in self._contracts([item for item in opened if _is(item, Agreement)], party):
             others.setdefault(contract.hash, Session(contract))
-        if len(others) > REPLICAS_MAX:
-            raise RefusedError("oversize", f"At most {REPLICAS_MAX} other sessions are evidence.")
+        bought = [one for one in others.values() if one.contract.agreement.buyer == party]
+        if len(bought) > OTHER_SESSIONS_MAX:
+            raise RefusedError(
+                "oversize", f"One side shows at most {OTHER_SESSIONS_MAX} other sessions."
+            )
         placed = [(item, self._place(item, others)) for item in opened if not _is(item, Agreement)]
         self.others, self._sizes[party], self._counts[party] = others, size, count
         for item, session in placed:
@@ -130,7 +134,6 @@ class Dossier:
                 continue
             if (
                 agreement.session == ours.agreement.session
-                or agreement.coordinator != ours.agreement.coordinator
                 or agreement.buyer != party
                 or party not in (ours.agreement.buyer, ours.agreement.seller)
             ):

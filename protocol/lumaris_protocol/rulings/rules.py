@@ -13,19 +13,27 @@ from typing import Final
 from lumaris_protocol import codec, envelope
 from lumaris_protocol.codec import Signed
 from lumaris_protocol.errors import EnvelopeError
+from lumaris_protocol.limits import DISPUTE_BOND_NANOS_MIN
 from lumaris_protocol.messages.base import SessionMessage
-from lumaris_protocol.messages.execution import Delivery
-from lumaris_protocol.messages.payment import Settle, Voucher
+from lumaris_protocol.messages.execution import Delivery, WorkOrder
+from lumaris_protocol.messages.negotiation import Agreement
+from lumaris_protocol.messages.payment import Voucher
 from lumaris_protocol.rulings import work
-from lumaris_protocol.rulings.case import Case, Decision, Finding, penalty
+from lumaris_protocol.rulings.case import REFUNDS, Case, Decision, Finding, penalty
 from lumaris_protocol.rulings.evidence import Session
 from lumaris_protocol.rulings.work import Result
 
 Key = tuple[int, str, str]
 
+# Two that agree outvote the disputed result.
+_REPLICAS_MIN: Final = 2
+
 
 def rule(case: Case) -> Decision:
     """The decision that follows from a case with everything that will ever be in it."""
+    if case.opened.claim in REFUNDS and work.ordered_twice(case.session):
+        # Nothing tells which of the two the seller got, and only the buyer can have signed both.
+        return decide(case, Finding("buyer", "equivocation"))
     return decide(case, _RULES[case.opened.claim](case))
 
 
@@ -33,7 +41,8 @@ def proven(case: Case) -> bool:
     """Whether the evidence alone decides now: nothing that may still come can change it."""
     claim = case.opened.claim
     if claim == "wrong_result":
-        return case.agreement.verification == "det" and _checked(case) is not None
+        # Without a result for the disputed order nothing was disputed.
+        return disputed_result(case) is not None and _enough_checked(case)
     return claim in _INSTANT_RULES and _RULES[claim](case).fault == case.respondent
 
 
@@ -43,16 +52,32 @@ def disputed_result(case: Case) -> Result | None:
 
 
 def split(case: Case, *, award_nanos: int, refund_nanos: int) -> Decision:
-    """What both parties agreed to, as far as there is money for it. Bonds go back."""
-    return decide(case, Finding("neither", "split", award=award_nanos, refund=refund_nanos))
+    """What both parties agreed to, as far as there is money for it. Bonds go back.
+
+    The seller itself pays the refund: a bond that its owner can send away answers for nothing.
+    """
+    return Decision(
+        fault="neither",
+        rule="split",
+        award_nanos=min(award_nanos, case.facts.remainder_nanos),
+        refund_nanos=min(refund_nanos, case.refundable),
+        slash_nanos=0,
+        collected_nanos=0,
+        victim_nanos=0,
+        fees_nanos=0,
+        bond_returned=True,
+    )
 
 
 def withdrawn(case: Case, *, answered: bool) -> Decision:
-    """The opener took its claim back; after the other side has answered, its bond is lost.
+    """The opener took its claim back: it loses its bond once the other side has answered, and the
+    least bond before, since the other side's money was held meanwhile.
 
     Nothing is awarded: the vouchers of an escrow stay good without the dispute.
     """
-    return decide(case, Finding(case.opener if answered else "neither", "withdrawn"))
+    if answered:
+        return decide(case, Finding(case.opener, "withdrawn"))
+    return decide(case, Finding("neither", "withdrawn", cost=DISPUTE_BOND_NANOS_MIN))
 
 
 def decide(case: Case, finding: Finding) -> Decision:
@@ -63,9 +88,10 @@ def decide(case: Case, finding: Finding) -> Decision:
     """
     facts = case.facts
     award = min(finding.award, facts.remainder_nanos)
-    refund = finding.refund if case.respondent == "seller" else 0
-    if finding.fault == case.opener:
-        refund, owed, there = 0, facts.bond_nanos, facts.bond_nanos
+    refund = min(finding.refund, case.refundable) if case.respondent == "seller" else 0
+    lost = facts.bond_nanos if finding.fault == case.opener else finding.cost
+    if lost:
+        refund, owed, there = 0, lost, facts.bond_nanos
     else:
         fine = finding.penalty if finding.fault == case.respondent else 0
         owed, there = refund + fine, facts.stake_nanos
@@ -81,7 +107,7 @@ def decide(case: Case, finding: Finding) -> Decision:
         collected_nanos=collected,
         victim_nanos=victim,
         fees_nanos=collected - refund - victim,
-        bond_returned=finding.fault != case.opener,
+        bond_returned=not lost,
     )
 
 
@@ -89,7 +115,7 @@ def decide(case: Case, finding: Finding) -> Decision:
 
 
 def _equivocation(case: Case) -> Finding:
-    """Two documents of one signer under one number, or two deliveries of one order."""
+    """Two documents of one signer under one number, or two orders or deliveries of one number."""
     agreement = case.agreement
     buyer = case.respondent == "buyer"
     key = agreement.buyer_session_key if buyer else agreement.seller_session_key
@@ -104,7 +130,9 @@ def _equivocation(case: Case) -> Finding:
 def _exclusive(signed: Signed[SessionMessage]) -> list[object]:
     message = signed.message
     names: list[object] = [("seq", message.seq)]
-    return [*names, ("delivery", message.n)] if isinstance(message, Delivery) else names
+    if isinstance(message, WorkOrder | Delivery):
+        names.append((message.TYPE, message.n))
+    return names
 
 
 def _forged_voucher(case: Case) -> Finding:
@@ -112,22 +140,20 @@ def _forged_voucher(case: Case) -> Finding:
     agreement = case.agreement
     respondent = agreement.buyer if case.respondent == "buyer" else agreement.seller
     for settle in case.session.settles:
-        if settle.signer == respondent and _encloses_forgery(case, settle):
+        if settle.signer == respondent and is_forged(
+            settle.message.voucher, agreement, network=case.dossier.network
+        ):
             return _fraud(case, "forged_voucher")
     return _unproven(case)
 
 
-def _encloses_forgery(case: Case, settle: Signed[Settle]) -> bool:
-    if settle.message.voucher is None:
+def is_forged(voucher: bytes | None, agreement: Agreement, *, network: str) -> bool:
+    """Whether an enclosed voucher is not signed by the buyer's session key."""
+    if voucher is None:
         return False
     try:
-        found = envelope.decode(settle.message.voucher)
-        codec.open_decoded(
-            found,
-            Voucher,
-            network=case.dossier.network,
-            signer=case.agreement.buyer_session_key,
-        )
+        found = envelope.decode(voucher)
+        codec.open_decoded(found, Voucher, network=network, signer=agreement.buyer_session_key)
     except EnvelopeError as error:
         return error.code in ("bad_signature", "wrong_signer")
     return False
@@ -160,7 +186,11 @@ def _not_delivered(case: Case) -> Finding:
     """The seller took more than its shown work is worth; what is not shown was not done."""
     missing = min(_overpaid(case), case.opened.amount_nanos)
     if missing:
-        return Finding("seller", "not_delivered", refund=missing, penalty=penalty(missing))
+        # Nothing beyond is owed for a voucher that only the buyer showed.
+        fine = penalty(min(missing, case.facts.claimed_nanos))
+        return Finding("seller", "not_delivered", refund=missing, penalty=fine)
+    if case.facts.refunded_nanos and _overpaid(case, again=True):
+        return _undecided("refunded")
     return Finding("buyer", "delivered")
 
 
@@ -169,11 +199,13 @@ def _unpaid_delivery(case: Case) -> Finding:
 
     What the buyer refused by its signed word is shared: nothing mechanical says who is right.
     """
-    found = work.worth(case.session)
-    vouchered, asked = _vouchered(case), case.opened.amount_nanos
-    owed = min(_beyond(case, found.delivered - vouchered), asked)
-    contested = _beyond(case, found.delivered + found.rejected - max(vouchered, found.delivered))
-    share = min(contested // 2, asked - owed)
+    found = work.worth(case.session, ends_at=case.facts.ends_at)
+    vouchered = _vouchered(case)
+    # A seller agreed to carry no more than the exposure, whatever it is made of.
+    exposure, asked = case.agreement.terms.exposure_nanos, case.opened.amount_nanos
+    owed = min(max(0, found.delivered - vouchered), exposure, asked)
+    contested = max(0, found.delivered + found.rejected - max(vouchered, found.delivered))
+    share = min(min(contested, exposure - owed) // 2, asked - owed)
     due = _vouchers_due(case) + owed + share
     if owed:
         return Finding("buyer", "unpaid", due, penalty=penalty(owed))
@@ -182,15 +214,14 @@ def _unpaid_delivery(case: Case) -> Finding:
     return Finding("seller", "paid", due)
 
 
-def _overpaid(case: Case, *, less: int = 0) -> int:
-    """What was paid beyond the worth of the shown work, of which `less` does not count."""
-    found = work.worth(case.session)
-    return max(0, case.facts.paid_nanos - max(0, found.total - less))
+def _overpaid(case: Case, *, without: int = 0, again: bool = False) -> int:
+    """What was paid, and not given back yet, beyond the worth of the shown work.
 
-
-def _beyond(case: Case, nanos: int) -> int:
-    """What a seller can be owed beyond vouchers: it agreed to carry no more than the exposure."""
-    return min(max(0, nanos), case.agreement.terms.exposure_nanos)
+    The order `without` counts as worth nothing. With `again` it is not asked what was given back.
+    """
+    facts = case.facts
+    kept = facts.paid_nanos - (0 if again else facts.refunded_nanos)
+    return max(0, kept - work.against_refund(case.session, ends_at=facts.ends_at, without=without))
 
 
 def _vouchered(case: Case) -> int:
@@ -211,26 +242,23 @@ def _wrong_result(case: Case) -> Finding:
     disputed = disputed_result(case)
     if disputed is None:
         return _unproven(case)
-    if case.agreement.verification == "repl":
-        return _by_replicas(case, disputed)
-    if not case.facts.checkers:
-        return _undecided(case, "no_checker")
+    repl = case.agreement.verification == "repl"
+    if len(case.facts.checkers) < (_REPLICAS_MIN if repl else 1):
+        return _undecided("no_checker")
     checked = _checked(case)
-    if checked is None:
-        return _undecided(case, "check_missing")
-    return _compared(case, disputed, equal=_key(checked) == _key(disputed), by="result")
+    if repl:
+        return _by_replicas(case, disputed, checked)
+    if not checked:
+        return _undecided("check_missing", cost=DISPUTE_BOND_NANOS_MIN)
+    # Of several checkers the one drawn first among those that answered.
+    return _compared(case, disputed, equal=_key(checked[0]) == _key(disputed), by="result")
 
 
-def _by_replicas(case: Case, disputed: Result) -> Finding:
+def _by_replicas(case: Case, disputed: Result, checked: list[Result]) -> Finding:
     """Most of the results of one order, the disputed one among them, are right."""
-    votes = Counter([_key(disputed)])
-    for session in case.dossier.others.values():
-        seller = session.contract.agreement.seller
-        found = _same_order_result(case, session)
-        if seller in case.facts.replicas and found is not None:
-            votes[_key(found)] += 1
-    if votes.total() < 3:
-        return _unproven(case, "replicas_missing")
+    votes = Counter(_key(result) for result in (disputed, *checked))
+    if len(checked) < _REPLICAS_MIN:
+        return _undecided("replicas_missing", cost=DISPUTE_BOND_NANOS_MIN)
     winner, number = votes.most_common(1)[0]
     if 2 * number <= votes.total():
         return Finding("neither", "no_majority", refund=_lost(case, disputed) // 2)
@@ -240,7 +268,7 @@ def _by_replicas(case: Case, disputed: Result) -> Finding:
 def _compared(case: Case, disputed: Result, *, equal: bool, by: str) -> Finding:
     if equal:
         return Finding(case.opener, f"{by}_equal")
-    asked = min(disputed.price_nanos, case.opened.amount_nanos)
+    asked = min(disputed.price_nanos, case.opened.amount_nanos, case.facts.claimed_nanos)
     fine = penalty(asked, wrong=True)
     return Finding("seller", f"{by}_differs", refund=_lost(case, disputed), penalty=fine)
 
@@ -248,19 +276,31 @@ def _compared(case: Case, disputed: Result, *, equal: bool, by: str) -> Finding:
 def _lost(case: Case, disputed: Result) -> int:
     """What was paid for the disputed order: its price, as far as the rest does not use it up."""
     price = disputed.price_nanos
-    return min(price, case.opened.amount_nanos, _overpaid(case, less=price))
+    return min(price, case.opened.amount_nanos, _overpaid(case, without=case.opened.order))
 
 
-def _checked(case: Case) -> Result | None:
-    """The result of the checker drawn first among those that answered."""
+def _checked(case: Case) -> list[Result]:
+    """What the drawn sellers came to, by the order of their draws, whoever had them run it."""
+    found = []
     for checker in case.facts.checkers:
-        for session in case.dossier.others.values():
-            agreement = session.contract.agreement
-            if agreement.seller == checker and agreement.buyer == case.opened.opener:
-                found = _same_order_result(case, session)
-                if found is not None:
-                    return found
-    return None
+        sessions = [
+            session
+            for session in case.dossier.others.values()
+            if session.contract.agreement.seller == checker
+        ]
+        results = (_same_order_result(case, session) for session in sessions)
+        first = next((result for result in results if result is not None), None)
+        if first is not None:
+            found.append(first)
+    return found
+
+
+def _enough_checked(case: Case) -> bool:
+    """Whether no further result of a drawn seller would count."""
+    if case.agreement.verification == "repl":
+        drawn = len(case.facts.checkers)
+        return drawn >= _REPLICAS_MIN and len(_checked(case)) == drawn
+    return bool(_checked(case))
 
 
 def _same_order_result(case: Case, session: Session) -> Result | None:
@@ -290,12 +330,12 @@ def _fraud(case: Case, name: str) -> Finding:
     return Finding(case.respondent, name, penalty=case.agreement.terms.cap_nanos)
 
 
-def _unproven(case: Case, name: str = "unproven") -> Finding:
-    return Finding(case.opener, name)
+def _unproven(case: Case) -> Finding:
+    return Finding(case.opener, "unproven")
 
 
-def _undecided(case: Case, name: str) -> Finding:
-    return Finding("neither", name)
+def _undecided(name: str, *, cost: int = 0) -> Finding:
+    return Finding("neither", name, cost=cost)
 
 
 _INSTANT_RULES: Final[dict[str, Callable[[Case], Finding]]] = {

@@ -1,14 +1,17 @@
 """What the shown work of a session is worth, by its own terms.
 
-An order counts with the buyer's signed WorkOrder, for at most its price at the time it used:
+An order counts with the buyer's signed WorkOrder, for at most its price at the time it used. What
+the seller says of an order names that WorkOrder by its hash, and counts for no other one:
 
-- *delivered*: a Delivery with exit status 0, in time or accepted by the buyer;
+- *delivered*: a Delivery with exit status 0, in time or accepted by the buyer. What the buyer
+  accepted counts without its papers as well, but then only for its start;
 - *kept*: it ended by the buyer's own Cancel, by a limit both agreed to, or by the guest itself:
   what was vouchered for it stays with the seller, but nothing beyond is owed;
 - *rejected*: delivered, and refused by the buyer's signed word.
 
 Anything else is worth nothing. An Acceptance says what the buyer owes for the session up to its
-order, so one of them stands for all orders before it: a long session needs no long evidence.
+order, so one of them stands for all orders before it: a long session needs no long evidence. The
+Close with which the buyer itself ends the session says so of all of it.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from lumaris_protocol.messages.execution import (
     WorkOrder,
 )
 from lumaris_protocol.messages.negotiation import Agreement
-from lumaris_protocol.messages.payment import Voucher
+from lumaris_protocol.messages.payment import BUYER_CLOSES, Close, Voucher
 from lumaris_protocol.rulings.evidence import Session
 
 _MS_PER_S: Final = 1000
@@ -79,18 +82,28 @@ class Result:
 
 
 def orders(session: Session) -> dict[int, WorkOrder]:
-    """The first WorkOrder shown of each number."""
-    found: dict[int, WorkOrder] = {}
-    for signed in session.documents:
-        if isinstance(signed.message, WorkOrder):
-            found.setdefault(signed.message.n, signed.message)
-    return found
+    """The WorkOrder of each number: the one that the seller says came to an end, else the first."""
+    return {n: order.message for n, order in _ordered(session).items()}
 
 
-def worth(session: Session) -> Worth:
+def ordered_twice(session: Session) -> bool:
+    """Whether the buyer signed two orders under one number."""
+    names: dict[int, str] = {}
+    return any(
+        names.setdefault(signed.message.n, signed.hash) != signed.hash
+        for signed in session.documents
+        if isinstance(signed.message, WorkOrder)
+    )
+
+
+def worth(session: Session, *, ends_at: int | None = None, without: int = 0) -> Worth:
     """What all shown orders of a session are worth: one by one, or from the buyer's own word of
-    what it owed, whichever says more."""
-    parts = {n: _worth_of(session, order, n) for n, order in orders(session).items()}
+    what it owed, whichever says more.
+
+    `ends_at` is the agreement's end as amended. The order `without` is left out.
+    """
+    parts = _parts(session, ends_at)
+    parts.pop(without, None)
     words = [
         signed.message
         for signed in session.documents
@@ -99,9 +112,25 @@ def worth(session: Session) -> Worth:
     sums = [_sum(parts.values())]
     if words:
         last = max(words, key=lambda word: (word.total_nanos, word.n))
-        later = _sum(part for n, part in parts.items() if n > last.n)
-        sums.append(replace(later, delivered=later.delivered + last.total_nanos))
+        covered = {word.n for word in words if word.seq <= last.seq}
+        later = _sum(part for n, part in parts.items() if n > last.n and n not in covered)
+        owed = last.total_nanos
+        if without <= last.n or without in covered:
+            owed = max(0, owed - _price_of(session, without))
+        sums.append(replace(later, delivered=later.delivered + owed))
     return max(sums, key=lambda found: found.total)
+
+
+def against_refund(session: Session, *, ends_at: int | None = None, without: int = 0) -> int:
+    """What the seller may keep: the worth of the shown work, or the total with which the buyer
+    itself closed the session. Parameters as of `worth`."""
+    kept = worth(session, ends_at=ends_at, without=without).total
+    totals = [
+        signed.message.total_nanos
+        for signed in session.by(session.contract.agreement.buyer_session_key)
+        if isinstance(signed.message, Close) and signed.message.reason == BUYER_CLOSES
+    ]
+    return max(kept, max(totals, default=0) - _price_of(session, without))
 
 
 def voucher_top(session: Session) -> int:
@@ -112,15 +141,15 @@ def voucher_top(session: Session) -> int:
 
 def result_of(session: Session, n: int) -> Result | None:
     """How order `n` ended by the seller's own word: a Delivery, or the guest's failing status."""
-    order = orders(session).get(n)
-    delivery = _delivery(session, n)
-    agreement = session.contract.agreement
-    if order is None:
+    ordered = _ordered(session).get(n)
+    if ordered is None:
         return None
+    agreement, order = session.contract.agreement, ordered.message
+    delivery = _delivery(session, n, ordered.hash)
     if delivery is not None:
         price = min(delivery.amount_nanos, _price(agreement, order, delivery.usage))
         return Result(delivery.exit_status, delivery.output_root, delivery.stdout.sha256, price)
-    event = _end(session, n)
+    event = _end(session, n, ordered.hash)
     if event is None or not event.exit_status or event.reason != "exit_nonzero":
         return None
     return Result(event.exit_status, "", "", _price(agreement, order, event.usage))
@@ -150,17 +179,63 @@ def _sum(parts: Iterable[Worth]) -> Worth:
     )
 
 
-def _worth_of(session: Session, order: WorkOrder, n: int) -> Worth:
-    agreement = session.contract.agreement
-    delivery, word = _delivery(session, n), _acceptance(session, n)
+@dataclass(frozen=True)
+class _Ordered:
+    message: WorkOrder
+    hash: str
+
+
+def _ordered(session: Session) -> dict[int, _Ordered]:
+    """The order of each number that counts, by name."""
+    ended = {
+        signed.message.order_hash
+        for signed in session.documents
+        if isinstance(signed.message, Delivery)
+        or (isinstance(signed.message, JobEvent) and signed.message.state in _ENDED)
+    }
+    found: dict[int, _Ordered] = {}
+    for signed in session.documents:
+        if isinstance(signed.message, WorkOrder):
+            order = _Ordered(signed.message, signed.hash)
+            known = found.setdefault(order.message.n, order)
+            if known.hash not in ended and order.hash in ended:
+                found[order.message.n] = order
+    return found
+
+
+def _price_of(session: Session, n: int) -> int:
+    """What order `n` may have added to the buyer's totals: in part it is paid while it runs."""
+    result = result_of(session, n)
+    return result.price_nanos if result is not None else 0
+
+
+def _parts(session: Session, ends_at: int | None) -> dict[int, Worth]:
+    """What each order is worth, of those that were shown or accepted."""
+    ordered = _ordered(session)
+    accepted = {
+        signed.message.n
+        for signed in session.documents
+        if isinstance(signed.message, Acceptance) and signed.message.accepted
+    }
+    until = session.contract.agreement.ends_at if ends_at is None else ends_at
+    parts = {n: _worth_of(session, order, until) for n, order in ordered.items()}
+    start = Worth(delivered=pricing.order_nanos(session.contract.agreement.terms, 0))
+    for n in accepted:
+        parts[n] = max(parts.get(n, start), start, key=lambda part: part.total)
+    return parts
+
+
+def _worth_of(session: Session, ordered: _Ordered, ends_at: int) -> Worth:
+    agreement, order, n = session.contract.agreement, ordered.message, ordered.message.n
+    delivery, word = _delivery(session, n, ordered.hash), _acceptance(session, n)
     if delivery is not None and delivery.exit_status == 0:
         amount = min(delivery.amount_nanos, _price(agreement, order, delivery.usage))
         if word is not None and not word.accepted:
             return Worth(rejected=amount)
-        if word is not None or not _late(session, order, delivery):
+        if word is not None or not _late(session, order, delivery, ends_at):
             return Worth(delivered=amount)
         return Worth()
-    event = _end(session, n)
+    event = _end(session, n, ordered.hash)
     cancelled = any(isinstance(s.message, Cancel) and s.message.n == n for s in session.documents)
     if cancelled:
         whole = Usage(wall_ms=order.limits.wall_s * _MS_PER_S)
@@ -191,24 +266,24 @@ def _wall_ms_max(order: WorkOrder) -> int:
     return order.limits.wall_s * _MS_PER_S * LATE_BPS // FEE_BPS_MAX
 
 
-def _late(session: Session, order: WorkOrder, delivery: Delivery) -> bool:
+def _late(session: Session, order: WorkOrder, delivery: Delivery, ends_at: int) -> bool:
     """Whether the seller's own documents say that it ran over its limit or past the agreement."""
     if delivery.usage.wall_ms > _wall_ms_max(order):
         return True
-    ends_at = session.contract.agreement.ends_at + CLOCK_SKEW_S
     return any(
         isinstance(s.message, JobEvent)
-        and s.message.n == delivery.n
+        and s.message.order_hash == delivery.order_hash
         and s.message.seq < delivery.seq
-        and s.message.at > ends_at
+        and s.message.at > ends_at + CLOCK_SKEW_S
         for s in session.documents
     )
 
 
-def _delivery(session: Session, n: int) -> Delivery | None:
+def _delivery(session: Session, n: int, name: str) -> Delivery | None:
     for signed in session.documents:
-        if isinstance(signed.message, Delivery) and signed.message.n == n:
-            return signed.message
+        message = signed.message
+        if isinstance(message, Delivery) and message.n == n and message.order_hash == name:
+            return message
     return None
 
 
@@ -222,9 +297,9 @@ def _acceptance(session: Session, n: int) -> Acceptance | None:
     return max(words, key=lambda word: word.accepted, default=None)
 
 
-def _end(session: Session, n: int) -> JobEvent | None:
-    for signed in session.documents:
-        message = signed.message
-        if isinstance(message, JobEvent) and message.n == n and message.state in _ENDED:
-            return message
+def _end(session: Session, n: int, name: str) -> JobEvent | None:
+    events = (s.message for s in session.documents if isinstance(s.message, JobEvent))
+    for event in events:
+        if event.n == n and event.order_hash == name and event.state in _ENDED:
+            return event
     return None
