@@ -177,9 +177,12 @@ class Account(Answer):
     wallets: list[Wallet]
 
 
-class Credited(Account):
-    """The account after a credit."""
+class Credited(Answer):
+    """One credit; the same for whoever carries the request, and however often."""
 
+    account: str
+    peer: str
+    currency: str
     credited_nanos: int
     transaction: int
 
@@ -288,6 +291,21 @@ class EscrowShown(Escrow):
     """The money of a session and its history."""
 
     events: list[History]
+
+
+class EscrowClaim(Answer):
+    """A signed claim, in base64; `taken` is false for one that enclosed a forged voucher."""
+
+    by: str
+    taken: bool
+    document: str
+    at: int
+
+
+class EscrowClaims(Answer):
+    """The claims on a session's money that may be evidence."""
+
+    claims: list[EscrowClaim]
 
 
 class Escrows(Answer):

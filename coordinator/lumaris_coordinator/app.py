@@ -20,6 +20,7 @@ from lumaris_coordinator.bounds import CHORES_EVERY_S
 from lumaris_coordinator.clock import SteadyClock
 from lumaris_coordinator.config import Settings
 from lumaris_coordinator.context import Context
+from lumaris_coordinator.direct import Direct
 from lumaris_coordinator.disputes import store as dispute_store
 from lumaris_coordinator.disputes.routes import router as disputes_router
 from lumaris_coordinator.disputes.service import Disputes
@@ -28,10 +29,12 @@ from lumaris_coordinator.escrow.chores import add_downtime, beat, resume
 from lumaris_coordinator.escrow.grants import Grants
 from lumaris_coordinator.escrow.routes import router as escrow_router
 from lumaris_coordinator.escrow.service import Escrows
+from lumaris_coordinator.events import retention
 from lumaris_coordinator.events.hub import Hub
 from lumaris_coordinator.events.routes import router as events_router
 from lumaris_coordinator.gauges import Gauges
 from lumaris_coordinator.http import PROBLEMS
+from lumaris_coordinator.identity import shared_list
 from lumaris_coordinator.identity.api_keys import ApiKeys
 from lumaris_coordinator.identity.keys import KeyRing
 from lumaris_coordinator.identity.passwords import Passwords
@@ -62,10 +65,11 @@ from lumaris_coordinator.receipts.service import Receipts
 from lumaris_coordinator.receipts.witnesses import Witnesses
 from lumaris_coordinator.shard_map import ShardMaps
 from lumaris_coordinator.shard_map import router as shards_router
-from lumaris_coordinator.store.port import Connection, first
+from lumaris_coordinator.store.port import Connection
 from lumaris_coordinator.store.store import Store
 from lumaris_coordinator.tables import MIGRATIONS
 from lumaris_coordinator.tls import CertificateNeeded
+from lumaris_coordinator.upkeep import folder
 from lumaris_coordinator.webhooks.delivery import Deliveries
 from lumaris_coordinator.webhooks.outgoing import PinnedSender
 from lumaris_coordinator.webhooks.routes import router as webhooks_router
@@ -107,7 +111,12 @@ class Coordinator:
     def __init__(self, settings: Settings, *, clock: Callable[[], float] | None = None) -> None:
         clock = clock or SteadyClock()
         make_private_folder(settings.state)
-        keys = KeyRing(settings.state, network=settings.network, clock=clock)
+        keys = KeyRing(
+            settings.state,
+            network=settings.network,
+            clock=clock,
+            create=not folder.bound_to(settings.state),
+        )
         self.settings = settings
         self.log = log_of(settings.network, keys)
         self.metrics = Metrics()
@@ -168,8 +177,10 @@ class Coordinator:
         Raises LumarisError: `already_running`, `not_writable`, or `config_invalid` for the state of
         another network or key.
         """
+        folder.require_database(self.settings.state, self.store.backend)
         async with self.store.running():
-            await self.store.submit(self._start)
+            self.context.keys.take(await self.store.submit(self._start))
+            folder.bind(self.settings.state, self.store.backend)
             await self.events.start()
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._keep_chores)
@@ -208,33 +219,35 @@ class Coordinator:
             raise LumarisError("overlay_failed", "This coordinator has no overlay.")
         return await self.overlay.call(work)
 
-    def _start(self, connection: Connection) -> None:
-        """An operation: claim the state for this network and key, open what must exist."""
-        settings = self.settings
-        for name, value in (
-            ("network", settings.network),
-            ("coordinator", self.context.keys.first.peer_id),
-            ("currency", settings.currency),
-        ):
-            row = first(connection, "SELECT value FROM setting WHERE name = ?", (name,))
-            if row is not None and row[0] != value:
-                raise LumarisError(
-                    "config_invalid", f"The state belongs to {name} {row[0]}, not {value}."
-                )
-            connection.execute(
-                "INSERT INTO setting (name, value) VALUES (?, ?) ON CONFLICT DO NOTHING",
-                (name, value),
-            )
+    def _start(self, connection: Connection) -> bytes:
+        """An operation: claim the state for this network and key, open what must exist; the key
+        list to go on with."""
+        keys, settings = self.context.keys, self.settings
+        folder.claim(connection, settings, keys.first.peer_id)
+        listed = shared_list.exchange(connection, keys.list, network=settings.network)
         self.shard_maps.start(connection)
         self.ledger.open_accounts(connection)
         if self.store.others(connection):
             # Somebody could be asked to settle all the time: that was no downtime.
             beat(connection, now=self.context.now())
-            return
+            return listed
         away = add_downtime(connection, now=self.context.now())
         if away:
             dispute_store.extend_open(connection, seconds=away)
             log.info("away for %d s: open deadlines are extended by as much", away)
+        return listed
+
+    async def _follow_keys(self) -> None:
+        """Take up a changed list, or the one of another replica; a new key signs only after the
+        data knows it, so that every replica can check what it signs."""
+        keys, network = self.context.keys, self.settings.network
+        found = keys.found()
+        listed = await self.store.submit(
+            lambda connection: shared_list.exchange(connection, found, network=network)
+        )
+        if keys.take(listed):
+            self.context.notices.publish(listed)
+        keys.warn()
 
     async def _keep_chores(self) -> None:
         while True:
@@ -253,12 +266,14 @@ class Coordinator:
         await self.disputes.run_chores()
         await self.bonds.run_chores()
         await self.identity.prune()
-        if self.context.keys.reload():
-            self.context.notices.publish(self.context.keys.list.data)
-        self.context.keys.warn()
+        await self.users.prune()
+        await self._follow_keys()
         await self.money.run_chores()
         await self.store.submit(
             lambda connection: idempotency.prune(connection, now=self.context.now())
+        )
+        await retention.prune(
+            self.store, now=self.context.now(), kept_s=self.settings.events_kept_s
         )
         self.bad_documents.new_round()
 
@@ -309,6 +324,7 @@ def create_app(coordinator: Coordinator) -> FastAPI:
         openapi_url="/v1/openapi.json",
         docs_url=None,  # the page that comes with the framework loads its code from strangers
         redoc_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # our own is in edge.py
         responses=PROBLEMS,
     )
     app.state.coordinator = coordinator
@@ -319,6 +335,7 @@ def create_app(coordinator: Coordinator) -> FastAPI:
     app.add_exception_handler(RequestValidationError, problems.on_invalid)
     app.add_exception_handler(HTTPException, problems.on_http)
     proxies = frozenset(coordinator.settings.proxies)
+    app.add_middleware(Direct, routes=escrow_router.routes)
     if coordinator.settings.mutual_tls:
         app.add_middleware(CertificateNeeded)
     app.add_middleware(Limits, limiter=coordinator.limiter, proxies=proxies)

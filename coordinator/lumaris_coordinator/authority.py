@@ -1,14 +1,16 @@
-"""The coordinator's own certificate authority: client certificates for peers that proved their key.
+"""The coordinator's own certificate authority: client certificates for peers that proved their key,
+and the server's own where the settings ask for it.
 
-A certificate names a peer in one URI (`lumaris:<peer id>`) and lives a day, so none is ever
-revoked: a revoked peer gets no other. The authority's key is private to the state and signs
-nothing else.
+A client's certificate names a peer in one URI (`lumaris:<peer id>`) and lives a day, so none is
+ever revoked: a revoked peer gets no other. The authority's key is private to the state and signs
+nothing else. Neither kind of certificate can be used as the other.
 """
 
 from __future__ import annotations
 
 import os
 from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +26,7 @@ from lumaris_coordinator.bounds import (
     CERTIFICATE_LIFETIME_S,
     RSA_BITS_MAX,
     RSA_BITS_MIN,
+    SERVER_CERTIFICATE_LIFETIME_S,
 )
 from lumaris_overlay.private_files import make_private_folder, write_private_file
 from lumaris_protocol.errors import LumarisError
@@ -68,33 +71,55 @@ class Authority:
         """The authority's own certificate, for everybody."""
         return self._certificate.public_bytes(serialization.Encoding.PEM)
 
+    def serve(self, names: tuple[str, ...], *, now: int) -> bytes:
+        """A new key and the server's certificate for it, in PEM, under names and IP addresses."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        builder = self._leaf(key.public_key(), names[0], now, SERVER_CERTIFICATE_LIFETIME_S)
+        certificate = (
+            builder.add_extension(
+                x509.SubjectAlternativeName([_general_name(name) for name in names]),
+                critical=False,
+            )
+            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=True)
+            .sign(self._key, hashes.SHA256())
+        )
+        return _private_pem(key) + certificate.public_bytes(serialization.Encoding.PEM)
+
     def issue(self, csr: bytes, *, peer: str, now: int) -> bytes:
         """A client certificate in PEM for the key of a PKCS #10 request, in the name of a peer.
 
         Raises LumarisError `malformed` for a request that does not hold or a key we do not take.
         """
-        public = _key_of(csr)
-        begins = _time(now - CLOCK_SKEW_S)
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, peer)]))
-            .issuer_name(self._certificate.subject)
-            .public_key(public)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(begins)
-            .not_valid_after(_time(now + CERTIFICATE_LIFETIME_S))
+        certificate = (
+            self._leaf(_key_of(csr), peer, now, CERTIFICATE_LIFETIME_S)
             .add_extension(
                 x509.SubjectAlternativeName([x509.UniformResourceIdentifier(URI_SCHEME + peer)]),
                 critical=False,
             )
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=True)
+            .sign(self._key, hashes.SHA256())
+        )
+        return certificate.public_bytes(serialization.Encoding.PEM)
+
+    def _leaf(
+        self, key: CertificatePublicKeyTypes, name: str, now: int, lifetime_s: int
+    ) -> x509.CertificateBuilder:
+        # A common name has 64 characters at most; nobody decides by it.
+        common = x509.NameAttribute(NameOID.COMMON_NAME, name[:64])
+        return (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([common]))
+            .issuer_name(self._certificate.subject)
+            .public_key(key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(_time(now - CLOCK_SKEW_S))
+            .not_valid_after(_time(now + lifetime_s))
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(
                 x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()),
                 critical=False,
             )
         )
-        return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
 def peer_of(certificate: object) -> str:
@@ -152,12 +177,22 @@ def _new_authority(now: int) -> bytes:
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA256())
     )
-    private = key.private_bytes(
+    return _private_pem(key) + certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
-    return private + certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def _general_name(name: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
 
 
 def _time(seconds: int) -> datetime:

@@ -11,7 +11,7 @@ from lumaris_protocol.limits import (
 )
 from lumaris_protocol.money import NANOS_PER_CREDIT
 
-# The largest is a bundle of evidence; a claim with all that it encloses is 320 KiB.
+# The largest is a bundle of evidence; a claim with all that it encloses is 64 KiB.
 BODY_BYTES_MAX: Final = DISPUTE_DOCUMENT_BYTES_MAX
 # A peer on a slow line sends 512 KiB in this time at 52 kB/s; a stalled one frees its slot.
 BODY_READ_S_MAX: Final = 10.0
@@ -20,6 +20,9 @@ BODY_READ_S_MAX: Final = 10.0
 WRITER_QUEUE_MAX: Final = 2_048
 # Beyond some hundred operations a larger batch no longer pays; it only delays the first of it.
 WRITER_BATCH_MAX: Final = 512
+# Operations that the event loop runs before it looks at its connections again; each takes about a
+# third of a millisecond.
+OPERATIONS_PER_TURN_MAX: Final = 16
 # The oldest one waits longer than that only when the disk or the database stands still. A few are
 # let in all the same: one slow sync on an idle machine is no reason to refuse anybody.
 WRITER_STALLED_S: Final = 0.25
@@ -48,6 +51,9 @@ DATABASE_READERS_MAX: Final = 4
 DISK_FREE_BYTES_MIN: Final = 256 * 1024 * 1024
 # A row holds a few documents; its line is theirs in base64.
 BACKUP_LINE_BYTES_MAX: Final = 64 * ENVELOPE_BYTES_MAX
+# More events than any coordinator makes in the days between a backup and its restore; the numbers
+# stay below 2^53 after thousands of restores.
+RESTORE_SKIPS: Final = 10**12
 # Who sees this many problems will not read more of them.
 CHECK_FINDINGS_MAX: Final = 100
 # A configuration is a page of text.
@@ -70,11 +76,21 @@ USER_TOKEN_LIFETIME_S: Final = 12 * 3600
 USERS_MAX: Final = 100_000
 PEERS_PER_USER_MAX: Final = 64
 PEER_LINK_LIFETIME_S: Final = 300
+# A user that never owned a peer, a key or money is forgotten: strangers must not fill the table.
+USER_FORGOTTEN_S: Final = 30 * 24 * 3600
+USERS_LOOKED_AT_PER_ROUND: Final = 1_000
+# Expired tokens and challenges: one transaction's share, some milliseconds, and a round's.
+IDENTITY_PRUNED_AT_ONCE_MAX: Final = 1_000
+IDENTITY_PRUNED_PER_ROUND_MAX: Final = 100_000
 # Each hash takes 64 MiB and a tenth of a second of a core; two leave the other cores to the market.
 PASSWORDS_AT_ONCE_MAX: Final = 2
-# The last of them waits some 2 s; more are told to come back.
+REGISTRATIONS_AT_ONCE_MAX: Final = 1
+# The last of them waits some 2 s; more are told to come back. Of one caller some wait at most: an
+# office that logs in together.
 PASSWORDS_WAITING_MAX: Final = 32
+PASSWORDS_PER_CALLER_MAX: Final = 8
 API_KEYS_PER_USER_MAX: Final = 32
+OPERATORS_MAX: Final = 100  # that a list shows
 API_KEY_LIFETIME_S: Final = 90 * 24 * 3600
 API_KEY_LIFETIME_S_MAX: Final = 400 * 24 * 3600
 # A rotated key is good for a day more: time to carry the new one to every machine.
@@ -89,6 +105,9 @@ ADDRESS_BURST: Final = 500
 # A seller knocks twice a day; a farm of a hundred behind one address starts within seconds.
 DOOR_RATE: Final = 10.0
 DOOR_BURST: Final = 250
+# An address has so many new users at once, and some a day more: a family, or an office's first day.
+REGISTRATION_RATE: Final = 20 / (24 * 3600)
+REGISTRATION_BURST: Final = 10
 CREDENTIAL_RATE: Final = 50
 CREDENTIAL_BURST_S: Final = 4
 API_KEY_RATE_MAX: Final = 500
@@ -102,9 +121,18 @@ LOGIN_FAILURES_PER_NAME_RATE: Final = 1 / 10
 LOGIN_FAILURES_PER_NAME_BURST: Final = 100
 # Of each kind of bucket; some 200 bytes each.
 BUCKETS_MAX: Final = 50_000
+# Addresses whose text was taken apart lately: some for each connection that may be open.
+ADDRESSES_REMEMBERED_MAX: Final = 4_096
 PROXIES_MAX: Final = 16
 # The coordinator's own certificate authority; its client certificates live a day.
 AUTHORITY_LIFETIME_S: Final = 10 * 365 * 24 * 3600
+# The certificate that the coordinator makes for itself; another one is made at half of it.
+SERVER_CERTIFICATE_LIFETIME_S: Final = 14 * 24 * 3600
+TLS_NAMES_MAX: Final = 16
+# A connection counts for no bound of the server until it has shaken hands: asyncio waits a minute.
+TLS_HANDSHAKE_S_MAX: Final = 10.0
+# How soon a certificate file that was replaced is served.
+TLS_LOOK_EVERY_S: Final = 30.0
 RSA_BITS_MIN: Final = 2_048
 # A larger one costs every handshake more than it costs its owner.
 RSA_BITS_MAX: Final = 4_096
@@ -114,6 +142,10 @@ PEERS_MAX: Final = 1_000_000
 BOOTSTRAP_ADDRESSES_MAX: Final = 16
 # Several sellers are worth more to a newcomer than several addresses of one.
 BOOTSTRAP_ADDRESSES_PER_PEER: Final = 2
+# Of each kind, by chance; with one network each, some dozens would do.
+BOOTSTRAP_SELLERS_CONSIDERED: Final = 256
+# Choosing among a million sellers takes a second of one reader's thread.
+BOOTSTRAP_KEPT_S: Final = 30
 REQUEST_CREDIT_LIFETIME_S: Final = 300
 # What is credited is kept for ever, so a credit must be worth its row: a thousandth of a credit.
 CREDIT_NANOS_MIN: Final = NANOS_PER_CREDIT // 1_000
@@ -156,10 +188,18 @@ BAD_DOCUMENTS_REMEMBERED_MAX: Final = 1_024
 BAD_DOCUMENTS_LOGGED_PER_ROUND_MAX: Final = 100
 # A request's head is a few hundred bytes: a peer that cannot send it in this time is not one.
 HEAD_S_MAX: Final = 15.0
+# Who does not take the 48 KiB of a full buffer in this time, or nothing of what is left of an
+# answer, holds the connection on purpose: that is 2 kB/s. The kernel keeps some seconds more.
+TAKEN_S_MAX: Final = 30.0
 # A target, a token and some dozen fields; other servers take 8 to 64 KiB.
 HEAD_BYTES_MAX: Final = 32_768
 # Connections, idle ones included: each costs a socket and some kilobytes.
 REQUESTS_CONCURRENT_MAX: Final = 1_024
+# Of one address: a small farm of sellers behind it, each with a stream and a request. Sixteen such
+# addresses are needed to take all places.
+CONNECTIONS_PER_ADDRESS_MAX: Final = 64
+# Places that no stranger gets: for a reverse proxy's own questions and whoever supervises us.
+LOCAL_CONNECTIONS_KEPT: Final = 16
 SHUTDOWN_S_MAX: Final = 5
 
 # Repeats of an unsigned request get its stored answer for three days (the IETF draft asks for a
@@ -177,10 +217,19 @@ EVENTS_PAGE_MAX: Final = 100
 # What a live reader may lag behind before it is told to come back with its cursor: some 100 kB.
 EVENTS_LAG_MAX: Final = 256
 EVENTS_BATCH_MAX: Final = 512
+# Webhooks are tried for three days: an event outlives its tries. And at most for some years.
+EVENTS_KEPT_S_MIN: Final = 4 * 24 * 3600
+EVENTS_KEPT_S_MAX: Final = 10 * 365 * 24 * 3600
+EVENTS_KEPT_S_DEFAULT: Final = 90 * 24 * 3600
+# One transaction's share, some milliseconds; and a round's: more than are made meanwhile.
+EVENTS_PRUNED_AT_ONCE_MAX: Final = 1_000
+EVENTS_PRUNED_PER_ROUND_MAX: Final = 100_000
 # A stream costs a socket and up to EVENTS_LAG_MAX shared references; REQUESTS_CONCURRENT_MAX holds
 # for all connections, so streams may take a quarter of them.
 EVENT_STREAMS_MAX: Final = 256
 EVENT_STREAMS_PER_PRINCIPAL_MAX: Final = 8
+# A peer costs nothing: without this, those of one address could take all.
+EVENT_STREAMS_PER_ADDRESS_MAX: Final = 32
 # Proxies close what is silent for 30 s or more; credentials are checked again as often.
 EVENTS_HEARTBEAT_S: Final = 15.0
 # A stream ends after an hour and its reader resumes: no connection outlives its terms for long.
@@ -197,6 +246,14 @@ EVENTS_POLL_S: Final = 1.0
 WEBHOOKS_PER_PRINCIPAL_MAX: Final = 16
 WEBHOOKS_MAX: Final = 10_000
 WEBHOOKS_CONCURRENT_MAX: Final = 16
+# Of one owner; and of all endpoints whose last turn took long: slow ones leave places to the rest.
+WEBHOOKS_CONCURRENT_PER_PRINCIPAL_MAX: Final = 2
+WEBHOOKS_SLOW_CONCURRENT_MAX: Final = 8
+WEBHOOK_SLOW_S: Final = 2.0
+# No attempt begins later in a turn; its endpoint waits behind the others then.
+WEBHOOK_TURN_S_MAX: Final = 5.0
+# Names that are looked up at once, in threads of their own: strangers choose how long one takes.
+WEBHOOK_LOOKUPS_MAX: Final = 8
 # Deliveries of one endpoint before others get their turn.
 WEBHOOK_TURN_MAX: Final = 32
 WEBHOOK_ROUND_S: Final = 5.0
@@ -249,6 +306,8 @@ OFFERS_PAGE_MAX: Final = 100
 # Who looks through more than these asks for something narrower. The last page costs most: 30 ms of
 # 20,000 sellers.
 OFFERS_DEPTH_MAX: Final = 400
+# Each holds the index's lock; the other thread encodes its answer meanwhile.
+OFFERS_SEARCHES_MAX: Final = 2
 OFFERS_CURSOR_CHARS_MAX: Final = 200
 
 # The overlay thread asks its process to end and then ends it: 4 s at the worst.
@@ -274,6 +333,17 @@ METRICS_KEPT_S: Final = 5.0
 DISPUTE_S_MAX: Final = 30 * 24 * 3600
 # An opener's share of what is looked at in every round; each holds a bond of its own besides.
 DISPUTES_OPEN_PER_PEER_MAX: Final = 16
-# Each is opened and verified again, some milliseconds of the writer; the rest follows next round.
+# What a party ever opens about one agreement: each opening is kept for ever.
+DISPUTES_PER_PARTY_MAX: Final = 16
+# Each is opened and verified again, some milliseconds; the rest follows next round, and what could
+# not go on comes after what waits longer.
 DISPUTES_PER_ROUND_MAX: Final = 256
+DISPUTE_RETRY_S: Final = 600
+# A document of a dispute is up to a hundred signatures to verify: in so many threads, and of one
+# peer so many a second. A party shows nine and takes one back.
+DISPUTE_THREADS_MAX: Final = 2
+DISPUTE_DOCUMENTS_RATE: Final = 1
+DISPUTE_DOCUMENTS_BURST: Final = 64
+# How often a document is prepared anew because another one came in between.
+DISPUTE_TRIES_MAX: Final = 4
 DISPUTES_PAGE_MAX: Final = 100

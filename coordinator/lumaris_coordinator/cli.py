@@ -24,8 +24,9 @@ from lumaris_coordinator.bounds import (
 )
 from lumaris_coordinator.config import Settings
 from lumaris_coordinator.peers.service import can_run
-from lumaris_coordinator.server import Protocol, Server
+from lumaris_coordinator.server import Server, protocol_behind
 from lumaris_coordinator.tls import server_tls
+from lumaris_coordinator.upkeep.folder import require_owner
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.money import parse_credits
 
@@ -44,16 +45,17 @@ def run(settings: Settings) -> None:
     """
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     logs.configure(form=settings.log_format, requests=settings.log_requests)
+    require_owner(settings.state)
     with _listen(settings.host, settings.port) as listener:
         coordinator = Coordinator(settings)
-        clients = coordinator.authority.ca_file if settings.mutual_tls else None
-        tls = server_tls(settings, clients)
+        now = coordinator.context.now
+        tls = server_tls(settings, lambda: coordinator.authority, now=now())
         scheme = "https" if tls is not None else "http"
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         config = uvicorn.Config(
             create_app(coordinator),
-            http=Protocol,
+            http=protocol_behind(settings.proxies),
             ws="wsproto",
             ws_max_size=WEBSOCKET_BYTES_MAX,
             ws_per_message_deflate=False,
@@ -61,6 +63,7 @@ def run(settings: Settings) -> None:
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # whose word counts is the setting `proxies`, see limits
             limit_concurrency=REQUESTS_CONCURRENT_MAX,
             timeout_graceful_shutdown=SHUTDOWN_S_MAX,
             **(tls.options() if tls is not None else {}),
@@ -74,8 +77,11 @@ def run(settings: Settings) -> None:
         async def serve() -> None:
             # The signals are taken before the store opens, so none can end it halfway.
             with server.capture_signals():
-                async with coordinator.running():
+                async with coordinator.running(), anyio.create_task_group() as tasks:
+                    if tls is not None:
+                        tasks.start_soon(tls.keep, config, now)
                     await server.serve(sockets=[listener])
+                    tasks.cancel_scope.cancel()
 
         anyio.run(serve)
 
@@ -127,6 +133,7 @@ def _settings(argv: Sequence[str] | None) -> Settings:
     parser.add_argument("--overlay-listen", metavar="IP:PORT", help="port 0 lets the system choose")
     parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM; with --tls-key")
     parser.add_argument("--tls-key", type=Path, metavar="FILE")
+    parser.add_argument("--tls-name", action="append", default=[], metavar="HOST")
     parser.add_argument("--mutual-tls", action="store_true", help="callers need a certificate")
     parser.add_argument("--no-user-registration", action="store_true")
     parser.add_argument("--log-format", choices=("text", "json"), default="text")
@@ -142,6 +149,7 @@ def _settings(argv: Sequence[str] | None) -> Settings:
         network=found.network,
         tls_cert=found.tls_cert,
         tls_key=found.tls_key,
+        tls_names=tuple(found.tls_name),
         mutual_tls=found.mutual_tls,
         user_registration=not found.no_user_registration,
         proxies=tuple(found.proxy),

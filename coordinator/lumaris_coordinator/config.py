@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Final, Literal
 
@@ -12,7 +13,11 @@ from lumaris_coordinator.bounds import (
     BOND_RELEASE_S_MAX,
     CURRENCIES_MAX,
     DISPUTE_S_MAX,
+    EVENTS_KEPT_S_DEFAULT,
+    EVENTS_KEPT_S_MAX,
+    EVENTS_KEPT_S_MIN,
     PROXIES_MAX,
+    TLS_NAMES_MAX,
 )
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.keys import public_key_of
@@ -26,6 +31,7 @@ from lumaris_protocol.limits import (
 from lumaris_protocol.money import NANOS_PER_CREDIT, TEST_CURRENCY
 
 _NETWORK: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_HOST: Final = re.compile(r"(?!-)[a-z0-9-]{1,63}(\.(?!-)[a-z0-9-]{1,63})*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +55,15 @@ class Settings:
     address_rate: float = ADDRESS_RATE  # requests a second of one address without credentials
     tls_cert: Path | None = None  # PEM files of the server's certificate chain and key
     tls_key: Path | None = None
+    tls_names: tuple[str, ...] = ()  # names of a certificate of our own authority instead of those
     mutual_tls: bool = False  # whether callers need a client certificate of our own authority
+    metrics_public: bool = True  # whether anybody who reaches the port may read /metrics
     proxies: tuple[str, ...] = ()  # addresses of reverse proxies whose X-Forwarded-For counts
     test_credit_nanos: int = 1_000 * NANOS_PER_CREDIT  # per account; 0 gives none
     log_format: Literal["text", "json"] = "text"
     log_requests: bool = False  # one line for each request
     webhooks_to_loopback: bool = False  # http(s) to this machine as well: for trying things out
+    events_kept_s: int = EVENTS_KEPT_S_DEFAULT  # how long events can be read and replayed
     witnesses: tuple[str, ...] = ()  # peers whose cosignatures of the log always have room
     witnesses_required: int = 0  # how many must answer at a start; none: a new or closed network
     shard_map: Path | None = None  # a JSON file {version, shards}; none: the map of last time
@@ -78,11 +87,20 @@ class Settings:
         _require("log_format", self.log_format in ("text", "json"))
         _require("fee_bps", 0 <= self.fee_bps <= FEE_BPS_MAX)
         _require("settle_window_s", 0 <= self.settle_window_s <= SETTLE_WINDOW_S_MAX)
+        _require("events_kept_s", EVENTS_KEPT_S_MIN <= self.events_kept_s <= EVENTS_KEPT_S_MAX)
         _require("address_rate", 0.1 <= self.address_rate <= 1e6)
         _require("tls_key", (self.tls_cert is None) == (self.tls_key is None))
-        _require("mutual_tls", not self.mutual_tls or self.tls_cert is not None)
-        _require("proxies", len(self.proxies) <= PROXIES_MAX)
+        _require("tls_names", len(self.tls_names) <= TLS_NAMES_MAX)
+        _require("tls_names", all(map(_is_host, self.tls_names)))
+        _require("tls_names", not self.tls_names or self.tls_cert is None)
+        _require("mutual_tls", not self.mutual_tls or self.serves_tls)
+        _require("proxies", len(self.proxies) <= PROXIES_MAX and all(map(_is_ip, self.proxies)))
         _require("test_credit_nanos", 0 <= self.test_credit_nanos <= NANOS_MAX)
+
+    @property
+    def serves_tls(self) -> bool:
+        """Whether the program speaks HTTPS."""
+        return self.tls_cert is not None or bool(self.tls_names)
 
     @property
     def currency(self) -> str:
@@ -95,6 +113,21 @@ def _is_peer(name: str) -> bool:
         return bool(public_key_of(name))
     except ValueError:
         return False
+
+
+def _is_ip(name: str) -> bool:
+    try:
+        return bool(ip_address(name))
+    except ValueError:
+        return False
+
+
+def _is_host(name: str) -> bool:
+    """Whether it is an IP address or a name of the DNS."""
+    try:
+        return bool(ip_address(name))
+    except ValueError:
+        return _HOST.fullmatch(name) is not None and len(name) <= 253
 
 
 def _require(name: str, holds: bool) -> None:

@@ -29,6 +29,7 @@ _METHODS: Final = frozenset(("GET", "HEAD", "POST", "PUT", "DELETE"))
 
 
 _SWITCHED: Final = 101
+_NOSNIFF: Final = (b"x-content-type-options", b"nosniff")
 
 
 class Edge:
@@ -50,12 +51,10 @@ class Edge:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [
-                    *message.get("headers", ()),
-                    (b"x-request-id", name.encode()),
-                    (b"traceparent", trace.traceparent.encode()),
-                    (b"x-content-type-options", b"nosniff"),
-                ]
+                headers = message["headers"] = list(message.get("headers", ()))
+                headers.append((b"x-request-id", name.encode()))
+                headers.append((b"traceparent", trace.traceparent.encode()))
+                headers.append(_NOSNIFF)
             elif message["type"] == "websocket.accept":
                 status = _SWITCHED
             await send(message)
@@ -112,7 +111,10 @@ async def read_body(request: Request) -> bytes:
 
 
 def _refuse_early(scope: Scope) -> LumarisError | None:
-    """A declared length over the limit, or one that is no number."""
+    """A declared length over the limit or one that is no number, and a NUL in the target: no
+    database keeps it."""
+    if "\0" in scope["path"] or b"%00" in scope["query_string"] or b"\0" in scope["query_string"]:
+        return LumarisError("malformed", "The target holds a NUL.")
     for name, value in scope["headers"]:
         if name == b"content-length":
             if not value.isdigit() or len(value) > 18:

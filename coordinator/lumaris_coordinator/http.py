@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import msgspec
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 OCTETS: Final = "application/octet-stream"
+# The only spelling of it in JSON: an escape, whose backslash is not itself escaped.
+_NUL: Final = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 
 
 def coordinator_of(request: Request) -> Coordinator:
@@ -55,8 +58,11 @@ def json_response(value: object, status: int = 200) -> Response:
 
 async def read_json(request: Request, kind: type[T]) -> T:
     """The body as a record. Raises LumarisError `malformed`, `oversize` or `timeout`."""
+    body = await read_body(request)
+    if _NUL.search(body):
+        raise LumarisError("malformed", "The body holds a NUL, which no database keeps.")
     try:
-        return msgspec.json.decode(await read_body(request), type=kind)
+        return msgspec.json.decode(body, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise LumarisError("malformed", f"The body: {error}") from None
 

@@ -3,7 +3,8 @@
 The answer is stored in the transaction of the change itself. Two requests under one key are never
 run side by side: the writer runs one operation at a time, so the second finds what the first
 stored and answers it, byte for byte. A request that was refused changed nothing and stores
-nothing: it may be repeated under its key.
+nothing: it may be repeated under its key. An answer is repeated only to the credentials that got
+it: a user's login, a peer's own token, or one API key.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ async def idempotent(
     if body is None:
         body = await read_body(request)
     principal = caller.id if caller is not None else ""
-    names = Names(principal, _hash(key.encode()), _fingerprint(request, body))
+    names = Names(principal, _hash(key.encode()), _fingerprint(request, body, caller))
     context = coordinator_of(request).context
     sealer, now = Sealer(context.keys.first.seed), context.now()
 
@@ -174,10 +175,14 @@ def key_of(request: Request) -> str:
     return key
 
 
-def _fingerprint(request: Request, body: bytes) -> bytes:
+def _fingerprint(request: Request, body: bytes, caller: Caller | None) -> bytes:
+    """Which request it is, and by which credentials: an answer may hold a secret or tell what other
+    credentials of the same principal must not know, so they are told that the key is taken."""
     url = request.url
-    head = f"{request.method}\n{url.path}\n{url.query}\n".encode(errors="replace")
-    return _hash(head + body)
+    lines = [request.method, url.path, url.query]
+    if caller is not None:
+        lines += [caller.counted_as, " ".join(sorted(caller.scopes))]
+    return _hash("\n".join((*lines, "")).encode(errors="replace") + body)
 
 
 def _hash(data: bytes) -> bytes:

@@ -57,6 +57,7 @@ ANSWERS: Final[dict[str, tuple[Told, ...]]] = {
     "GET /v1/disputes/{dispute}/file": _FILE,
     "GET /v1/escrows": (*_json(a.Escrows), Told(304, media=None)),
     "GET /v1/escrows/{session}": (*_json(a.EscrowShown), Told(304, media=None)),
+    "GET /v1/escrows/{session}/claims": _json(a.EscrowClaims),
     "GET /v1/events": (Told(200, media=SSE),),
     "GET /v1/events/page": _json(a.Events),
     "GET /v1/info": _json(a.Info),

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -20,20 +22,33 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from lumaris_coordinator import problems
-from lumaris_coordinator.bounds import HEAD_BYTES_MAX, HEAD_S_MAX
+from lumaris_coordinator.bounds import (
+    CONNECTIONS_PER_ADDRESS_MAX,
+    HEAD_BYTES_MAX,
+    HEAD_S_MAX,
+    LOCAL_CONNECTIONS_KEPT,
+    TAKEN_S_MAX,
+    TLS_HANDSHAKE_S_MAX,
+)
+from lumaris_coordinator.limits.middleware import counted_as, plain_address
 from lumaris_coordinator.tls import state_of
 from lumaris_protocol.errors import LumarisError
 
 
 class Protocol(HttpToolsProtocol):
-    """Closes a connection on which no whole request head arrives in time, and bounds heads.
+    """Closes a connection on which no whole request head arrives in time, or from which nothing of
+    the answers is taken, and bounds heads.
 
-    Uvicorn ends a connection that idles after an answer, but not one that never asks or asks a
-    byte at a time; some hundred of those would take every slot. Its parser has no limit of a
-    head's size.
+    Uvicorn ends a connection that idles after an answer, but not one that never asks, asks a byte
+    at a time or never reads; some hundred of those would take every slot. Its parser has no limit
+    of a head's size.
     """
 
+    # Reverse proxies, behind which are many.
+    proxies: frozenset[str] = frozenset()
     _watch: asyncio.TimerHandle | None = None
+    _taking: asyncio.TimerHandle | None = None
+    _full_since: float | None = None
     _head_bytes = 0
     _fed_bytes = 0
     _in_head = True
@@ -45,15 +60,22 @@ class Protocol(HttpToolsProtocol):
         self._connections_max, self.limit_concurrency = self.limit_concurrency, None
         self.app_state = {**self.app_state, **state_of(transport)}
         self._look_again()
+        self._look_at_unsent(0)
+        self._crowd = self._crowded()
+        if self._crowd is not None:
+            self._refuse_raw(_refused(self._crowd))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop watching."""
-        if self._watch is not None:
-            self._watch.cancel()
+        for watch in (self._watch, self._taking):
+            if watch is not None:
+                watch.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Parse, unless a head goes on for longer than it may."""
+        if self._crowd is not None:
+            return
         # The parser tells of a field once it is whole: one that never is must be counted here.
         if self._in_head:
             self._fed_bytes += len(data)
@@ -90,6 +112,25 @@ class Protocol(HttpToolsProtocol):
             super().on_headers_complete()
         finally:
             self.app = served
+
+    def _crowded(self) -> LumarisError | None:
+        """Why this connection is one too many of its address: one address must leave places to the
+        others, and all strangers some to this machine itself, which asks whether we live."""
+        address = _address_of(self)
+        group = counted_as(address)
+        if group is None or address in self.proxies:
+            return None
+        most = self._connections_max
+        if most is not None and len(self.connections) > most - LOCAL_CONNECTIONS_KEPT:
+            return LumarisError("busy", "All connections are taken.")
+        same = sum(counted_as(_address_of(one)) == group for one in self.connections)
+        if same > CONNECTIONS_PER_ADDRESS_MAX:
+            return LumarisError(
+                "too_many",
+                f"An address may hold {CONNECTIONS_PER_ADDRESS_MAX} connections.",
+                hint="If it is a reverse proxy, name it in the setting `proxies`.",
+            )
+        return None
 
     def _refusal(self) -> Response | None:
         if self._head_bytes > HEAD_BYTES_MAX:
@@ -136,6 +177,49 @@ class Protocol(HttpToolsProtocol):
             return
         self._look_again()
 
+    def pause_writing(self) -> None:
+        """More waits to be sent than is kept in memory."""
+        super().pause_writing()
+        self._full_since = self.loop.time()
+
+    def resume_writing(self) -> None:
+        """Most of it was taken."""
+        super().resume_writing()
+        self._full_since = None
+
+    def _look_at_unsent(self, before: int) -> None:
+        """End a connection whose buffer has been full since the last time, or where as much waits
+        to be sent as then. Also one that is closed already, or was handed over as a WebSocket: both
+        would wait for their last byte to go."""
+        unsent, now = self.transport.get_write_buffer_size(), self.loop.time()
+        full = self._full_since is not None and now - self._full_since >= TAKEN_S_MAX
+        if full or (unsent and unsent == before):
+            self.transport.abort()
+        elif unsent or not self.transport.is_closing():
+            self._taking = self.loop.call_later(TAKEN_S_MAX, self._look_at_unsent, unsent)
+
+
+def _address_of(connection: object) -> str:
+    client = getattr(connection, "client", None)
+    return plain_address(client[0]) if client else ""
+
+
+def protocol_behind(proxies: Iterable[str]) -> type[Protocol]:
+    """The protocol for a server behind these reverse proxies."""
+    named = frozenset(map(plain_address, proxies))
+    return type("Protocol", (Protocol,), {"proxies": named})
+
+
+class _OfStrangers(logging.Filter):
+    """Drops the line that uvicorn writes for every connection that speaks no HTTP: a stranger makes
+    as many of them as it likes."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.module != "httptools_impl" or record.levelno > logging.WARNING
+
+
+_OF_STRANGERS = _OfStrangers()
+
 
 class Server(uvicorn.Server):
     """Prints `ready` once it listens, and returns on a signal where the original dies of it: the
@@ -145,10 +229,17 @@ class Server(uvicorn.Server):
         self, config: uvicorn.Config, *, ready: str, closing: Callable[[], None] | None = None
     ) -> None:
         super().__init__(config)
+        logging.getLogger("uvicorn.error").addFilter(_OF_STRANGERS)
         self._ready, self._closing = ready, closing
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's, with the line that whoever started us waits for."""
+        """As uvicorn's, with a bound of TLS handshakes, which it has no setting for, and with the
+        line that whoever started us waits for."""
+        if self.config.is_ssl:
+            loop = asyncio.get_running_loop()
+            loop.create_server = partial(  # type: ignore[method-assign]
+                loop.create_server, ssl_handshake_timeout=TLS_HANDSHAKE_S_MAX
+            )
         await super().startup(sockets=sockets)
         if self.started:
             print(self._ready, flush=True)

@@ -8,7 +8,9 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from lumaris_coordinator.http import coordinator_of, json_response
+from lumaris_coordinator.http import caller_of, coordinator_of, json_response
+from lumaris_coordinator.limits.limiter import LOCAL
+from lumaris_coordinator.limits.middleware import address_of
 from lumaris_protocol.errors import LumarisError
 
 router = APIRouter(tags=["status"])
@@ -50,7 +52,9 @@ async def readyz(request: Request) -> Response:
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    """Prometheus text."""
+    """Prometheus text. With `metrics_public = false` only for this machine and operators' keys."""
     coordinator = coordinator_of(request)
+    if not coordinator.settings.metrics_public and address_of(request) != LOCAL:
+        await caller_of(request, "operator")
     gauges = await coordinator.gauges.read(coordinator)
     return PlainTextResponse(coordinator.metrics.text(gauges), media_type=_PROMETHEUS)

@@ -31,11 +31,12 @@ class Trace:
 
 def trace_of(traceparent: str | None) -> Trace:
     """This program's span of the caller's trace; a header that is none begins a new trace."""
-    span = secrets.token_hex(8)
+    drawn = secrets.token_hex(24)  # at once: each draw lets go of the interpreter
+    span = drawn[:16]
     given = traceparent or ""
     found = _HEADER.fullmatch(given) if len(given) <= _CHARS_MAX else None
     if found is not None:
         version, trace, parent, flags, more = found.groups()
         if (version != "00" or more is None) and int(trace, 16) and int(parent, 16):
             return Trace(trace, span, parent, flags if version == "00" else "00")
-    return Trace(secrets.token_hex(16), span, "", "00")
+    return Trace(drawn[16:], span, "", "00")

@@ -1,24 +1,21 @@
-"""From rows to a case: what the rules are asked about. Runs inside an operation of the writer."""
+"""From rows to a case: what the rules are asked about."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 from lumaris_coordinator.disputes import store
 from lumaris_coordinator.disputes.store import Bundle, Dispute
+from lumaris_coordinator.escrow import store as escrows
 from lumaris_coordinator.escrow.store import Escrow
-from lumaris_coordinator.store.port import Connection, first
-from lumaris_protocol import agreements, codec
+from lumaris_coordinator.store.port import Connection
+from lumaris_protocol import agreements, codec, dispute_file
 from lumaris_protocol.agreements import Contract
-from lumaris_protocol.limits import REPLICAS_MAX
+from lumaris_protocol.codec import Signed
+from lumaris_protocol.errors import RefusedError
 from lumaris_protocol.messages.dispute import DisputeEvidence, DisputeOpen, Ended, Facts
 from lumaris_protocol.rulings import Case, Dossier
-from lumaris_protocol.rulings.case import NEEDS_CLAIM
-
-if TYPE_CHECKING:
-    from lumaris_coordinator.context import Context
 
 
 @dataclass(frozen=True)
@@ -40,10 +37,11 @@ class Papers:
         return any(bundle.party != opener for bundle in self.bundles)
 
 
-def papers_of(context: Context, connection: Connection, dispute: Dispute) -> Papers:
-    """All that was shown, verified again: a damaged row is not ruled on."""
-    network = context.settings.network
-    bundles = tuple(store.bundles(connection, dispute.id))
+def papers_of(bundles: Sequence[Bundle], *, network: str) -> Papers:
+    """All that was shown, verified again: a damaged row is not ruled on.
+
+    It costs up to some hundred signatures, so it is done outside of the writer.
+    """
     opened = codec.open_signed(bundles[0].envelope, DisputeOpen, network=network).message
     contract = agreements.join(
         opened.agreement_by_buyer, opened.agreement_by_seller, network=network
@@ -53,7 +51,24 @@ def papers_of(context: Context, connection: Connection, dispute: Dispute) -> Pap
     for bundle in bundles[1:]:
         message = codec.open_signed(bundle.envelope, DisputeEvidence, network=network).message
         dossier.add(message.evidence, party=bundle.party)
-    return Papers(opened, contract, dossier, bundles)
+    return Papers(opened, contract, dossier, tuple(bundles))
+
+
+def with_bundle(papers: Papers, signed: Signed[DisputeEvidence]) -> Papers:
+    """The papers with a party's next bundle. Raises EnvelopeError or RefusedError."""
+    message = signed.message
+    n = sum(bundle.party == signed.signer for bundle in papers.bundles[1:])
+    dispute_file.check_bundle(signed, papers.opened, papers.contract, n=n)
+    papers.dossier.add(message.evidence, party=signed.signer)
+    bundle = Bundle(len(papers.bundles), signed.signer, message.done, signed.hash, signed.data)
+    return replace(papers, bundles=(*papers.bundles, bundle))
+
+
+def check_others(dossier: Dossier, drawn: Collection[str]) -> None:
+    """Only what a drawn checker ran is shown of other sessions. Raises RefusedError."""
+    sellers = {session.contract.agreement.seller for session in dossier.others.values()}
+    if sellers - set(drawn):
+        raise RefusedError("evidence_foreign", "Another session is evidence of a drawn checker.")
 
 
 def case_of(
@@ -63,49 +78,28 @@ def case_of(
     escrow: Escrow,
     *,
     ended: Ended,
-    now: int,
 ) -> Case:
     """The case as it stands now."""
-    paid = escrow.paid
-    if dispute.claim in NEEDS_CLAIM:
-        # A voucher that only the buyer showed may never have reached the seller.
-        paid = min(paid, escrow.claimed_total or 0)
     facts = Facts(
-        paid_nanos=paid,
+        paid_nanos=escrow.paid,
+        claimed_nanos=claimed_of(connection, escrow),
+        refunded_nanos=store.refunded(connection, escrow.agreement_hash),
         remainder_nanos=escrow.remainder if dispute.frozen else 0,
         bond_nanos=dispute.bond,
         stake_nanos=dispute.stake,
         ended=ended,
         opened_at=dispute.opened_at,
         evidence_until=dispute.evidence_until,
+        ends_at=escrow.not_after,
         checkers=tuple(checker for checker, _ in store.draws(connection, dispute.id)),
-        replicas=_replicas(connection, dispute, papers.dossier, now=now),
     )
     return Case(papers.contract, papers.opened, papers.dossier, facts)
 
 
-def _replicas(
-    connection: Connection, dispute: Dispute, dossier: Dossier, *, now: int
-) -> tuple[str, ...]:
-    """Of the sellers whose results were shown, those that count."""
-    shown = [session.contract.agreement.seller for session in dossier.others.values()]
-    owners = set(_owners(connection, (dispute.buyer, dispute.seller)))
-    found: list[str] = []
-    for peer in dict.fromkeys(shown):
-        if peer in (dispute.buyer, dispute.seller):
-            continue
-        standing = store.seller_with_bond(connection, peer, currency=dispute.currency, now=now)
-        if standing is None or standing in owners:
-            continue
-        owners.add(standing)
-        found.append(peer)
-    return tuple(found[:REPLICAS_MAX])
+def claimed_of(connection: Connection, escrow: Escrow) -> int:
+    """What the seller was paid on its own documents: its claim, and awards of its disputes.
 
-
-def _owners(connection: Connection, peers: Iterable[str]) -> list[str]:
-    """Who owns each peer: its user, or the peer itself."""
-    rows = (
-        first(connection, "SELECT coalesce(owner, peer) FROM peer WHERE peer = ?", (peer,))
-        for peer in peers
-    )
-    return [str(row[0]) for row in rows if row]
+    A voucher that only the buyer showed may never have reached the seller.
+    """
+    awards = escrows.awarded(connection, escrow.agreement_hash)
+    return min(escrow.paid, (escrow.claimed_total or 0) + awards)

@@ -34,8 +34,25 @@ def rule(
 ) -> Dispute:
     """End a dispute as its evidence says."""
     escrow = current(context, connection, dispute.agreement_hash, now=now)
-    case = case_of(connection, dispute, papers, escrow, ended=ended, now=now)
-    return _end(context, connection, dispute, papers, case, rulings.rule(case), now=now)
+    case = case_of(connection, dispute, papers, escrow, ended=ended)
+    decision = rulings.rule(case)
+    missing = decision.slash_nanos - decision.collected_nanos
+    if decision.bond_returned and missing:
+        # What came to the bond since, or was held by another dispute then, answers too.
+        dispute = _hold_more(connection, dispute, missing, now=now)
+        case = case_of(connection, dispute, papers, escrow, ended=ended)
+        decision = rulings.rule(case)
+    return _end(context, connection, dispute, papers, case, decision, now=now)
+
+
+def _hold_more(connection: Connection, dispute: Dispute, nanos: int, *, now: int) -> Dispute:
+    free = bonds.free(connection, dispute.respondent, dispute.currency)
+    more = min(nanos, free)
+    if not more:
+        return dispute
+    source = bonds.account_of_bond(dispute.respondent, dispute.currency)
+    bonds.take(connection, source=source, ref=dispute.id, amount=more, now=now)
+    return store.add_stake(connection, dispute, more)
 
 
 def agree(
@@ -44,16 +61,15 @@ def agree(
     """End a dispute with the split that both parties signed.
 
     Raises RefusedError `dispute_invalid` when the two copies differ, LumarisError `over_cap` for
-    more than there is.
+    more than there is and `no_funds` when the seller cannot pay the refund.
     """
     escrow = current(context, connection, dispute.agreement_hash, now=now)
-    case = case_of(connection, dispute, papers, escrow, ended="agreed", now=now)
+    case = case_of(connection, dispute, papers, escrow, ended="agreed")
     split = dispute_file.open_split(dispute.agreed, case, network=context.settings.network)
-    refundable = dispute.stake if case.respondent == "seller" else 0
-    if split.award_nanos > case.facts.remainder_nanos or split.refund_nanos > refundable:
+    remainder, refundable = case.facts.remainder_nanos, case.refundable
+    if split.award_nanos > remainder or split.refund_nanos > refundable:
         raise LumarisError(
-            "over_cap",
-            f"{case.facts.remainder_nanos} nanos are frozen and {refundable} of the seller's bond.",
+            "over_cap", f"{remainder} nanos are frozen, and {refundable} can be given back."
         )
     decision = rulings.split(case, award_nanos=split.award_nanos, refund_nanos=split.refund_nanos)
     return _end(context, connection, dispute, papers, case, decision, now=now)
@@ -70,7 +86,7 @@ def withdraw(
 ) -> Dispute:
     """The opener takes its claim back."""
     escrow = current(context, connection, dispute.agreement_hash, now=now)
-    case = case_of(connection, dispute, papers, escrow, ended="agreed", now=now)
+    case = case_of(connection, dispute, papers, escrow, ended="agreed")
     decision = rulings.withdrawn(case, answered=papers.answered(dispute.opener))
     signed = _sign(context, dispute, papers, case, decision, now=now)
     after = store.advance(
@@ -102,7 +118,13 @@ def _end(
     signed = _sign(context, dispute, papers, case, decision, now=now)
     fact = "agree" if decision.rule == "split" else "decide"
     after = store.advance(
-        connection, dispute, fact, evidence=signed.hash, now=now, ruling=signed.data
+        connection,
+        dispute,
+        fact,
+        evidence=signed.hash,
+        now=now,
+        ruling=signed.data,
+        refunded=decision.refund_nanos,
     )
     append_document(connection, signed.data)
     _pay(context, connection, after, case, decision, now=now, ruling=signed.data)
@@ -168,6 +190,9 @@ def _pay(
             now=now,
         )
     opener, respondent = dispute.opener, dispute.respondent
+    if decision.refund_nanos > decision.collected_nanos:  # a split: the seller signed to pay it
+        seller = _wallet_of(connection, dispute, dispute.seller)
+        bonds.take(connection, source=seller, ref=dispute.id, amount=decision.refund_nanos, now=now)
     back_to_bond = bonds.account_of_bond(respondent, dispute.currency)
     lost = 0 if decision.bond_returned else decision.collected_nanos
     taken = decision.collected_nanos - lost

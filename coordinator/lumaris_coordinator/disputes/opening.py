@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lumaris_coordinator.bounds import DISPUTES_OPEN_PER_PEER_MAX
+from lumaris_coordinator.bounds import DISPUTES_OPEN_PER_PEER_MAX, DISPUTES_PER_PARTY_MAX
 from lumaris_coordinator.disputes import store
-from lumaris_coordinator.disputes.cases import Papers, case_of
+from lumaris_coordinator.disputes.cases import Papers, case_of, check_others, claimed_of
+from lumaris_coordinator.disputes.checkers import make_list
 from lumaris_coordinator.disputes.store import Bundle, Dispute
+from lumaris_coordinator.escrow import store as escrows
 from lumaris_coordinator.escrow.disputed import current, freeze
 from lumaris_coordinator.escrow.store import Escrow
 from lumaris_coordinator.events.outbox import emit
@@ -17,16 +19,15 @@ from lumaris_coordinator.ledger import bonds
 from lumaris_coordinator.ledger.store import balance, wallet
 from lumaris_coordinator.receipts.service import append_document
 from lumaris_coordinator.store.port import Connection
-from lumaris_protocol import rulings
-from lumaris_protocol.agreements import Contract
+from lumaris_protocol import agreements, rulings
 from lumaris_protocol.codec import Signed
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.machines.dispute import DISPUTE
 from lumaris_protocol.messages.dispute import DisputeOpen
 from lumaris_protocol.money import format_credits
 from lumaris_protocol.rulings import Case, Dossier
-from lumaris_protocol.rulings.case import FREEZES, INSTANT, NEEDS_CLAIM
-from lumaris_protocol.rulings.work import orders
+from lumaris_protocol.rulings.case import FREEZES, INSTANT, REFUNDS
+from lumaris_protocol.rulings.work import orders, voucher_top
 
 if TYPE_CHECKING:
     from lumaris_coordinator.context import Context
@@ -34,10 +35,46 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Opening:
-    """A checked DisputeOpen and the agreement in it."""
+    """A checked DisputeOpen and all that is in it, opened."""
 
     signed: Signed[DisputeOpen]
-    contract: Contract
+    papers: Papers
+
+
+def open_papers(signed: Signed[DisputeOpen], *, network: str) -> Opening:
+    """Check an opening's documents, each by its signature. Touches no store.
+
+    Raises EnvelopeError or RefusedError.
+    """
+    message = signed.message
+    contract = agreements.join(
+        message.agreement_by_buyer, message.agreement_by_seller, network=network
+    )
+    rulings.check_opening(message, contract)
+    agreements.open_grant(
+        message.grant,
+        contract,
+        network=network,
+        coordinator=contract.agreement.coordinator,
+        now=None,
+    )
+    dossier = Dossier(contract, network=network)
+    dossier.add(message.evidence, party=message.opener)
+    check_others(dossier, drawn=())
+    first = Bundle(0, message.opener, done=False, hash=signed.hash, envelope=signed.data)
+    return Opening(signed, Papers(message, contract, dossier, (first,)))
+
+
+def check_early(connection: Connection, message: DisputeOpen) -> None:
+    """What can be refused before the documents are opened. Raises LumarisError.
+
+    The agreement is named by the copy that is shown: what it says is believed later.
+    """
+    escrow = escrows.find(connection, agreements.payload_hash(message.agreement_by_buyer))
+    if escrow is None or message.opener not in (escrow.buyer, escrow.seller):
+        raise LumarisError("not_found", "No money of yours is held for this agreement.")
+    _check_bounds(connection, message, escrow)
+    _check_funds(connection, message.opener, escrow.currency, message.amount_nanos)
 
 
 def open_dispute(
@@ -47,27 +84,21 @@ def open_dispute(
 
     Raises LumarisError as `Disputes.open`; nothing has happened then.
     """
-    message = opening.signed.message
-    escrow = current(context, connection, opening.contract.hash, now=now)
-    _check_escrow(context, connection, message, escrow, now=now)
-    if store.open_of(connection, message.opener) >= DISPUTES_OPEN_PER_PEER_MAX:
-        raise LumarisError(
-            "too_many_holds", f"{DISPUTES_OPEN_PER_PEER_MAX} disputes of this peer are open here."
-        )
-    dispute = _drafted(context, connection, opening, escrow, now=now)
-    _check_funds(connection, dispute)
-    first = Bundle(0, message.opener, done=False, envelope=opening.signed.data)
-    dossier = Dossier(opening.contract, network=context.settings.network)
-    dossier.add(message.evidence, party=message.opener)
-    papers = Papers(message, opening.contract, dossier, (first,))
-    case = case_of(connection, dispute, papers, escrow, ended="evidence", now=now)
-    _check_evidence(case)
+    message, papers = opening.signed.message, opening.papers
+    escrow = current(context, connection, papers.contract.hash, now=now)
+    _check_bounds(connection, message, escrow)
+    refundable = _refundable(connection, opening, escrow)
+    _check_escrow(context, connection, message, escrow, refundable=refundable, now=now)
+    dispute = _drafted(context, connection, opening, escrow, refundable=refundable, now=now)
+    _check_funds(connection, dispute.opener, dispute.currency, dispute.amount)
+    _check_evidence(case_of(connection, dispute, papers, escrow, ended="evidence"))
     _put_down(connection, dispute, now=now)
     if dispute.frozen:
         freeze(context, connection, dispute.agreement_hash, evidence=opening.signed.hash, now=now)
-    dispute = store.insert(connection, dispute, evidence=opening.signed.hash)
-    store.add_bundle(connection, dispute.id, first, now=now)
     append_document(connection, opening.signed.data)
+    dispute = store.insert(connection, dispute, evidence=opening.signed.hash)
+    if dispute.claim == "wrong_result":
+        make_list(context, connection, dispute, papers, now=now)
     emit(
         connection,
         "dispute.opened",
@@ -86,20 +117,46 @@ def open_dispute(
     return dispute
 
 
-def _check_escrow(
-    context: Context, connection: Connection, message: DisputeOpen, escrow: Escrow, *, now: int
-) -> None:
+def _check_bounds(connection: Connection, message: DisputeOpen, escrow: Escrow) -> None:
     if message.amount_nanos > escrow.cap:
         raise LumarisError("over_cap", "No more can be asked than the escrow's cap.")
+    if store.open_of(connection, message.opener) >= DISPUTES_OPEN_PER_PEER_MAX:
+        raise LumarisError(
+            "too_many_holds", f"{DISPUTES_OPEN_PER_PEER_MAX} disputes of this peer are open here."
+        )
+    made = store.made_by(connection, escrow.agreement_hash, message.opener)
+    if made >= DISPUTES_PER_PARTY_MAX:
+        raise LumarisError(
+            "too_many_holds", f"This party has opened {made} disputes about the agreement."
+        )
+
+
+def _refundable(connection: Connection, opening: Opening, escrow: Escrow) -> int:
+    return rulings.refundable(
+        paid=escrow.paid,
+        claimed=claimed_of(connection, escrow),
+        refunded=store.refunded(connection, escrow.agreement_hash),
+        fee_bps=opening.papers.contract.agreement.fee_bps,
+    )
+
+
+def _check_escrow(
+    context: Context,
+    connection: Connection,
+    message: DisputeOpen,
+    escrow: Escrow,
+    *,
+    refundable: int,
+    now: int,
+) -> None:
     if message.claim in FREEZES and escrow.final:
         raise LumarisError(
             "not_disputable", f"The escrow is {escrow.state}: it holds nothing to dispute."
         )
-    taken = escrow.claimed_total is not None and escrow.state in ("settled", "disputed")
-    if message.claim in NEEDS_CLAIM and not taken:
+    if message.claim in REFUNDS and not refundable:
         raise LumarisError(
             "not_disputable",
-            "The seller has taken nothing yet.",
+            "The seller was paid nothing that it could give back.",
             hint="What it does not claim returns to you; dispute what it takes once it has.",
         )
     if escrow.final:
@@ -125,57 +182,70 @@ def _check_evidence(case: Case) -> None:
 
 
 def _drafted(
-    context: Context, connection: Connection, opening: Opening, escrow: Escrow, *, now: int
+    context: Context,
+    connection: Connection,
+    opening: Opening,
+    escrow: Escrow,
+    *,
+    refundable: int,
+    now: int,
 ) -> Dispute:
-    message, agreement = opening.signed.message, opening.contract.agreement
+    message, agreement = opening.signed.message, opening.papers.contract.agreement
+    stake = rulings.stake_max(message, agreement, refundable=refundable)
+    evidence_until = now + context.settings.dispute_evidence_s
     other = agreement.seller if message.opener == agreement.buyer else agreement.buyer
     free = bonds.free(connection, other, escrow.currency)
     return Dispute(
         id=message.dispute,
         number=0,
-        agreement_hash=opening.contract.hash,
+        agreement_hash=opening.papers.contract.hash,
         buyer=agreement.buyer,
         seller=agreement.seller,
         opener=message.opener,
+        opened=opening.signed.hash,
         claim=message.claim,
         order_n=message.order,
         currency=escrow.currency,
         amount=message.amount_nanos,
         bond=rulings.opener_bond(message.amount_nanos),
-        stake=min(free, rulings.stake_max(message, agreement)),
+        stake=min(free, stake),
+        vouchered=voucher_top(opening.papers.dossier.main),
         frozen=int(message.claim in FREEZES),
         state=DISPUTE.initial,
         version=0,
         opened_at=now,
-        evidence_until=now + context.settings.dispute_evidence_s,
+        evidence_until=evidence_until,
         check_until=None,
+        due_at=now if message.claim == "wrong_result" else evidence_until,
         split_by_buyer=None,
         split_by_seller=None,
         withdrawal=None,
         ruling=None,
+        refunded=0,
         ended_at=None,
     )
 
 
-def _check_funds(connection: Connection, dispute: Dispute) -> None:
-    if balance(connection, _wallet_of_opener(connection, dispute)) < dispute.bond:
+def _check_funds(connection: Connection, opener: str, currency: str, amount: int) -> None:
+    bond = rulings.opener_bond(amount)
+    if balance(connection, _wallet_of(connection, opener, currency)) < bond:
         raise LumarisError(
             "no_funds",
-            f"Opening this takes a bond of {format_credits(dispute.bond)}.",
-            hint="It is returned unless the claim is refuted or withdrawn after an answer.",
+            f"Opening this takes a bond of {format_credits(bond)}.",
+            hint="It is returned unless the claim is refuted, withdrawn or left unchecked.",
         )
 
 
 def _put_down(connection: Connection, dispute: Dispute, *, now: int) -> None:
     """The opener's bond from its wallet, the respondent's part from its bond."""
-    source = _wallet_of_opener(connection, dispute)
+    source = _wallet_of(connection, dispute.opener, dispute.currency)
     bonds.take(connection, source=source, ref=dispute.id, amount=dispute.bond, now=now)
     if dispute.stake:
         bond = bonds.account_of_bond(dispute.respondent, dispute.currency)
         bonds.take(connection, source=bond, ref=dispute.id, amount=dispute.stake, now=now)
 
 
-def _wallet_of_opener(connection: Connection, dispute: Dispute) -> str:
-    owner = account_of(connection, dispute.opener)
+def _wallet_of(connection: Connection, peer: str, currency: str) -> str:
+    owner = account_of(connection, peer)
     assert owner is not None
-    return wallet(owner, dispute.currency)
+    return wallet(owner, currency)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
 from lumaris_coordinator.store.port import Connection, all_rows, first
-from lumaris_protocol.ids import digest
 from lumaris_protocol.limits import CHECKER_CANDIDATES_MAX, CHECKER_WEIGHT_NANOS_MAX
 from lumaris_protocol.machines.dispute import DISPUTE, OPEN
 from lumaris_protocol.machines.table import Machine
@@ -19,7 +18,12 @@ _IS_OPEN: Final = "state IN ('opened', 'evidence', 'checking')"
 
 @dataclass(frozen=True)
 class Dispute:
-    """One row. `number` counts disputes; amounts are nanos; documents are kept as signed."""
+    """One row. `number` counts disputes; amounts are nanos; documents are kept as signed.
+
+    `opened` is the hash of the opening, which stands in the log; `due_at` is when time is next
+    asked what follows, `vouchered` the highest voucher that was shown, and `refunded` what the
+    ruling gave back to the buyer.
+    """
 
     id: str
     number: int
@@ -27,22 +31,26 @@ class Dispute:
     buyer: str
     seller: str
     opener: str
+    opened: str
     claim: str
     order_n: int
     currency: str
     amount: int
     bond: int
     stake: int
+    vouchered: int
     frozen: int
     state: str
     version: int
     opened_at: int
     evidence_until: int
     check_until: int | None
+    due_at: int
     split_by_buyer: bytes | None
     split_by_seller: bytes | None
     withdrawal: bytes | None
     ruling: bytes | None
+    refunded: int
     ended_at: int | None
 
     @property
@@ -71,18 +79,20 @@ class Dispute:
 
 
 @dataclass(frozen=True)
-class Bundle:
-    """A party's evidence; number 0 is the opening itself."""
+class Entry:
+    """That a party has shown something: a bundle of evidence, or as number 0 the opening itself."""
 
     n: int
     party: str
     done: bool
-    envelope: bytes
+    hash: str
 
-    @property
-    def hash(self) -> str:
-        """The name of the signed document."""
-        return digest(self.envelope)
+
+@dataclass(frozen=True)
+class Bundle(Entry):
+    """An entry with its signed document."""
+
+    envelope: bytes
 
 
 _COLUMNS: Final = tuple(field.name for field in fields(Dispute))
@@ -117,18 +127,60 @@ def open_of(connection: Connection, opener: str) -> int:
     return int(row[0]) if row else 0
 
 
-def due(connection: Connection, *, now: int, after: int, limit: int) -> list[tuple[int, str]]:
-    """(number, id) of open disputes above a number that time acts on: the evidence or the checker
-    is late, or a checker is still to be drawn."""
+def asked_for(connection: Connection, agreement_hash: str) -> tuple[int, int]:
+    """What the open disputes over an escrow's money ask together, and the highest voucher shown."""
+    row = first(
+        connection,
+        "SELECT CAST(coalesce(sum(amount), 0) AS BIGINT), coalesce(max(vouchered), 0) FROM dispute"
+        f" WHERE agreement_hash = ? AND frozen = 1 AND {_IS_OPEN}",
+        (agreement_hash,),
+    )
+    assert row is not None
+    return int(row[0]), int(row[1])
+
+
+def made_by(connection: Connection, agreement_hash: str, opener: str) -> int:
+    """How many disputes a party ever opened about an agreement."""
+    row = first(
+        connection,
+        "SELECT count(*) FROM dispute WHERE agreement_hash = ? AND opener = ?",
+        (agreement_hash, opener),
+    )
+    return int(row[0]) if row else 0
+
+
+def due(connection: Connection, *, now: int, limit: int) -> list[str]:
+    """Open disputes that time acts on, the longest due first."""
     rows = all_rows(
         connection,
-        f"SELECT number, id FROM dispute WHERE number > ?1 AND {_IS_OPEN}"
-        " AND ((evidence_until < ?2 AND coalesce(check_until, 0) < ?2)"
-        " OR (claim = 'wrong_result' AND coalesce(check_until, 0) < ?2))"
-        " ORDER BY number LIMIT ?3",
-        (after, now, limit),
+        f"SELECT id FROM dispute WHERE {_IS_OPEN} AND due_at < ? ORDER BY due_at, number LIMIT ?",
+        (now, limit),
     )
-    return [(int(number), str(name)) for number, name in rows]
+    return [str(row[0]) for row in rows]
+
+
+def set_due(connection: Connection, dispute: str, at: int) -> None:
+    """Ask again what follows after some time. What was looked at goes behind what was not."""
+    connection.execute("UPDATE dispute SET due_at = ? WHERE id = ?", (at, dispute))
+
+
+def add_stake(connection: Connection, dispute: Dispute, nanos: int) -> Dispute:
+    """The dispute holds more of the respondent's bond."""
+    connection.execute(
+        "UPDATE dispute SET stake = stake + ? WHERE id = ?",
+        (nanos, dispute.id),
+    )
+    return replace(dispute, stake=dispute.stake + nanos)
+
+
+def refunded(connection: Connection, agreement_hash: str) -> int:
+    """What ended disputes gave back to the buyer of an agreement."""
+    row = first(
+        connection,
+        "SELECT CAST(coalesce(sum(refunded), 0) AS BIGINT) FROM dispute WHERE agreement_hash = ?",
+        (agreement_hash,),
+    )
+    return int(row[0]) if row else 0
 
 
 def insert(connection: Connection, dispute: Dispute, *, evidence: str) -> Dispute:
@@ -188,20 +240,65 @@ def extend_open(connection: Connection, *, seconds: int) -> None:
 def add_bundle(connection: Connection, dispute: str, bundle: Bundle, *, now: int) -> None:
     """Keep a bundle of evidence."""
     connection.execute(
-        "INSERT INTO dispute_bundle (dispute, n, party, done, envelope, at)"
-        " VALUES (?, ?, ?, ?, ?, ?)",
-        (dispute, bundle.n, bundle.party, int(bundle.done), bundle.envelope, now),
+        "INSERT INTO dispute_bundle (dispute, n, party, done, hash, envelope, at)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (
+            dispute,
+            bundle.n,
+            bundle.party,
+            int(bundle.done),
+            bundle.hash,
+            bundle.envelope,
+            now,
+        ),
     )
 
 
-def bundles(connection: Connection, dispute: str) -> list[Bundle]:
-    """All evidence of a dispute, the opening first; at most 17."""
+def shown(connection: Connection, dispute: Dispute) -> list[Entry]:
+    """What was shown, by its hash: the opening first; at most 17."""
     rows = all_rows(
         connection,
-        "SELECT n, party, done, envelope FROM dispute_bundle WHERE dispute = ? ORDER BY n",
-        (dispute,),
+        "SELECT n, party, done, hash FROM dispute_bundle WHERE dispute = ? ORDER BY n",
+        (dispute.id,),
     )
-    return [Bundle(int(n), str(party), bool(done), bytes(data)) for n, party, done, data in rows]
+    opening = Entry(0, dispute.opener, done=False, hash=dispute.opened)
+    return [opening, *(Entry(int(n), str(by), bool(done), str(name)) for n, by, done, name in rows)]
+
+
+def bundles(connection: Connection, dispute: Dispute) -> list[Bundle]:
+    """As `shown`, with the documents."""
+    rows = all_rows(
+        connection,
+        "SELECT n, party, done, hash, envelope FROM dispute_bundle WHERE dispute = ? ORDER BY n",
+        (dispute.id,),
+    )
+    found = first(connection, "SELECT envelope FROM logged WHERE hash = ?", (dispute.opened,))
+    assert found is not None, "the opening is in the log"
+    return [
+        Bundle(0, dispute.opener, done=False, hash=dispute.opened, envelope=bytes(found[0])),
+        *(
+            Bundle(int(n), str(party), bool(done), str(name), bytes(data))
+            for n, party, done, name, data in rows
+        ),
+    ]
+
+
+def add_list(connection: Connection, dispute: str, *, round_: int, document: str) -> None:
+    """Keep the hash of a logged list of candidates."""
+    connection.execute(
+        "INSERT INTO dispute_list (dispute, round, hash) VALUES (?, ?, ?)",
+        (dispute, round_, document),
+    )
+
+
+def list_of(connection: Connection, dispute: str, *, round_: int) -> str | None:
+    """The hash of the list that a round's draws are made from."""
+    row = first(
+        connection,
+        "SELECT hash FROM dispute_list WHERE dispute = ? AND round = ?",
+        (dispute, round_),
+    )
+    return str(row[0]) if row else None
 
 
 def add_draw(
@@ -257,18 +354,6 @@ def sellers_with_bond(
         Candidate(peer=peer, weight_nanos=min(int(balance), CHECKER_WEIGHT_NANOS_MAX))
         for peer, balance in rows
     ]
-
-
-def seller_with_bond(connection: Connection, peer: str, *, currency: str, now: int) -> str | None:
-    """Who owns a registered seller that has a bond (its user, or itself); None for any other."""
-    row = first(
-        connection,
-        "SELECT coalesce(peer.owner, peer) FROM peer"
-        " JOIN account ON account.id = 'bond:' || peer || ':' || ?"
-        " WHERE peer = ? AND seller = 1 AND expires_at > ? AND revoked_at = 0 AND balance > 0",
-        (currency, peer, now),
-    )
-    return str(row[0]) if row else None
 
 
 def settled_at(connection: Connection, agreement_hash: str) -> int:

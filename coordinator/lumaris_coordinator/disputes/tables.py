@@ -17,38 +17,52 @@ MIGRATIONS: Final = (
                 buyer TEXT NOT NULL REFERENCES peer (peer),
                 seller TEXT NOT NULL REFERENCES peer (peer),
                 opener TEXT NOT NULL REFERENCES peer (peer),
+                opened TEXT NOT NULL,
                 claim TEXT NOT NULL,
                 order_n INTEGER NOT NULL,
                 currency TEXT NOT NULL,
                 amount INTEGER NOT NULL CHECK (amount >= 0),
                 bond INTEGER NOT NULL CHECK (bond >= 0),
                 stake INTEGER NOT NULL CHECK (stake >= 0),
+                vouchered INTEGER NOT NULL CHECK (vouchered >= 0),
                 frozen INTEGER NOT NULL CHECK (frozen IN (0, 1)),
                 state TEXT NOT NULL,
                 version INTEGER NOT NULL DEFAULT 0,
                 opened_at INTEGER NOT NULL,
                 evidence_until INTEGER NOT NULL,
                 check_until INTEGER,
+                due_at INTEGER NOT NULL,
                 split_by_buyer BLOB,
                 split_by_seller BLOB,
                 withdrawal BLOB,
                 ruling BLOB,
+                refunded INTEGER NOT NULL DEFAULT 0 CHECK (refunded >= 0),
                 ended_at INTEGER
             )""",
+            "CREATE INDEX dispute_by_agreement ON dispute (agreement_hash, opener)",
             "CREATE INDEX dispute_by_buyer ON dispute (buyer, number)",
             "CREATE INDEX dispute_by_seller ON dispute (seller, number)",
-            """CREATE INDEX dispute_open ON dispute (number)
+            """CREATE INDEX dispute_open ON dispute (due_at, number)
             WHERE state IN ('opened', 'evidence', 'checking')""",
             """CREATE INDEX dispute_open_by_opener ON dispute (opener)
             WHERE state IN ('opened', 'evidence', 'checking')""",
+            # The opening is kept in the log, once.
             """CREATE TABLE dispute_bundle (
                 dispute TEXT NOT NULL REFERENCES dispute (id),
-                n INTEGER NOT NULL CHECK (n >= 0),
+                n INTEGER NOT NULL CHECK (n > 0),
                 party TEXT NOT NULL,
                 done INTEGER NOT NULL CHECK (done IN (0, 1)),
+                hash TEXT NOT NULL,
                 envelope BLOB NOT NULL,
                 at INTEGER NOT NULL,
                 PRIMARY KEY (dispute, n)
+            )""",
+            # By the hash of the signed list, which is kept in the log.
+            """CREATE TABLE dispute_list (
+                dispute TEXT NOT NULL REFERENCES dispute (id),
+                round INTEGER NOT NULL CHECK (round >= 0),
+                hash TEXT NOT NULL,
+                PRIMARY KEY (dispute, round)
             )""",
             """CREATE TABLE dispute_draw (
                 dispute TEXT NOT NULL REFERENCES dispute (id),
@@ -71,6 +85,6 @@ MIGRATIONS: Final = (
                 PRIMARY KEY (dispute, n)
             )""",
         ),
-        append_only=("dispute_bundle", "dispute_draw", "dispute_event"),
+        append_only=("dispute_bundle", "dispute_list", "dispute_draw", "dispute_event"),
     ),
 )

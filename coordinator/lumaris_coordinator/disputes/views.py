@@ -46,12 +46,11 @@ async def show(context: Context, name: str, caller: Caller) -> dict[str, Any]:
 
     def look(connection: Connection) -> dict[str, Any]:
         dispute = _seen(connection, name, caller)
-        bundles = store.bundles(connection, dispute.id)
         return {
             **summary(dispute),
             "evidence": [
-                {"n": bundle.n, "by": bundle.party, "done": bundle.done, "hash": bundle.hash}
-                for bundle in bundles
+                {"n": entry.n, "by": entry.party, "done": entry.done, "hash": entry.hash}
+                for entry in store.shown(connection, dispute)
             ],
             "checkers": [checker for checker, _ in store.draws(connection, dispute.id)],
             "ruling": _ruling_of(context, dispute),
@@ -93,28 +92,31 @@ async def file(context: Context, log: ReceiptLog, name: str, caller: Caller) -> 
 
 
 def _file(context: Context, log: ReceiptLog, connection: Connection, dispute: Dispute) -> bytes:
-    bundles = store.bundles(connection, dispute.id)
-    opened = find_document(connection, digest(bundles[0].envelope))
-    assert opened is not None
-    draws = []
-    for _, envelope in store.draws(connection, dispute.id):
-        note = codec.open_signed(
-            envelope, CheckerDraw, network=context.settings.network
-        ).message.checkpoint
-        size = merkle.parse_checkpoint(parse(note).text).size
-        proof = log.prove(connection, opened.leaf, opened.commitment, Head(size, note))
-        draws.append(DrawEntry(draw=envelope, proof=proof))
+    opened, *bundles = store.bundles(connection, dispute)
     found = DisputeFile(
         format="lumaris-dispute/1",
         network=context.settings.network,
         opened=opened.envelope,
-        opened_salt=opened.salt,
-        evidence=tuple(bundle.envelope for bundle in bundles[1:]),
-        draws=tuple(draws),
+        evidence=tuple(bundle.envelope for bundle in bundles),
+        draws=tuple(
+            _draw_entry(context, log, connection, envelope)
+            for _, envelope in store.draws(connection, dispute.id)
+        ),
         agreed=dispute.agreed,
         ruling=_entry(log, connection, dispute),
     )
     return dispute_file.encode(found)
+
+
+def _draw_entry(
+    context: Context, log: ReceiptLog, connection: Connection, envelope: bytes
+) -> DrawEntry:
+    draw = codec.open_signed(envelope, CheckerDraw, network=context.settings.network).message
+    listed = find_document(connection, draw.list_hash)
+    assert listed is not None
+    size = merkle.parse_checkpoint(parse(draw.checkpoint).text).size
+    proof = log.prove(connection, listed.leaf, listed.commitment, Head(size, draw.checkpoint))
+    return DrawEntry(candidates=listed.envelope, salt=listed.salt, draw=envelope, proof=proof)
 
 
 def _entry(log: ReceiptLog, connection: Connection, dispute: Dispute) -> RulingEntry | None:

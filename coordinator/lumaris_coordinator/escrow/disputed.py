@@ -1,19 +1,20 @@
 """What disputes do to an escrow. Runs inside an operation of the writer.
 
 While a dispute is open the vouchered part belongs to the seller and is paid at once; only the rest
-is frozen. A ruling gives the seller an award from it. When the last dispute has ended, an escrow
-whose seller has claimed meanwhile is settled in the same step. Otherwise it is `claimed` again: a
-seller that was not heard may show its vouchers until the settle window ends, so that no dispute,
-whoever opened it and however soon it ended, takes vouchered money from it.
+is frozen, and when the settle window has ended only what is asked of it. A ruling gives the seller
+an award from it. When the last dispute has ended, an escrow whose seller has claimed meanwhile is
+settled in the same step. Otherwise it is `claimed` again: a seller that was not heard may show its
+vouchers until the settle window ends, so that no dispute, whoever opened it and however soon it
+ended, takes vouchered money from it.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lumaris_coordinator.escrow import paying, store
-from lumaris_coordinator.escrow.store import Escrow
+from lumaris_coordinator.escrow.store import Change, Escrow
+from lumaris_coordinator.ledger.store import Leg, move, wallet
 from lumaris_coordinator.store.port import Connection
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.ids import digest
@@ -40,10 +41,9 @@ def end_if_due(context: Context, connection: Connection, escrow: Escrow, *, now:
     if escrow.state not in ("held", "claimed") or now <= escrow.settle_by:
         return escrow
     contract = paying.contract_of(context, escrow)
-    after = store.advance(connection, escrow, "window_ended", evidence="", now=now)
-    after = paying.finish(
-        context, connection, after, contract, total=after.voucher_total, outcome="expired", now=now
-    )
+    change = Change(paid=max(escrow.paid, escrow.voucher_total))
+    after = store.advance(connection, escrow, "window_ended", evidence="", now=now, change=change)
+    paying.finish(context, connection, escrow, after, contract, outcome="expired", now=now)
     paying.tell(connection, after, "window_ended", now=now)
     return after
 
@@ -62,15 +62,36 @@ def freeze(
         raise LumarisError(
             "too_many_holds", f"{DISPUTES_PER_ESCROW_MAX} disputes were opened on this escrow."
         )
-    after = store.advance(connection, escrow, "dispute_opened", evidence=evidence, now=now)
-    if escrow.state != "disputed":
+    first = escrow.state != "disputed"
+    paid = max(escrow.paid, escrow.voucher_total) if first else escrow.paid
+    change = Change(paid=paid, disputes=escrow.disputes + 1)
+    after = store.advance(
+        connection, escrow, "dispute_opened", evidence=evidence, now=now, change=change
+    )
+    if first:
         contract = paying.contract_of(context, escrow)
-        after = paying.pay_up(
-            connection, after, contract, after.voucher_total, kind="vouchered", now=now
-        )
-    after = replace(after, disputes=after.disputes + 1)
-    store.save_settlement(connection, after)
+        paying.pay_up(connection, escrow, after, contract, kind="vouchered", now=now)
     paying.tell(connection, after, "dispute_opened", now=now)
+    return after
+
+
+def give_back(
+    context: Context, connection: Connection, agreement_hash: str, *, keep: int, now: int
+) -> Escrow:
+    """After the settle window: of what is frozen only `keep` stays, the rest returns to the buyer.
+
+    Until then the seller may still show vouchers for all of it. Does nothing before, or where no
+    more than that is held.
+    """
+    escrow = current(context, connection, agreement_hash, now=now)
+    if escrow.state != "disputed" or now <= escrow.settle_by or escrow.remainder <= keep:
+        return escrow
+    excess = escrow.remainder - keep
+    change = Change(returned=escrow.returned + excess)
+    after = store.advance(connection, escrow, "window_ended", evidence="", now=now, change=change)
+    legs = [Leg(escrow.account, wallet(escrow.buyer_owner, escrow.currency), excess)]
+    move(connection, kind="returned", ref=escrow.session, legs=legs, now=now)
+    paying.tell(connection, after, "window_ended", now=now)
     return after
 
 
@@ -98,21 +119,19 @@ def award(
     if escrow.disputes > 1:
         fact = "withdrawn_in_part" if ruling is None else "ruled_in_part"
     evidence = digest(ruling) if ruling is not None else ""
-    after = store.advance(connection, escrow, fact, evidence=evidence, now=now)
+    change = Change(paid=escrow.paid + award_nanos, disputes=escrow.disputes - 1)
+    after = store.advance(connection, escrow, fact, evidence=evidence, now=now, change=change)
     contract = paying.contract_of(context, escrow)
     if ruling is not None:
         store.add_ruling(connection, agreement_hash, ruling, award=award_nanos)
-    after = paying.pay_up(
-        connection, after, contract, after.paid + award_nanos, kind="award", now=now
-    )
-    after = replace(after, disputes=after.disputes - 1)
-    store.save_settlement(connection, after)
+    paying.pay_up(connection, escrow, after, contract, kind="award", now=now)
     paying.tell(connection, after, fact, now=now)
     if after.disputes or after.claimed_total is None:
         return after
-    after = store.advance(connection, after, "seller_claim", evidence=evidence, now=now)
-    after = paying.finish(
-        context, connection, after, contract, total=after.voucher_total, outcome="claimed", now=now
+    change = Change(paid=max(after.paid, after.voucher_total))
+    last = store.advance(
+        connection, after, "seller_claim", evidence=evidence, now=now, change=change
     )
-    paying.tell(connection, after, "seller_claim", now=now)
-    return after
+    paying.finish(context, connection, after, last, contract, outcome="claimed", now=now)
+    paying.tell(connection, last, "seller_claim", now=now)
+    return last

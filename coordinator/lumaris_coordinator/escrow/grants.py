@@ -147,7 +147,7 @@ class Grants:
 
         Raises EnvelopeError or RefusedError for documents that do not hold, ViolationError
         `already_settled` or `in_dispute`, and LumarisError `not_found`, `expired`, `no_funds`,
-        `busy`.
+        `revoked`, `busy`.
         """
         context, now = self._context, self._context.now()
         network = context.settings.network
@@ -172,6 +172,8 @@ class Grants:
             if amended.by_buyer == message.amendment_by_buyer:
                 return amended.budget_grant
         require_thawed(connection)
+        for party in (escrow.buyer, escrow.seller):
+            member(connection, party)
         context = self._context
         escrow = current(context, connection, escrow.agreement_hash, now=now)
         last = known[-1].n if known else 0

@@ -6,13 +6,11 @@ several payments are those of their sum, so that the receipt's amounts are exact
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from lumaris_coordinator.escrow import store
 from lumaris_coordinator.escrow.store import Escrow
 from lumaris_coordinator.events.outbox import emit
-from lumaris_coordinator.identity.store import account_of
 from lumaris_coordinator.ledger.store import FEES, Leg, move, wallet
 from lumaris_coordinator.receipts.service import append
 from lumaris_coordinator.store.port import Connection
@@ -34,31 +32,34 @@ def contract_of(context: Context, escrow: Escrow) -> Contract:
 
 
 def pay_up(
-    connection: Connection, escrow: Escrow, contract: Contract, total: int, *, kind: str, now: int
-) -> Escrow:
-    """Pay the seller what `total` exceeds that was paid before; nothing when it does not."""
-    paid = max(escrow.paid, total)
-    if paid > escrow.paid:
-        legs = _to_seller(connection, escrow, contract, paid)
-        move(connection, kind=kind, ref=escrow.session, legs=legs, now=now)
-    return replace(escrow, paid=paid)
+    connection: Connection,
+    before: Escrow,
+    after: Escrow,
+    contract: Contract,
+    *,
+    kind: str,
+    now: int,
+) -> None:
+    """Pay the seller what `paid` rose by in a move."""
+    if after.paid > before.paid:
+        legs = _to_seller(before, after, contract)
+        move(connection, kind=kind, ref=after.session, legs=legs, now=now)
 
 
 def finish(
     context: Context,
     connection: Connection,
-    escrow: Escrow,
+    before: Escrow,
+    after: Escrow,
     contract: Contract,
     *,
     outcome: Outcome,
     now: int,
-    total: int,
-) -> Escrow:
-    """Empty the escrow's account: to the seller up to `total` in all, the rest to the buyer; and
-    log the receipt of it. After a ruling the outcome is "ruled", unless both closed."""
-    after = replace(escrow, paid=max(escrow.paid, total))
-    store.save_settlement(connection, after)
-    if outcome != "closed" and store.rulings(connection, escrow.agreement_hash):
+) -> None:
+    """Empty the escrow's account in its last move: to the seller what `paid` rose by, the rest to
+    the buyer; and log the receipt of it. After a ruling the outcome is "ruled", unless both closed.
+    """
+    if outcome != "closed" and store.rulings(connection, after):
         outcome = "ruled"
     receipt = settlement.make_receipt(
         contract,
@@ -68,14 +69,13 @@ def finish(
         outcome=outcome,
         now=now,
     )
-    buyer = account_of(connection, escrow.buyer)
-    assert buyer is not None
-    refund = Leg(escrow.account, wallet(buyer, escrow.currency), receipt.refund_nanos)
-    legs = [*_to_seller(connection, escrow, contract, after.paid), refund]
-    move(connection, kind="settle", ref=escrow.session, legs=legs, now=now)
+    wallet_of_buyer = wallet(after.buyer_owner, after.currency)
+    # What was returned already is part of the receipt's refund.
+    refund = Leg(after.account, wallet_of_buyer, receipt.refund_nanos - after.returned)
+    legs = [*_to_seller(before, after, contract), refund]
+    move(connection, kind="settle", ref=after.session, legs=legs, now=now)
     key = context.keys.signer(contract.agreement.coordinator)
     append(connection, codec.sign(receipt, key, context.settings.network))
-    return after
 
 
 def tell(connection: Connection, escrow: Escrow, fact: str, *, now: int) -> None:
@@ -100,14 +100,13 @@ def tell(connection: Connection, escrow: Escrow, fact: str, *, now: int) -> None
     )
 
 
-def _to_seller(connection: Connection, escrow: Escrow, contract: Contract, paid: int) -> list[Leg]:
-    """The legs that raise what is paid to `paid`."""
+def _to_seller(before: Escrow, after: Escrow, contract: Contract) -> list[Leg]:
+    """The legs that raise what is paid."""
     fee_bps = contract.agreement.fee_bps
-    seller_before, fee_before = split_fee(escrow.paid, fee_bps=fee_bps)
-    seller_after, fee_after = split_fee(paid, fee_bps=fee_bps)
-    seller = account_of(connection, escrow.seller)
-    assert seller is not None
+    seller_before, fee_before = split_fee(before.paid, fee_bps=fee_bps)
+    seller_after, fee_after = split_fee(after.paid, fee_bps=fee_bps)
+    wallet_of_seller = wallet(after.seller_owner, after.currency)
     return [
-        Leg(escrow.account, wallet(seller, escrow.currency), seller_after - seller_before),
-        Leg(escrow.account, wallet(FEES, escrow.currency), fee_after - fee_before),
+        Leg(after.account, wallet_of_seller, seller_after - seller_before),
+        Leg(after.account, wallet(FEES, after.currency), fee_after - fee_before),
     ]

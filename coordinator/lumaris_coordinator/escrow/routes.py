@@ -47,7 +47,7 @@ async def settle(request: Request) -> Response:
     coordinator = coordinator_of(request)
     escrow = await coordinator.escrows.settle(await read_body(request))
     if escrow.final:
-        file = await coordinator.receipts.file(escrow.agreement_hash)
+        file = await coordinator.receipts.file(escrow)
         return Response(file, media_type="application/json")
     return json_response(
         {
@@ -79,3 +79,13 @@ async def show(request: Request) -> Response:
     session = request.path_params["session"]
     caller = await caller_of(request)
     return answer(request, await views.show(coordinator_of(request).context, session, caller))
+
+
+@router.get("/v1/escrows/{session}/claims", openapi_extra=BEARER)
+async def claims(request: Request) -> Response:
+    """{claims}: of each party of a session the signed claims that may be evidence in a dispute: the
+    buyer's last, and the first that enclosed a forged voucher."""
+    session = request.path_params["session"]
+    caller = await caller_of(request)
+    found = await views.claims(coordinator_of(request).context, session, caller)
+    return json_response(found)

@@ -7,22 +7,23 @@ Claims are idempotent by the agreement: a lost answer is asked for again with th
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
 
 from lumaris_coordinator.bounds import EXPIRIES_PER_BATCH, EXPIRIES_PER_ROUND_MAX
-from lumaris_coordinator.escrow import paying, store
+from lumaris_coordinator.escrow import claims, paying, store
 from lumaris_coordinator.escrow.disputed import current
-from lumaris_coordinator.escrow.store import Escrow
+from lumaris_coordinator.escrow.store import Change, Escrow
 from lumaris_coordinator.store.port import Connection
-from lumaris_protocol import codec, settlement
+from lumaris_protocol import agreements, codec, settlement
+from lumaris_protocol.codec import Signed
 from lumaris_protocol.errors import EnvelopeError, LumarisError
 from lumaris_protocol.limits import CLOCK_SKEW_S
-from lumaris_protocol.messages.payment import Settle
+from lumaris_protocol.messages.payment import Settle, Voucher
 from lumaris_protocol.messages.receipt import Outcome
+from lumaris_protocol.rulings import is_forged
 from lumaris_protocol.settlement import Claim
 
 if TYPE_CHECKING:
@@ -49,11 +50,21 @@ class Escrows:
             raise EnvelopeError("not_yet_valid", "The claim is dated in the future.")
         if settle.message.coordinator not in context.keys.names():
             raise EnvelopeError("wrong_domain", "The claim names another coordinator.")
-        claim = settlement.open_claim(
-            settle, network=context.settings.network, coordinator=settle.message.coordinator
-        )
+        # What was checked when the money was held is compared with that and not checked again.
+        name = agreements.payload_hash(settle.message.agreement_by_buyer)
+        known = await context.store.read(partial(store.documents, agreement_hash=name))
+        try:
+            claim = settlement.open_claim(
+                settle,
+                network=context.settings.network,
+                coordinator=settle.message.coordinator,
+                known=known,
+            )
+        except EnvelopeError:
+            await self._keep_forgery(settle, name, now)
+            raise
         found = await context.store.submit(
-            lambda connection: self._apply(connection, claim, settle.hash, now)
+            lambda connection: self._apply(connection, claim, settle, now)
         )
         total = claim.total_nanos
         if found.final and total not in (found.paid, found.claimed_total):
@@ -62,29 +73,58 @@ class Escrows:
             )
         return found
 
-    def _apply(self, connection: Connection, claim: Claim, evidence: str, now: int) -> Escrow:
+    async def _keep_forgery(self, settle: Signed[Settle], name: str, now: int) -> None:
+        """A party's signed claim with a forged voucher is evidence for the other side."""
+        message, network = settle.message, self._context.settings.network
+
+        def look(connection: Connection) -> bool:
+            escrow = store.find(connection, name)
+            if escrow is None or settle.signer not in (escrow.buyer, escrow.seller):
+                return False
+            found = claims.kept(connection, name)
+            if any(one.party == settle.signer and not one.taken for one in found):
+                return False
+            agreement = paying.contract_of(self._context, escrow).agreement
+            return is_forged(message.voucher, agreement, network=network)
+
+        if message.party == settle.signer and await self._context.store.read(look):
+            await self._context.store.submit(
+                lambda connection: claims.keep(
+                    connection, name, settle.signer, settle.data, taken=False, now=now
+                )
+            )
+
+    def _apply(
+        self, connection: Connection, claim: Claim, settle: Signed[Settle], now: int
+    ) -> Escrow:
         escrow = current(self._context, connection, claim.contract.hash, now=now)
         if escrow.final:
             return escrow
         take = self._take_disputed if escrow.state == "disputed" else self._take
-        return take(connection, escrow, claim, evidence, now)
+        after = take(connection, escrow, claim, settle.hash, now)
+        if claim.fact == "buyer_claim" and after is not escrow:
+            claims.keep(
+                connection, escrow.agreement_hash, escrow.buyer, settle.data, taken=True, now=now
+            )
+        return after
 
     def _take_disputed(
         self, connection: Connection, escrow: Escrow, claim: Claim, evidence: str, now: int
     ) -> Escrow:
         """What the voucher adds is the seller's at once; the dispute goes on about the rest."""
-        raised = claim.vouchered_nanos > escrow.voucher_total
+        voucher, total = _highest(escrow, claim)
         heard = claim.fact == "seller_claim" and escrow.claimed_total is None
-        if not raised and not heard:
+        if voucher is None and not heard:
             return escrow
-        after = self._raise_voucher(connection, escrow, claim)
-        after = store.advance(connection, after, claim.fact, evidence=evidence, now=now)
-        if claim.fact == "seller_claim":
-            after = replace(after, claimed_total=claim.total_nanos)
-        after = paying.pay_up(
-            connection, after, claim.contract, after.voucher_total, kind="vouchered", now=now
+        change = Change(
+            paid=max(escrow.paid, total),
+            voucher=voucher,
+            claimed_total=claim.total_nanos if claim.fact == "seller_claim" else None,
         )
-        store.save_settlement(connection, after)
+        after = store.advance(
+            connection, escrow, claim.fact, evidence=evidence, now=now, change=change
+        )
+        paying.pay_up(connection, escrow, after, claim.contract, kind="vouchered", now=now)
         paying.tell(connection, after, claim.fact, now=now)
         return after
 
@@ -95,24 +135,26 @@ class Escrows:
             return self._record(connection, escrow, claim, evidence, now)
         if claim.fact == "both_closed" and claim.total_nanos < escrow.paid:
             raise LumarisError("already_settled", f"{escrow.paid} nanos were paid in a dispute.")
+        if claim.fact == "both_closed" and claim.total_nanos > escrow.payable:
+            raise LumarisError("already_settled", f"{escrow.returned} nanos were returned.")
         # A buyer that showed a higher voucher itself owes it: the seller gets what was signed.
-        after = self._raise_voucher(connection, escrow, claim)
-        after = store.advance(connection, after, claim.fact, evidence=evidence, now=now)
-        after = replace(after, claimed_total=claim.total_nanos)
-        total = after.voucher_total
+        voucher, total = _highest(escrow, claim)
+        closes: tuple[bytes, bytes] | None = None
         outcome: Outcome = "claimed"
         if claim.fact == "both_closed":
-            total, outcome = claim.total_nanos, "closed"
             by_buyer, by_seller = claim.closes
-            after = replace(after, close_by_buyer=by_buyer, close_by_seller=by_seller)
-        after = paying.finish(
-            self._context,
-            connection,
-            after,
-            claim.contract,
-            total=total,
-            outcome=outcome,
-            now=now,
+            total, outcome, closes = claim.total_nanos, "closed", (by_buyer, by_seller)
+        change = Change(
+            paid=max(escrow.paid, total),
+            voucher=voucher,
+            claimed_total=claim.total_nanos,
+            closes=closes,
+        )
+        after = store.advance(
+            connection, escrow, claim.fact, evidence=evidence, now=now, change=change
+        )
+        paying.finish(
+            self._context, connection, escrow, after, claim.contract, outcome=outcome, now=now
         )
         paying.tell(connection, after, claim.fact, now=now)
         return after
@@ -123,15 +165,13 @@ class Escrows:
         """The buyer alone: keep its voucher when it is higher. A repetition is no new event."""
         if escrow.state == "claimed" and claim.vouchered_nanos <= escrow.voucher_total:
             return escrow
-        after = self._raise_voucher(connection, escrow, claim)
-        after = store.advance(connection, after, "buyer_claim", evidence=evidence, now=now)
+        voucher, _ = _highest(escrow, claim)
+        change = Change(voucher=voucher)
+        after = store.advance(
+            connection, escrow, "buyer_claim", evidence=evidence, now=now, change=change
+        )
         paying.tell(connection, after, "buyer_claim", now=now)
         return after
-
-    def _raise_voucher(self, connection: Connection, escrow: Escrow, claim: Claim) -> Escrow:
-        if claim.voucher is None or claim.vouchered_nanos <= escrow.voucher_total:
-            return escrow
-        return store.record_voucher(connection, escrow, claim.voucher)
 
     async def expire_due(self) -> int:
         """End every escrow whose window has passed, up to a bound per call; how many were tried."""
@@ -161,3 +201,13 @@ class Escrows:
 
     def _expire_if_due(self, connection: Connection, agreement_hash: str, now: int) -> None:
         current(self._context, connection, agreement_hash, now=now)
+
+
+def _highest(escrow: Escrow, claim: Claim) -> tuple[Signed[Voucher] | None, int]:
+    """The claim's voucher where it is higher than the one kept, and the higher total of the two.
+
+    One that is shown when its money has been returned comes too late.
+    """
+    if claim.voucher is None or not escrow.voucher_total < claim.vouchered_nanos <= escrow.payable:
+        return None, escrow.voucher_total
+    return claim.voucher, claim.vouchered_nanos

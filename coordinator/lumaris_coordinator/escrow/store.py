@@ -18,10 +18,12 @@ from lumaris_protocol.messages.payment import Voucher
 
 @dataclass(frozen=True)
 class Escrow:
-    """One row. Amounts are nanos; the documents are kept as they were signed.
+    """One row, and the accounts of its parties. Amounts are nanos; the documents are kept as they
+    were signed.
 
-    `number` counts escrows. `claimed_total` is what a final claim asked, or what the seller claimed
-    while `disputes` were open.
+    `number` counts escrows, `version` the moves of this one. `claimed_total` is what a final claim
+    asked, or what the seller claimed while `disputes` were open; `returned` went back to the buyer
+    while they still were.
     """
 
     agreement_hash: str
@@ -33,6 +35,7 @@ class Escrow:
     currency: str
     cap: int
     paid: int
+    returned: int
     state: str
     version: int
     not_after: int
@@ -47,6 +50,8 @@ class Escrow:
     close_by_seller: bytes | None
     disputes: int
     granted_at: int
+    buyer_owner: str
+    seller_owner: str
 
     @property
     def final(self) -> bool:
@@ -56,7 +61,12 @@ class Escrow:
     @property
     def remainder(self) -> int:
         """What is still held."""
-        return 0 if self.final else self.cap - self.paid
+        return 0 if self.final else self.payable - self.paid
+
+    @property
+    def payable(self) -> int:
+        """The most that the seller can be paid in all."""
+        return self.cap - self.returned
 
     @property
     def closes(self) -> tuple[bytes, ...]:
@@ -88,13 +98,31 @@ class Event:
     at: int
 
 
-_SELECT: Final = "SELECT " + ", ".join(field.name for field in fields(Escrow)) + " FROM escrow"
+# Found by their peers: a peer's account never changes.
+_OWNERS: Final = (
+    "(SELECT peer.account FROM peer WHERE peer.peer = escrow.buyer)",
+    "(SELECT peer.account FROM peer WHERE peer.peer = escrow.seller)",
+)
+_COLUMNS: Final = (*[field.name for field in fields(Escrow)][: -len(_OWNERS)], *_OWNERS)
+_SELECT: Final = f"SELECT {', '.join(_COLUMNS)} FROM escrow"
+# A ruling is the second move at the earliest, after the dispute that it ends.
+_MOVES_OF_A_RULING: Final = 2
 
 
 def find(connection: Connection, agreement_hash: str) -> Escrow | None:
     """The escrow of an agreement."""
     row = first(connection, _SELECT + " WHERE agreement_hash = ?", (agreement_hash,))
     return Escrow(*row) if row else None
+
+
+def documents(connection: Connection, agreement_hash: str) -> tuple[bytes, ...]:
+    """What an escrow was granted with, as its signatures were checked then; nothing without one."""
+    row = first(
+        connection,
+        "SELECT by_buyer, by_seller, budget_grant FROM escrow WHERE agreement_hash = ?",
+        (agreement_hash,),
+    )
+    return row if row is not None else ()
 
 
 def find_of_parties(connection: Connection, session: str, peers: Sequence[str]) -> Escrow | None:
@@ -134,7 +162,7 @@ def held_of_buyers(connection: Connection, buyers: Sequence[str]) -> dict[str, t
     marks = ", ".join("?" * len(buyers))
     rows = all_rows(
         connection,
-        "SELECT currency, sum(cap - paid), count(*) FROM escrow"
+        "SELECT currency, sum(cap - paid - returned), count(*) FROM escrow"
         f" WHERE buyer IN ({marks}) AND state IN ('held', 'claimed', 'disputed')"
         " GROUP BY currency",
         tuple(buyers),
@@ -203,50 +231,78 @@ def insert(
     return _found(connection, contract.hash)
 
 
+@dataclass(frozen=True)
+class Change:
+    """What a move changes beside the state; None leaves it as it is. `paid` is the new total."""
+
+    paid: int | None = None
+    voucher: Signed[Voucher] | None = None
+    claimed_total: int | None = None
+    closes: tuple[bytes, bytes] | None = None
+    disputes: int | None = None
+    returned: int | None = None
+
+    def apply(self, escrow: Escrow, state: str) -> Escrow:
+        """The row after the move."""
+        found: dict[str, Any] = {"state": state, "version": escrow.version + 1}
+        if self.paid is not None:
+            found["paid"] = self.paid
+        if self.voucher is not None:
+            found["voucher"] = self.voucher.data
+            found["voucher_total"] = self.voucher.message.total_nanos
+        if self.claimed_total is not None:
+            found["claimed_total"] = self.claimed_total
+        if self.closes is not None:
+            found["close_by_buyer"], found["close_by_seller"] = self.closes
+        if self.disputes is not None:
+            found["disputes"] = self.disputes
+        if self.returned is not None:
+            found["returned"] = self.returned
+        return replace(escrow, **found)
+
+
+NO_CHANGE: Final = Change()
+
+
 def advance(
-    connection: Connection, escrow: Escrow, fact: str, *, evidence: str, now: int
+    connection: Connection,
+    escrow: Escrow,
+    fact: str,
+    *,
+    evidence: str,
+    now: int,
+    change: Change = NO_CHANGE,
 ) -> Escrow:
-    """Take one fact as the table says; the escrow after it.
+    """Take one fact as the table says, with all that it changes; the escrow after it.
 
     Raises ViolationError for a fact that the table refuses.
     """
     machine = Machine(ESCROW, escrow.state)
     machine.take(fact)
+    after = change.apply(escrow, machine.state)
     changed = connection.execute(
-        "UPDATE escrow SET state = ?, version = version + 1"
+        "UPDATE escrow SET state = ?, version = ?, paid = ?, voucher = ?, voucher_total = ?,"
+        " claimed_total = ?, close_by_buyer = ?, close_by_seller = ?, disputes = ?, returned = ?"
         " WHERE agreement_hash = ? AND version = ?",
-        (machine.state, escrow.agreement_hash, escrow.version),
-    )
-    assert changed.rowcount == 1, "the one writer saw another version"
-    event = Event(escrow.version + 1, fact, escrow.state, machine.state, evidence, now)
-    _note(connection, escrow.agreement_hash, event)
-    return replace(escrow, state=machine.state, version=escrow.version + 1)
-
-
-def record_voucher(connection: Connection, escrow: Escrow, voucher: Signed[Voucher]) -> Escrow:
-    """Keep the voucher that counts."""
-    kept = replace(escrow, voucher=voucher.data, voucher_total=voucher.message.total_nanos)
-    connection.execute(
-        "UPDATE escrow SET voucher = ?, voucher_total = ? WHERE agreement_hash = ?",
-        (kept.voucher, kept.voucher_total, escrow.agreement_hash),
-    )
-    return kept
-
-
-def save_settlement(connection: Connection, escrow: Escrow) -> None:
-    """Keep what was paid until now, on which claim, and how many disputes are open."""
-    connection.execute(
-        "UPDATE escrow SET paid = ?, claimed_total = ?, close_by_buyer = ?, close_by_seller = ?,"
-        " disputes = ? WHERE agreement_hash = ?",
         (
-            escrow.paid,
-            escrow.claimed_total,
-            escrow.close_by_buyer,
-            escrow.close_by_seller,
-            escrow.disputes,
+            after.state,
+            after.version,
+            after.paid,
+            after.voucher,
+            after.voucher_total,
+            after.claimed_total,
+            after.close_by_buyer,
+            after.close_by_seller,
+            after.disputes,
+            after.returned,
             escrow.agreement_hash,
+            escrow.version,
         ),
     )
+    assert changed.rowcount == 1, "the one writer saw another version"
+    event = Event(after.version, fact, escrow.state, after.state, evidence, now)
+    _note(connection, escrow.agreement_hash, event)
+    return after
 
 
 def amendments(connection: Connection, agreement_hash: str) -> list[Amended]:
@@ -304,12 +360,25 @@ def add_ruling(connection: Connection, agreement_hash: str, ruling: bytes, *, aw
     )
 
 
-def rulings(connection: Connection, agreement_hash: str) -> tuple[bytes, ...]:
+def awarded(connection: Connection, agreement_hash: str) -> int:
+    """What rulings gave the seller, before the fee."""
+    row = first(
+        connection,
+        "SELECT CAST(coalesce(sum(award), 0) AS BIGINT) FROM escrow_ruling"
+        " WHERE agreement_hash = ?",
+        (agreement_hash,),
+    )
+    return int(row[0]) if row else 0
+
+
+def rulings(connection: Connection, escrow: Escrow) -> tuple[bytes, ...]:
     """The rulings on an escrow, oldest first: at most DISPUTES_PER_ESCROW_MAX."""
+    if escrow.version < _MOVES_OF_A_RULING:
+        return ()
     rows = all_rows(
         connection,
         "SELECT ruling FROM escrow_ruling WHERE agreement_hash = ? ORDER BY n",
-        (agreement_hash,),
+        (escrow.agreement_hash,),
     )
     return tuple(row[0] for row in rows)
 
@@ -335,14 +404,10 @@ class Enclosed:
 
 def enclosed(connection: Connection, escrow: Escrow) -> Enclosed:
     """The documents that a settled escrow's receipt follows from. A co-signed end stands over
-    the rulings before it."""
-    copies = (
-        copy
-        for one in amendments(connection, escrow.agreement_hash)
-        for copy in (one.by_buyer, one.by_seller)
-        if copy is not None
-    )
-    ruled = () if escrow.closes else rulings(connection, escrow.agreement_hash)
+    the rulings before it, and an escrow of one move was settled by that."""
+    known = amendments(connection, escrow.agreement_hash) if escrow.version > 1 else []
+    copies = (copy for one in known for copy in (one.by_buyer, one.by_seller) if copy is not None)
+    ruled = () if escrow.closes else rulings(connection, escrow)
     return Enclosed(escrow.closes, tuple(copies), ruled)
 
 

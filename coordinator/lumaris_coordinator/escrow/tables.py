@@ -20,6 +20,7 @@ MIGRATIONS: Final = (
                 currency TEXT NOT NULL,
                 cap INTEGER NOT NULL CHECK (cap >= 0),
                 paid INTEGER NOT NULL DEFAULT 0 CHECK (paid BETWEEN 0 AND cap),
+                returned INTEGER NOT NULL DEFAULT 0 CHECK (returned BETWEEN 0 AND cap - paid),
                 state TEXT NOT NULL,
                 version INTEGER NOT NULL DEFAULT 0,
                 not_after INTEGER NOT NULL,
@@ -51,7 +52,8 @@ MIGRATIONS: Final = (
                 at INTEGER NOT NULL,
                 PRIMARY KEY (agreement_hash, n)
             )""",
-            """CREATE INDEX escrow_open_by_buyer ON escrow (buyer, state, currency, cap, paid)
+            """CREATE INDEX escrow_open_by_buyer ON escrow
+            (buyer, state, currency, cap, paid, returned)
             WHERE state IN ('held', 'claimed', 'disputed')""",
             """CREATE TABLE amendment (
                 agreement_hash TEXT NOT NULL REFERENCES escrow (agreement_hash),
@@ -61,6 +63,16 @@ MIGRATIONS: Final = (
                 budget_grant BLOB NOT NULL,
                 at INTEGER NOT NULL,
                 PRIMARY KEY (agreement_hash, n)
+            )""",
+            # Claims that may be evidence for the other side: one that was taken and one that was
+            # refused, of each party.
+            """CREATE TABLE escrow_claim (
+                agreement_hash TEXT NOT NULL REFERENCES escrow (agreement_hash),
+                party TEXT NOT NULL,
+                taken INTEGER NOT NULL CHECK (taken IN (0, 1)),
+                document BLOB NOT NULL,
+                at INTEGER NOT NULL,
+                PRIMARY KEY (agreement_hash, party, taken)
             )""",
             """CREATE TABLE escrow_ruling (
                 agreement_hash TEXT NOT NULL REFERENCES escrow (agreement_hash),

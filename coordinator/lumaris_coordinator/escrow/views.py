@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 from typing import TYPE_CHECKING, Any
 
 from lumaris_coordinator.escrow import store
+from lumaris_coordinator.escrow.claims import kept
 from lumaris_coordinator.escrow.store import Escrow
 from lumaris_coordinator.store.port import Connection, first
 from lumaris_protocol import codec, envelope
@@ -29,6 +31,31 @@ def _show(context: Context, connection: Connection, session: str, caller: Caller
         **_view(context, connection, escrow),
         "events": store.events(connection, escrow.agreement_hash),
     }
+
+
+async def claims(context: Context, session: str, caller: Caller) -> dict[str, Any]:
+    """The claims on a session's money that may be evidence, each as it was signed, in base64.
+
+    Raises LumarisError `not_found`.
+    """
+
+    def look(connection: Connection) -> dict[str, Any]:
+        escrow = store.find_of_parties(connection, session, sorted(caller.peers))
+        if escrow is None:
+            raise LumarisError("not_found", "There is no such session of yours.")
+        return {
+            "claims": [
+                {
+                    "by": one.party,
+                    "taken": one.taken,
+                    "document": base64.b64encode(one.document).decode(),
+                    "at": one.at,
+                }
+                for one in kept(connection, escrow.agreement_hash)
+            ]
+        }
+
+    return await context.store.read(look)
 
 
 async def page(

@@ -17,6 +17,7 @@ import anyio
 
 from lumaris_coordinator.bounds import (
     EVENT_STREAMS_MAX,
+    EVENT_STREAMS_PER_ADDRESS_MAX,
     EVENT_STREAMS_PER_PRINCIPAL_MAX,
     EVENTS_BATCH_MAX,
     EVENTS_LAG_MAX,
@@ -83,6 +84,7 @@ class Hub:
         self.closing = False
         self._by_party: dict[str, set[Subscription]] = {}
         self._streams: Counter[str] = Counter()
+        self._addresses: Counter[str] = Counter()
         self._listeners: list[Callable[[Sequence[Event]], None]] = []
 
     @property
@@ -140,8 +142,9 @@ class Hub:
             for subscription in subscriptions:
                 subscription.wake.set()
 
-    def open(self, caller: Caller, *, after: int | None) -> Follower:
-        """A reader of the caller's events. Close it when done.
+    def open(self, caller: Caller, *, after: int | None, address: str = "") -> Follower:
+        """A reader of the caller's events. Close it when done. An `address` holds a bounded number
+        of them, "" is none in particular.
 
         Raises LumarisError `too_many`, or `busy` when the coordinator has no stream left or ends.
         """
@@ -151,8 +154,12 @@ class Hub:
             raise LumarisError("too_many", "Too many event streams are open for this account.")
         if self.streams >= EVENT_STREAMS_MAX:
             raise LumarisError("busy", "All event streams are taken.")
+        if address and self._addresses[address] >= EVENT_STREAMS_PER_ADDRESS_MAX:
+            raise LumarisError("too_many", "Too many event streams are open from this address.")
         self._streams[caller.id] += 1
-        return Follower(self, caller, self.last if after is None else after)
+        if address:
+            self._addresses[address] += 1
+        return Follower(self, caller, self.last if after is None else after, address=address)
 
     def subscribe(self, parties: frozenset[str]) -> Subscription:
         """Receive what concerns the parties from now on."""
@@ -169,11 +176,12 @@ class Hub:
             if not members:
                 self._by_party.pop(party, None)
 
-    def release(self, caller: Caller) -> None:
+    def release(self, caller: Caller, address: str) -> None:
         """A stream of the caller's has ended."""
-        self._streams[caller.id] -= 1
-        if self._streams[caller.id] <= 0:
-            del self._streams[caller.id]
+        for open_, name in ((self._streams, caller.id), (self._addresses, address)):
+            open_[name] -= 1
+            if open_[name] <= 0:
+                del open_[name]
 
 
 def parties_of(caller: Caller) -> frozenset[str]:
@@ -184,9 +192,9 @@ def parties_of(caller: Caller) -> frozenset[str]:
 class Follower:
     """One reader: the past in pages, then what happens."""
 
-    def __init__(self, hub: Hub, caller: Caller, after: int) -> None:
+    def __init__(self, hub: Hub, caller: Caller, after: int, *, address: str = "") -> None:
         self.cursor = after
-        self._hub, self._caller = hub, caller
+        self._hub, self._caller, self._address = hub, caller, address
         self._parties = parties_of(caller)
         self._live: Subscription | None = None
         self._catch_up_to: int | None = None
@@ -242,4 +250,4 @@ class Follower:
         """Give the place back."""
         if self._live is not None:
             self._hub.unsubscribe(self._parties, self._live)
-        self._hub.release(self._caller)
+        self._hub.release(self._caller, self._address)

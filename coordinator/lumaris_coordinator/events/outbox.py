@@ -88,11 +88,14 @@ def emit(
         (kind, ref, now, text),
     )
     assert row is not None
-    for party in told:
+    number = int(row[0])
+    if told:
+        rows = ", ".join(["(?, ?)"] * len(told))
         connection.execute(
-            "INSERT INTO event_party (party, event) VALUES (?, ?)", (party, int(row[0]))
+            f"INSERT INTO event_party (party, event) VALUES {rows}",  # noqa: S608 - our own text
+            [value for party in told for value in (party, number)],
         )
-    return int(row[0])
+    return number
 
 
 def head(connection: Connection) -> int:

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from lumaris_coordinator.bounds import EVENTS_HELLO_S_MAX, EVENTS_PAGE_MAX
-from lumaris_coordinator.events import outbox
+from lumaris_coordinator.events import outbox, retention
 from lumaris_coordinator.events.hub import parties_of
 from lumaris_coordinator.events.stream import (
     POLICY,
@@ -24,6 +24,8 @@ from lumaris_coordinator.events.stream import (
 )
 from lumaris_coordinator.http import BEARER, caller_of, coordinator_of, json_response
 from lumaris_coordinator.identity.service import Caller
+from lumaris_coordinator.limits.middleware import known_address
+from lumaris_coordinator.store.port import Connection
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.limits import SEQ_MAX
 
@@ -60,7 +62,8 @@ async def events(request: Request, after: After = None) -> Response:
     last = request.headers.get("last-event-id")
     if last is not None:
         after = _event_id(last)
-    follower = hub.open(caller, after=after)
+    await hub.store.read(lambda connection: retention.check_cursor(connection, after))
+    follower = hub.open(caller, after=after, address=known_address(request))
     return EventStream(hub, follower, lambda: _still(request, caller))
 
 
@@ -73,11 +76,12 @@ async def page(
     """{events, next}: the caller's events, oldest first; pass `next` as `after`, null at the end.
     Event ids are the cursors of the streams as well."""
     caller = await caller_of(request)
-    found = await coordinator_of(request).store.read(
-        lambda connection: outbox.newer_of(
-            connection, parties_of(caller), after=after, limit=limit + 1
-        )
-    )
+
+    def look(connection: Connection) -> list[outbox.Event]:
+        retention.check_cursor(connection, after)
+        return outbox.newer_of(connection, parties_of(caller), after=after, limit=limit + 1)
+
+    found = await coordinator_of(request).store.read(look)
     shown = [msgspec.Raw(event.encode()) for event in found[:limit]]
     return json_response(
         {"events": shown, "next": found[limit - 1].id if len(found) > limit else None}
@@ -94,7 +98,8 @@ async def stream(socket: WebSocket, after: After = None) -> None:
         authorization = socket.headers.get("authorization") or await _hello(socket)
         request = _asked(socket, authorization)
         caller = await caller_of(request)
-        follower = hub.open(caller, after=after)
+        await hub.store.read(lambda connection: retention.check_cursor(connection, after))
+        follower = hub.open(caller, after=after, address=known_address(request))
     except WebSocketDisconnect:
         return
     except LumarisError as error:

@@ -53,7 +53,10 @@ async def _follow(
     ends_at = anyio.current_time() + EVENTS_STREAM_S_MAX
     checked_at = anyio.current_time()
     while True:
-        lines = await follower.next(wait_s=EVENTS_HEARTBEAT_S)
+        try:
+            lines = await follower.next(wait_s=EVENTS_HEARTBEAT_S)
+        except LumarisError as error:
+            raise Ended(error.code, TRY_LATER) from None
         now = anyio.current_time()
         if not lines:
             if follower.lagging:
@@ -65,7 +68,9 @@ async def _follow(
             try:
                 await check()
             except LumarisError as error:
-                raise Ended(error.code, POLICY) from None
+                # A store that cannot be asked says nothing of the credentials.
+                code = TRY_LATER if error.code in ("busy", "timeout") else POLICY
+                raise Ended(error.code, code) from None
         with anyio.move_on_after(EVENTS_SEND_S_MAX) as scope:
             await send(lines)
         if scope.cancelled_caught:

@@ -1,4 +1,5 @@
-"""Events, whom they concern, and the answers kept for repeated requests."""
+"""Events, whom they concern, and the answers kept for repeated requests. All of these are pruned:
+what has happened stands in the ledger and with the escrows for ever."""
 
 from __future__ import annotations
 
@@ -36,6 +37,5 @@ MIGRATIONS: Final = (
             )""",
             "CREATE INDEX idempotency_by_time ON idempotency (at)",
         ),
-        append_only=("event", "event_party"),
     ),
 )

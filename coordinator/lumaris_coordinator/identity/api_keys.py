@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lumaris_coordinator.bounds import (
@@ -38,7 +38,8 @@ class ApiKeys:
         self._context, self._vault = context, vault
 
     def create(self, connection: Connection, caller: Caller, wanted: Wanted) -> dict[str, Any]:
-        """An operation: a new key, with its text this once.
+        """An operation: a new key, with its text this once. One that is made with a key ends with
+        that key at the latest and gets no higher rate.
 
         Raises LumarisError: `forbidden` for scopes that the caller lacks or for a peer,
         `limit_reached`, `usage`.
@@ -50,16 +51,22 @@ class ApiKeys:
         if not 0 < wanted.lifetime_s <= API_KEY_LIFETIME_S_MAX:
             raise LumarisError("usage", f"A key lives up to {API_KEY_LIFETIME_S_MAX} s.")
         now = self._context.now()
-        held = [key for key in people.keys_of(connection, caller.id, now=now) if not key.replaced]
-        if len(held) >= API_KEYS_PER_USER_MAX:
+        held = self._held(connection, caller, now)
+        if sum(not key.replaced for key in held) >= API_KEYS_PER_USER_MAX:
             raise LumarisError("limit_reached", f"{API_KEYS_PER_USER_MAX} keys exist.")
-        return self._make(connection, caller.id, wanted, now)
+        return self._make(connection, caller, _within(wanted, caller, now), now)
+
+    def _held(self, connection: Connection, caller: Caller, now: int) -> list[ApiKey]:
+        found = people.keys_of(connection, caller.id, now=now)
+        if len(found) >= 2 * API_KEYS_PER_USER_MAX:
+            raise LumarisError("limit_reached", "Too many keys were replaced within a day.")
+        return found
 
     def _make(
-        self, connection: Connection, holder: str, wanted: Wanted, now: int
+        self, connection: Connection, caller: Caller, wanted: Wanted, now: int
     ) -> dict[str, Any]:
         network = self._context.settings.network
-        return issue(connection, self._vault, wanted, holder=holder, network=network, now=now)
+        return issue(connection, self._vault, wanted, holder=caller.id, network=network, now=now)
 
     async def list(self, caller: Caller) -> dict[str, Any]:
         """The caller's keys, without their secrets."""
@@ -70,9 +77,11 @@ class ApiKeys:
         return {"keys": [key.shown() for key in found]}
 
     def rotate(self, connection: Connection, caller: Caller, name: str) -> dict[str, Any]:
-        """An operation: a new key like that one, which stays valid for a while.
+        """An operation: a new key like that one, which stays valid for a while. Made with a user's
+        key it ends as in `create`; an operator, who cannot log in, renews its own keys so.
 
-        Raises LumarisError: `not_found`, or `usage` for one that was replaced before.
+        Raises LumarisError: `not_found`, `limit_reached`, or `usage` for one that was replaced
+        before.
         """
         now = self._context.now()
         old = people.find_key(connection, name, now=now)
@@ -83,9 +92,12 @@ class ApiKeys:
         if old.replaced:
             raise LumarisError("usage", "The key was replaced before.")
         lifetime_s = old.expires_at - old.created_at
+        self._held(connection, caller, now)
         people.replace_key(connection, name, ends=now + API_KEY_OVERLAP_S)
         wanted = Wanted(old.name, old.scopes, lifetime_s, old.rate)
-        return self._make(connection, caller.id, wanted, now)
+        if caller.kind != "operator":
+            wanted = _within(wanted, caller, now)
+        return self._make(connection, caller, wanted, now)
 
     async def delete(self, caller: Caller, name: str) -> None:
         """End a key at once. Raises LumarisError `not_found`."""
@@ -94,6 +106,16 @@ class ApiKeys:
         )
         if not ended:
             raise LumarisError("not_found", "There is no such key of yours.")
+
+
+def _within(wanted: Wanted, caller: Caller, now: int) -> Wanted:
+    """What a key makes is no more than the key itself: a stolen one ends when it was to end."""
+    if not caller.ends_at:
+        return wanted
+    left = max(1, caller.ends_at - now)
+    return replace(
+        wanted, lifetime_s=min(wanted.lifetime_s, left), rate=min(wanted.rate, caller.rate)
+    )
 
 
 def issue(

@@ -27,6 +27,8 @@ class Caller:
     # What its requests are counted by, and how many a second it may make; 0 is the default rate.
     counted_as: str = ""
     rate: int = 0
+    # When an API key ends; 0 for what a login gave. What a key makes ends with it at the latest.
+    ends_at: int = 0
 
     def may_see(self, *peers: str) -> bool:
         """Whether one of these parties is the caller or belongs to it."""

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from lumaris_coordinator.bounds import API_KEY_LIFETIME_S, KEY_STARTS_AFTER_S
+import msgspec
+
+from lumaris_coordinator.bounds import (
+    API_KEY_LIFETIME_S,
+    API_KEYS_PER_USER_MAX,
+    CREDENTIAL_RATE,
+    KEY_STARTS_AFTER_S,
+)
 from lumaris_coordinator.config import Settings
-from lumaris_coordinator.identity import keys
+from lumaris_coordinator.identity import keys, people
 from lumaris_coordinator.identity.api_keys import Wanted, issue
+from lumaris_coordinator.identity.people import User
 from lumaris_coordinator.identity.secrets import Vault
 from lumaris_coordinator.identity.users import add, new_user
-from lumaris_coordinator.store.store import backend_of
-from lumaris_coordinator.tables import MIGRATIONS
+from lumaris_coordinator.store.port import Connection
+from lumaris_coordinator.upkeep import folder
 from lumaris_overlay.private_files import read_key
 from lumaris_protocol import key_list
+from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.messages.notice import SigningKey
+
+_OPERATOR: Final = Wanted("first", ("operator", "read", "write"), API_KEY_LIFETIME_S, 100)
 
 
 def create_operator(
@@ -26,32 +36,143 @@ def create_operator(
 ) -> dict[str, Any]:
     """Make an operator with its first API key, whose text is told this once. The coordinator may
     serve meanwhile. Raises LumarisError `name_taken` or `not_writable`."""
+    return _create(settings, name, _OPERATOR, operator=True, clock=clock)
+
+
+def operators(
+    settings: Settings, *, clock: Callable[[], float] = time.time
+) -> list[dict[str, Any]]:
+    """{name, user, created_at, keys} of every operator; the keys without their texts."""
     now = int(clock())
-    ring = keys.KeyRing(settings.state, network=settings.network, clock=clock)
-    backend = backend_of(settings.state, settings.database)
-    backend.migrate(MIGRATIONS)
-    user = new_user(name, "", operator=True, now=now)
-    wanted = Wanted("first", ("operator", "read", "write"), API_KEY_LIFETIME_S, 100)
-    with closing(backend.writer()) as connection:
-        connection.execute("BEGIN IMMEDIATE")
+    with folder.opened(settings) as (_, connection):
+        return [
+            {
+                "name": user.name,
+                "user": user.id,
+                "created_at": user.created_at,
+                "keys": [key.shown() for key in people.keys_of(connection, user.id, now=now)],
+            }
+            for user in people.operators(connection)
+        ]
+
+
+def revoke_operator(settings: Settings, name: str) -> dict[str, Any]:
+    """End every API key of an operator at once; {user, keys} with their number.
+
+    Raises LumarisError `not_found`.
+    """
+    with folder.opened(settings, write=True) as (_, connection):
+        user = _operator(connection, name)
+        return {"user": user.id, "keys": people.end_keys(connection, user.id)}
+
+
+def renew_operator(
+    settings: Settings, name: str, *, clock: Callable[[], float] = time.time
+) -> dict[str, Any]:
+    """End every API key of an operator and make one in their place, told this once.
+
+    Raises LumarisError `not_found`.
+    """
+
+    def work(connection: Connection) -> User:
+        user = _operator(connection, name)
+        people.end_keys(connection, user.id)
+        return user
+
+    return _with_key(settings, work, _OPERATOR, clock=clock)
+
+
+def _operator(connection: Connection, name: str) -> User:
+    user = people.by_name(connection, name)
+    if user is None or not user.operator:
+        raise LumarisError("not_found", f"There is no operator {name[:64]!r}.")
+    return user
+
+
+def create_user(
+    settings: Settings,
+    name: str,
+    scopes: Sequence[str] = ("read", "write"),
+    *,
+    clock: Callable[[], float] = time.time,
+) -> dict[str, Any]:
+    """Make a user without a password, as `create_operator` does: it comes with its API key."""
+    wanted = Wanted("first", tuple(scopes), API_KEY_LIFETIME_S, CREDENTIAL_RATE)
+    return _create(settings, name, wanted, operator=False, clock=clock)
+
+
+def create_key(
+    settings: Settings,
+    name: str,
+    scopes: Sequence[str] = ("read",),
+    *,
+    clock: Callable[[], float] = time.time,
+) -> dict[str, Any]:
+    """Another API key for a user that is no operator, such as one that lost its own.
+
+    Raises LumarisError: `not_found`, `limit_reached`, `not_writable`.
+    """
+    now = int(clock())
+    wanted = Wanted("by the operator", tuple(scopes), API_KEY_LIFETIME_S, CREDENTIAL_RATE)
+
+    def work(connection: Connection) -> User:
+        user = people.by_name(connection, name)
+        if user is None or user.operator:
+            raise LumarisError("not_found", f"There is no user {name[:64]}.")
+        if len(people.keys_of(connection, user.id, now=now)) >= API_KEYS_PER_USER_MAX:
+            raise LumarisError("limit_reached", f"{API_KEYS_PER_USER_MAX} keys exist.")
+        return user
+
+    return _with_key(settings, work, wanted, clock=clock)
+
+
+def _create(
+    settings: Settings,
+    name: str,
+    wanted: Wanted,
+    *,
+    operator: bool,
+    clock: Callable[[], float],
+) -> dict[str, Any]:
+    try:
+        msgspec.convert(name, people.UserName)
+    except msgspec.ValidationError as error:
+        raise LumarisError("usage", f"That is no name for a user: {error}.") from None
+    user = new_user(name, "", operator=operator, now=int(clock()))
+
+    def work(connection: Connection) -> User:
         add(connection, user, settings.currency)
+        return user
+
+    return _with_key(settings, work, wanted, clock=clock)
+
+
+def _with_key(
+    settings: Settings,
+    work: Callable[[Connection], User],
+    wanted: Wanted,
+    *,
+    clock: Callable[[], float],
+) -> dict[str, Any]:
+    """A key for the user that `work` finds or makes, in one transaction."""
+    ring = folder.keys_of(settings)
+    with folder.opened(settings, write=True) as (_, connection):
+        user = work(connection)
         made = issue(
             connection,
             Vault(ring.first.seed),
             wanted,
             holder=user.id,
             network=settings.network,
-            now=now,
+            now=int(clock()),
         )
-        connection.execute("COMMIT")
     return {"user": user.id, **made}
 
 
 def show(settings: Settings) -> dict[str, Any]:
     """The key list: {root, root_here, seq, keys: [{peer, state, not_before, not_after}]}."""
     now = time.time()
-    ring = keys.KeyRing(settings.state, network=settings.network, clock=time.time)
-    message = ring.list.message
+    message = folder.keys_of(settings).list.message
     current = key_list.newest(message, now=now)
     return {
         "root": message.root,

@@ -8,10 +8,13 @@ signed with that key for as long as it is valid, and new registrations are given
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import secrets
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -43,19 +46,35 @@ LIST: Final = "list"
 
 @dataclass(frozen=True)
 class _Held:
-    """One reading of the files; replaced as a whole, so every thread sees a whole one."""
+    """One reading of the files; replaced as a whole, so every thread sees a whole one. `own` is the
+    list without the keys whose files are elsewhere."""
 
     keys: dict[str, KeyPair]
     list: Signed[KeyList]
+    own: KeyList
 
 
 class KeyRing:
-    """The keys in a state directory. Makes the first key, a root and a list where there is none.
+    """The keys in a state directory. Makes the first key, a root and a list where there is none,
+    unless `create` is false: a folder that was used before must have had them.
 
     Raises LumarisError `not_writable`, `unsafe_key_file` or `config_invalid`.
     """
 
-    def __init__(self, state: Path, *, network: str, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        state: Path,
+        *,
+        network: str,
+        clock: Callable[[], float] = time.time,
+        create: bool = True,
+    ) -> None:
+        if not create and not is_whole(state):
+            raise LumarisError(
+                "config_invalid",
+                f"{state} was used before, and its keys are gone.",
+                hint="Bring back coordinator.key and the folder keys.",
+            )
         self._state, self._network, self._clock = state, network, clock
         self.first: Final = load_or_create_key(state / FIRST_KEY)
         self._held = self._read()
@@ -67,11 +86,11 @@ class KeyRing:
 
     @property
     def current(self) -> KeyPair:
-        """The key that signs what names no other. Raises LumarisError `config_invalid` when every
-        key has ended or was revoked."""
+        """The key that signs what names no other: the newest whose file is here, since what any
+        valid key signs counts. Raises LumarisError `config_invalid` when there is none."""
         held = self._held
-        peer = key_list.newest(held.list.message, now=self._clock())
-        if peer is None or peer not in held.keys:
+        peer = key_list.newest(held.own, now=self._clock())
+        if peer is None:
             raise LumarisError(
                 "config_invalid",
                 "No signing key of the coordinator is valid, or its file is missing.",
@@ -103,28 +122,60 @@ class KeyRing:
 
     def signer(self, peer: str) -> KeyPair:
         """What to sign with for an agreement that names `peer`: that key while it is valid, and
-        then the current one, since money must come to rest whatever happened to a key."""
-        held = self._held
-        return held.keys[peer] if peer in self.peers() and peer in held.keys else self.current
+        then the current one, since money must come to rest whatever happened to a key.
 
-    def reload(self) -> bool:
-        """Read the files again; whether the list is another one now. A list that cannot be read or
-        goes back is refused and logged: the one in force stays."""
-        before = self._held
+        Raises LumarisError `busy` for a valid key whose file only other replicas have.
+        """
+        held = self._held
+        if peer not in self.peers():
+            return self.current
+        if peer not in held.keys:
+            raise LumarisError("busy", "This replica was not given the key that the session names.")
+        return held.keys[peer]
+
+    def found(self) -> Signed[KeyList]:
+        """The list to go on with by the files, not in force yet. One that cannot be read or goes
+        back is logged: the one in force stays."""
+        held = self._held.list
         try:
-            found = self._read()
-            key_list.check(
-                found.list.data, network=self._network, now=self._clock(), held=before.list
-            )
+            data = read_list(self._state / FOLDER / LIST, self._network).data
+            return key_list.check(data, network=self._network, now=self._clock(), held=held)
         except LumarisError as error:
             log.error("the key list in %s is not used: %s", self._state / FOLDER, error)
-            return False
-        self._held = found
-        return found.list.message.seq != before.list.message.seq
+            return held
+
+    def take(self, data: bytes) -> bool:
+        """Go on with a list of the same root, and with the key files that are here now; whether it
+        is another one. The folder keeps it, so that no older one is gone back to.
+
+        Raises LumarisError as `key_list.check`, or `not_writable`.
+        """
+        before = self._held.list
+        found = key_list.check(data, network=self._network, now=self._clock(), held=before)
+        path = self._state / FOLDER / LIST
+        if found is not before and read_list(path, self._network).message.seq < found.message.seq:
+            with _changing(self._state):
+                _replace(path, found.data)
+        self._held = self._hold(found)
+        return found is not before
+
+    def reload(self) -> bool:
+        """Take up what the files say; whether the list is another one now."""
+        return self.take(self.found().data)
 
     def warn(self) -> None:
-        """Log when the current key ends soon."""
+        """Log when the current key ends soon, or the file of a newer one is missing."""
         current = self.current.peer_id
+        newest = key_list.newest(self.list.message, now=self._clock())
+        if newest != current:
+            log.error(
+                "the signing key %s has no file here: copy %s.key from the replica that made it to"
+                " %s; %s signs meanwhile",
+                newest,
+                newest,
+                self._state / FOLDER,
+                current,
+            )
         ends = next(key.not_after for key in self.list.message.keys if key.peer == current)
         if ends - self._clock() < KEY_ENDS_SOON_S:
             log.warning("the signing key ends soon: run `lumaris coordinator keys rotate`")
@@ -135,10 +186,14 @@ class KeyRing:
         if not path.exists():
             make_private_folder(folder)
             _create(path, self._first_list(folder).data)
-        found = read_list(path, self._network)
-        files = [folder / f"{key.peer}.key" for key in found.message.keys]
-        keys = [self.first, *(read_key(file) for file in files if file.exists())]
-        return _Held({str(key.peer_id): key for key in keys}, found)
+        return self._hold(read_list(path, self._network))
+
+    def _hold(self, found: Signed[KeyList]) -> _Held:
+        files = [self._state / FOLDER / f"{key.peer}.key" for key in found.message.keys]
+        pairs = [self.first, *(read_key(file) for file in files if file.exists())]
+        keys = {str(pair.peer_id): pair for pair in pairs}
+        listed = tuple(key for key in found.message.keys if key.peer in keys)
+        return _Held(keys, found, replace(found.message, keys=listed))
 
     def _first_list(self, folder: Path) -> Signed[KeyList]:
         root, now = load_or_create_key(folder / ROOT_KEY), int(self._clock())
@@ -150,6 +205,11 @@ class KeyRing:
         return codec.sign(message, root, self._network)
 
 
+def is_whole(state: Path) -> bool:
+    """Whether a folder holds the keys of a coordinator."""
+    return (state / FIRST_KEY).exists() and (state / FOLDER / LIST).exists()
+
+
 def read_list(path: Path, network: str) -> Signed[KeyList]:
     """The key list in a file. Raises LumarisError `config_invalid`."""
     try:
@@ -157,7 +217,11 @@ def read_list(path: Path, network: str) -> Signed[KeyList]:
             data = file.read(NOTICE_BYTES_MAX + 1)
         return key_list.open_list(data, network=network)
     except (OSError, EnvelopeError) as error:
-        raise LumarisError("config_invalid", f"{path} is no key list: {error}") from None
+        raise LumarisError(
+            "config_invalid",
+            f"{path} is no key list of the network {network}: {error}",
+            hint="Is `network` as it was? It stands in coordinator.toml.",
+        ) from None
 
 
 def rotate(
@@ -167,8 +231,13 @@ def rotate(
 
     The wait is for the others: programs that fetch the list when they renew know the new key before
     it signs. A running coordinator takes the list up within a minute.
-    Raises LumarisError: `root_changed`, `limit_reached`, `config_invalid`, `not_writable`.
+    Raises LumarisError: `root_changed`, `limit_reached`, `config_invalid`, `not_writable`, `busy`.
     """
+    with _changing(state):
+        return _rotate(state, root, network, now, after_s)
+
+
+def _rotate(state: Path, root: KeyPair, network: str, now: int, after_s: int) -> KeyPair:
     held = _list_of(state, root, network)
     keys = tuple(key for key in held.keys if key.not_after > now)
     if len(keys) >= SIGNING_KEYS_MAX:
@@ -189,8 +258,14 @@ def rotate(
 def revoke(state: Path, root: KeyPair, peer: str, *, network: str, now: int) -> None:
     """Take a signing key back: nothing that it signed counts from now on.
 
-    Raises LumarisError: `root_changed`, `not_found`, or `usage` for the last key that is valid.
+    Raises LumarisError: `root_changed`, `not_found`, `busy`, or `usage` for the last key that is
+    valid.
     """
+    with _changing(state):
+        _revoke(state, root, peer, network, now)
+
+
+def _revoke(state: Path, root: KeyPair, peer: str, network: str, now: int) -> None:
     held = _list_of(state, root, network)
     if all(key.peer != peer for key in held.keys):
         raise LumarisError("not_found", "The key list does not name that key.")
@@ -221,11 +296,32 @@ def _write(
     now: int,
 ) -> None:
     message = KeyList(root=root.peer_id, seq=held.seq + 1, keys=keys, issued_at=now)
-    data = codec.sign(message, root, network).data
+    _replace(state / FOLDER / LIST, codec.sign(message, root, network).data)
+
+
+def _replace(path: Path, data: bytes) -> None:
     try:
-        write_private_file(state / FOLDER / LIST, data)
+        write_private_file(path, data)
     except OSError as error:
-        raise LumarisError("not_writable", f"{state / FOLDER}: {error.strerror}") from None
+        raise LumarisError("not_writable", f"{path}: {error.strerror}") from None
+
+
+@contextmanager
+def _changing(state: Path) -> Iterator[None]:
+    """Be the only one who changes the list: of two changes at once one would be lost, and its key
+    with it. Raises LumarisError: `busy`, `config_invalid`."""
+    folder = state / FOLDER
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise LumarisError("config_invalid", f"{folder}: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise LumarisError("busy", f"Another command changes the keys in {folder}.") from None
+    finally:
+        os.close(descriptor)
 
 
 def _create(path: Path, data: bytes) -> None:

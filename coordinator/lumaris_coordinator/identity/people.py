@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from msgspec import Meta
+
+from lumaris_coordinator.bounds import OPERATORS_MAX
 from lumaris_coordinator.identity.caller import Caller
 from lumaris_coordinator.store.port import Connection, all_rows, first
+from lumaris_coordinator.webhooks import store as webhooks
+
+UserName = Annotated[
+    str, Meta(min_length=3, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._@+-]*\Z")
+]
 
 
 @dataclass(frozen=True)
@@ -76,9 +84,40 @@ def insert(connection: Connection, user: User) -> None:
 
 
 def count(connection: Connection) -> int:
-    """How many users there are: no user is deleted, so the numbers are dense."""
-    row = first(connection, "SELECT coalesce(max(number), 0) FROM users")
+    """How many users there are, operators not counted."""
+    row = first(connection, "SELECT count(*) FROM users WHERE operator = 0")
     return int(row[0]) if row else 0
+
+
+def page(connection: Connection, after: int, limit: int) -> list[tuple[str, int, int]]:
+    """(id, number, made at) of users with a number above `after`, operators left out."""
+    rows = all_rows(
+        connection,
+        "SELECT id, number, created_at FROM users WHERE number > ? AND operator = 0"
+        " ORDER BY number LIMIT ?",
+        (after, limit),
+    )
+    return [(str(user), int(number), int(at)) for user, number, at in rows]
+
+
+def forget(connection: Connection, user: str, *, before: int) -> bool:
+    """Delete a user from before a time who has no token, key or peer and never had any money;
+    whether it was so."""
+    gone = connection.execute(
+        "DELETE FROM users WHERE id = ?1 AND created_at <= ?2 AND operator = 0"
+        " AND NOT EXISTS (SELECT 1 FROM token WHERE holder = ?1)"
+        " AND NOT EXISTS (SELECT 1 FROM api_key WHERE holder = ?1)"
+        " AND NOT EXISTS (SELECT 1 FROM peer WHERE owner = ?1)"
+        " AND NOT EXISTS (SELECT 1 FROM account JOIN transfer"
+        " ON transfer.debit = account.id OR transfer.credit = account.id WHERE account.owner = ?1)",
+        (user, before),
+    )
+    if gone.rowcount != 1:
+        return False
+    connection.execute("DELETE FROM account WHERE owner = ?", (user,))
+    for webhook in webhooks.of_principal(connection, user):
+        webhooks.delete(connection, webhook.id)
+    return True
 
 
 def set_password(connection: Connection, user: str, password: str) -> None:
@@ -161,6 +200,17 @@ def replace_key(connection: Connection, name: str, *, ends: int) -> None:
 def key_used(connection: Connection, name: str, *, now: int) -> None:
     """Note that a key was used."""
     connection.execute("UPDATE api_key SET used_at = ? WHERE id = ?", (now, name))
+
+
+def operators(connection: Connection) -> list[User]:
+    """The operators, oldest first: no more than somebody with the keys has made."""
+    rows = all_rows(connection, f"{_USER} WHERE operator = 1 ORDER BY number LIMIT {OPERATORS_MAX}")
+    return [user for row in rows if (user := _user(row)) is not None]
+
+
+def end_keys(connection: Connection, user: str) -> int:
+    """End every key of a user; how many there were."""
+    return connection.execute("DELETE FROM api_key WHERE holder = ?", (user,)).rowcount
 
 
 def delete_key(connection: Connection, name: str, user: str) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from lumaris_coordinator.events.outbox import emit
 from lumaris_coordinator.identity import store
 from lumaris_coordinator.store.port import Connection, all_rows, first
+from lumaris_coordinator.webhooks import store as webhooks
 from lumaris_protocol import codec
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.limits import REVOCATIONS_PER_NOTICE_MAX
@@ -15,6 +16,9 @@ from lumaris_protocol.messages.notice import Revocations, Revoked
 
 if TYPE_CHECKING:
     from lumaris_coordinator.context import Context
+
+# Below this no number is given any more: those of a time that a restore has forgotten.
+FLOOR: Final = "revocation_floor"
 
 
 class RevocationList:
@@ -29,8 +33,9 @@ class RevocationList:
     ) -> dict[str, Any]:
         """An operation: revoke (peer, serial) each, serial 0 being the peer itself; {seq}.
 
-        A revoked peer's tokens end, and it gets no certificate or grant any more. What holds
-        already stays revoked as it was. Raises LumarisError `not_found` for one never registered.
+        A revoked peer's tokens and webhooks end, and it gets no certificate or grant any more. What
+        holds already stays revoked as it was. Raises LumarisError `not_found` for one that never
+        registered.
         """
         now = self._context.now()
         for peer, serial in wanted:
@@ -51,13 +56,13 @@ class RevocationList:
             return
         row = first(
             connection,
-            "INSERT INTO revocation (seq, peer, serial, at, reason) VALUES"
-            " ((SELECT coalesce(max(seq), 0) + 1 FROM revocation), ?, ?, ?, ?)"
+            "INSERT INTO revocation (seq, peer, serial, at, reason) VALUES (?, ?, ?, ?, ?)"
             " ON CONFLICT (peer, serial, at) DO NOTHING RETURNING seq",
-            (peer, serial, now, reason),
+            (last(connection) + 1, peer, serial, now, reason),
         )
         if serial == 0:
             connection.execute("UPDATE peer SET revoked_at = ? WHERE peer = ?", (now, peer))
+            webhooks.disable_all(connection, peer, reason="revoked")
         store.end_tokens(connection, peer)
         parties = (peer, *((owner,) if owner else ()))
         body = {"peer": peer, "serial": serial, "reason": reason}
@@ -111,6 +116,11 @@ class RevocationList:
 
 
 def last(connection: Connection) -> int:
-    """The number of the newest revocation; 0 when there is none."""
-    row = first(connection, "SELECT coalesce(max(seq), 0) FROM revocation")
+    """The number of the newest revocation; 0, or that of the last restore, when there is none."""
+    row = first(
+        connection,
+        "SELECT coalesce((SELECT max(seq) FROM revocation),"
+        " (SELECT CAST(value AS BIGINT) FROM setting WHERE name = ?), 0)",
+        (FLOOR,),
+    )
     return int(row[0]) if row else 0

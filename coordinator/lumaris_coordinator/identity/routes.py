@@ -67,5 +67,5 @@ async def tls_certificate(request: Request) -> Response:
 
 @router.get("/v1/bootstrap")
 async def bootstrap(request: Request) -> Response:
-    """{addresses} of sellers that registered lately."""
+    """{addresses} of some sellers: those with a bond first, one of each network."""
     return json_response({"addresses": await coordinator_of(request).identity.bootstrap()})

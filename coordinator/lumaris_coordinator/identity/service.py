@@ -9,14 +9,19 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import anyio
+
 from lumaris_coordinator.bounds import (
     API_KEY_USED_GRAIN_S,
     BOOTSTRAP_ADDRESSES_MAX,
-    BOOTSTRAP_ADDRESSES_PER_PEER,
+    BOOTSTRAP_KEPT_S,
+    BOOTSTRAP_SELLERS_CONSIDERED,
     CERTIFICATE_LIFETIME_S,
+    IDENTITY_PRUNED_AT_ONCE_MAX,
+    IDENTITY_PRUNED_PER_ROUND_MAX,
     PEERS_MAX,
 )
-from lumaris_coordinator.identity import people, store
+from lumaris_coordinator.identity import bootstrap, people, store
 from lumaris_coordinator.identity.caller import Caller, Scope, peer_caller
 from lumaris_coordinator.identity.challenges import Challenges
 from lumaris_coordinator.identity.secrets import Vault, is_token, key_id, make_token
@@ -45,6 +50,9 @@ class Identity:
         self._context = context
         self._challenges = Challenges(context.keys.first.seed)
         self.vault = Vault(context.keys.first.seed)
+        self._bootstrap: list[str] = []
+        self._bootstrap_until = 0
+        self._bootstrapping = anyio.Lock()
 
     def challenge(self, peer: str) -> dict[str, Any]:
         """A challenge for the peer to sign. Raises LumarisError `malformed` for no peer id."""
@@ -201,7 +209,8 @@ class Identity:
             user = people.find(connection, row.holder)
             assert user is not None
             caller = people.caller(connection, user, frozenset(row.scopes))
-            return replace(caller, counted_as=name, rate=row.rate), row.used_at
+            caller = replace(caller, counted_as=name, rate=row.rate, ends_at=row.expires_at)
+            return caller, row.used_at
 
         found = await self._context.store.read(look)
         if found is None:
@@ -216,20 +225,34 @@ class Identity:
         return caller
 
     async def bootstrap(self) -> list[str]:
-        """Addresses of sellers that registered lately: where a newcomer's overlay begins."""
-        now = self._context.now()
-        lists = await self._context.store.read(
-            lambda connection: store.sellers(connection, now=now, limit=BOOTSTRAP_ADDRESSES_MAX)
-        )
-        addresses = [
-            address for text in lists for address in json.loads(text)[:BOOTSTRAP_ADDRESSES_PER_PEER]
-        ]
-        return addresses[:BOOTSTRAP_ADDRESSES_MAX]
+        """Addresses of sellers: where a newcomer's overlay begins. Of many it is kept a while."""
+        async with self._bootstrapping:
+            if self._context.now() >= self._bootstrap_until:
+                await self._choose_bootstrap(self._context.now())
+            return self._bootstrap
+
+    async def _choose_bootstrap(self, now: int) -> None:
+        currency = self._context.settings.currency
+
+        def look(connection: Connection) -> tuple[list[str], list[str]]:
+            most = BOOTSTRAP_SELLERS_CONSIDERED
+            bonded = store.bonded_sellers(connection, now=now, currency=currency, limit=most)
+            return bonded, store.sellers(connection, now=now, limit=most)
+
+        bonded, others = await self._context.store.scan(look)
+        self._bootstrap = bootstrap.choose(bonded, others)
+        if len(others) >= BOOTSTRAP_ADDRESSES_MAX:
+            self._bootstrap_until = now + BOOTSTRAP_KEPT_S
 
     async def prune(self) -> None:
-        """Forget what has expired."""
-        now = self._context.now()
-        await self._context.store.submit(lambda connection: store.prune(connection, now=now))
+        """Forget what has expired, in parts: nobody waits for all of it."""
+        now, most = self._context.now(), IDENTITY_PRUNED_AT_ONCE_MAX
+        for _ in range(IDENTITY_PRUNED_PER_ROUND_MAX // most):
+            more = await self._context.store.submit(
+                lambda connection: store.prune(connection, now=now, limit=most)
+            )
+            if not more:
+                return
 
 
 def _is_address(text: str) -> bool:

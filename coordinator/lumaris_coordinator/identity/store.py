@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from lumaris_coordinator.bounds import TOKENS_PER_HOLDER_MAX
 from lumaris_coordinator.store.port import Connection, all_rows, first
 from lumaris_protocol.errors import LumarisError
@@ -109,19 +111,45 @@ def member(connection: Connection, peer: str) -> str | None:
     return str(row[0])
 
 
+def revoked_account(connection: Connection, peer: str) -> str:
+    """The account of a revoked peer. Raises LumarisError `not_found` for any other."""
+    sql = "SELECT account FROM peer WHERE peer = ? AND revoked_at > 0"
+    row = first(connection, sql, (peer,))
+    if row is None:
+        raise LumarisError("not_found", "There is no such revoked peer.")
+    return str(row[0])
+
+
+_SELLING: Final = "seller = 1 AND expires_at > ? AND addresses <> '[]' AND revoked_at = 0"
+
+
 def sellers(connection: Connection, *, now: int, limit: int) -> list[str]:
-    """The addresses (JSON lists) of the sellers registered last whose certificate is valid."""
+    """The addresses (JSON lists) of some sellers whose certificate is valid, by chance: whoever
+    registers last or most often must not choose them."""
+    sql = f"SELECT addresses FROM peer WHERE {_SELLING} ORDER BY random() LIMIT ?"
+    return [str(row[0]) for row in all_rows(connection, sql, (now, limit))]
+
+
+def bonded_sellers(connection: Connection, *, now: int, currency: str, limit: int) -> list[str]:
+    """As `sellers`, of those that have a bond."""
     rows = all_rows(
         connection,
-        "SELECT addresses FROM peer WHERE seller = 1 AND expires_at > ? AND addresses <> '[]'"
-        " ORDER BY registered_at DESC LIMIT ?",
-        (now, limit),
+        "SELECT addresses FROM peer JOIN account ON account.id = 'bond:' || peer || ':' || ?"
+        f" WHERE balance > 0 AND {_SELLING} ORDER BY random() LIMIT ?",
+        (currency, now, limit),
     )
     return [str(row[0]) for row in rows]
 
 
-def prune(connection: Connection, *, now: int) -> None:
-    """Forget expired tokens and keys, and used challenges that could not be used again anyway."""
-    connection.execute("DELETE FROM token WHERE expires_at <= ?", (now,))
-    connection.execute("DELETE FROM api_key WHERE expires_at <= ?", (now,))
-    connection.execute("DELETE FROM used_challenge WHERE expires_at < ?", (now,))
+_PRUNE: Final = tuple(
+    f"DELETE FROM {table} WHERE {key} IN"
+    f" (SELECT {key} FROM {table} WHERE expires_at <= ? ORDER BY expires_at LIMIT ?)"
+    for table, key in (("token", "id"), ("api_key", "id"), ("used_challenge", "challenge"))
+)
+
+
+def prune(connection: Connection, *, now: int, limit: int) -> bool:
+    """Forget expired tokens and keys, and used challenges that could not be used again anyway, some
+    of each; whether there may be more."""
+    gone = [connection.execute(sql, (now, limit)).rowcount for sql in _PRUNE]
+    return max(gone) >= limit

@@ -45,6 +45,8 @@ MIGRATIONS: Final = (
                 expires_at INTEGER NOT NULL
             )""",
             "CREATE INDEX token_by_holder ON token (holder)",
+            "CREATE INDEX token_by_end ON token (expires_at)",
+            "CREATE INDEX used_challenge_by_end ON used_challenge (expires_at)",
             """CREATE TABLE api_key (
                 id TEXT PRIMARY KEY,
                 number INTEGER NOT NULL UNIQUE,

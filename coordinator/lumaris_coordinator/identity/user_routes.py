@@ -25,15 +25,13 @@ from lumaris_coordinator.http import (
 )
 from lumaris_coordinator.idempotency import idempotent
 from lumaris_coordinator.identity.api_keys import Wanted
+from lumaris_coordinator.identity.people import UserName
 from lumaris_coordinator.limits.limiter import RateLimitedError
 from lumaris_coordinator.limits.middleware import address_of, note
 from lumaris_protocol.messages.base import Name
 
 router = APIRouter(tags=["users"])
 
-UserName = Annotated[
-    str, Meta(min_length=3, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._@+-]*\Z")
-]
 Password = Annotated[str, Meta(min_length=10, max_length=256)]
 # What is checked may be anything short: the rule for new passwords tells nothing about old ones.
 Guess = Annotated[str, Meta(max_length=256)]
@@ -77,7 +75,9 @@ async def register(request: Request) -> Response:
     this needs no Idempotency-Key: a repetition answers `name_taken`."""
     wanted = await read_json(request, NewUser)
     users = coordinator_of(request).users
-    return json_response(await users.register(wanted.name, wanted.password), 201)
+    with _told(request):
+        made = await users.register(wanted.name, wanted.password, address=address_of(request))
+    return json_response(made, 201)
 
 
 @router.post("/v1/sessions", openapi_extra=json_body(Login))

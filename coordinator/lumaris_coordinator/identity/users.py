@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, Final
 from lumaris_coordinator.bounds import (
     PEER_LINK_LIFETIME_S,
     PEERS_PER_USER_MAX,
+    USER_FORGOTTEN_S,
     USER_TOKEN_LIFETIME_S,
+    USERS_LOOKED_AT_PER_ROUND,
     USERS_MAX,
 )
 from lumaris_coordinator.identity import people, store
@@ -20,7 +22,7 @@ from lumaris_coordinator.identity.passwords import Passwords
 from lumaris_coordinator.identity.people import User
 from lumaris_coordinator.identity.secrets import Vault, make_token
 from lumaris_coordinator.ledger.store import open_account
-from lumaris_coordinator.limits.limiter import Limiter
+from lumaris_coordinator.limits.limiter import LOCAL, UNKNOWN, Limiter
 from lumaris_coordinator.store.port import Connection
 from lumaris_protocol import codec
 from lumaris_protocol.errors import LumarisError
@@ -47,17 +49,20 @@ class Users:
     ) -> None:
         self._context, self._vault = context, vault
         self._limiter, self._passwords = limiter, passwords
+        self._pruned_to = 0  # the number of the user looked at last
 
-    async def register(self, name: str, password: str) -> dict[str, Any]:
+    async def register(self, name: str, password: str, *, address: str) -> dict[str, Any]:
         """Make a user with an account of its own.
 
-        Raises LumarisError: `forbidden` where registration is closed, `name_taken`, `busy`.
+        Raises LumarisError: `forbidden` where registration is closed, `name_taken`, `rate_limited`
+        for too many of one address, `busy`.
         """
         if not self._context.settings.user_registration:
             raise LumarisError("forbidden", "New users are made by the operator here.")
         if await self._context.store.read(lambda connection: people.by_name(connection, name)):
             raise LumarisError("name_taken")  # before a hash is paid for
-        kept = await self._passwords.hash(password)
+        self._limiter.registered(address)
+        kept = await self._passwords.hash(password, caller=_line_of(address))
         user = new_user(name, kept, operator=False, now=self._context.now())
         await self._context.store.submit(lambda connection: add(connection, user, self._currency))
         return {"user": user.id, "name": name, "created_at": user.created_at}
@@ -71,7 +76,9 @@ class Users:
             user = await self._context.store.read(
                 lambda connection: people.by_name(connection, name)
             )
-            guess.right = await self._passwords.check(user.password if user else None, password)
+            guess.right = await self._passwords.check(
+                user.password if user else None, password, caller=_line_of(address)
+            )
         if user is None or not guess.right:
             raise LumarisError("unauthorized", "The name or the password is wrong.", hint=_HINT)
         token, now = make_token(), self._context.now()
@@ -112,10 +119,11 @@ class Users:
         if user is None or not user.password:
             raise LumarisError("forbidden", "Only a user has a password.")
         with self._guess(user.name, address) as guess:
-            guess.right = await self._passwords.check(user.password, old)
+            guess.right = await self._passwords.check(user.password, old, caller=user.id)
         if not guess.right:
             raise LumarisError("unauthorized", "The old password is wrong.", hint=_HINT)
-        kept, current = await self._passwords.hash(new), self._vault.hash(token)
+        kept = await self._passwords.hash(new, caller=user.id, known=True)
+        current = self._vault.hash(token)
 
         def operation(connection: Connection) -> None:
             people.set_password(connection, user.id, kept)
@@ -156,7 +164,7 @@ class Users:
         """Make a peer the caller's: its own signature says so.
 
         Raises EnvelopeError, or LumarisError: `forbidden`, `not_certified`, `already_linked`,
-        `limit_reached`, `replayed` for a link older than the last change.
+        `limit_reached`, `revoked`, `replayed` for a link older than the last change.
         """
         context, now = self._context, self._context.now()
         found = codec.open_signed(body, PeerLink, network=context.settings.network)
@@ -180,6 +188,7 @@ class Users:
         return {"peers": await context.store.submit(operation)}
 
     def _link(self, connection: Connection, message: PeerLink, now: int) -> None:
+        store.member(connection, message.peer)
         row = people.owner_of(connection, message.peer)
         if row is None:
             raise LumarisError("not_certified", "The peer is not registered here.")
@@ -207,9 +216,30 @@ class Users:
 
         await self._context.store.submit(operation)
 
+    async def prune(self) -> int:
+        """Forget users who never had anything, a part of the table each time; how many."""
+        after, before = self._pruned_to, self._context.now() - USER_FORGOTTEN_S
+        found = await self._context.store.scan(
+            lambda connection: people.page(connection, after, USERS_LOOKED_AT_PER_ROUND)
+        )
+        self._pruned_to = found[-1][1] if len(found) == USERS_LOOKED_AT_PER_ROUND else 0
+        old = [user for user, _, created_at in found if created_at <= before]
+        if not old:
+            return 0
+
+        def operation(connection: Connection) -> int:
+            return sum(people.forget(connection, user, before=before) for user in old)
+
+        return await self._context.store.submit(operation)
+
     @property
     def _currency(self) -> str:
         return self._context.settings.currency
+
+
+def _line_of(address: str) -> str:
+    """Whose share of the waiting line it is: nobody's where everybody may be behind an address."""
+    return "" if address in (LOCAL, UNKNOWN) else address
 
 
 def new_user(name: str, password: str, *, operator: bool, now: int) -> User:
@@ -222,7 +252,7 @@ def add(connection: Connection, user: User, currency: str) -> None:
     """An operation: a new user with its account. Raises LumarisError `name_taken` or `busy`."""
     if people.by_name(connection, user.name) is not None:
         raise LumarisError("name_taken")
-    if people.count(connection) >= USERS_MAX:
+    if not user.operator and people.count(connection) >= USERS_MAX:
         raise LumarisError("busy", "No more users can be made here.")
     people.insert(connection, user)
     open_account(connection, owner=user.id, kind="user", currency=currency)

@@ -16,7 +16,7 @@ from lumaris_coordinator.bounds import (
     BOND_REQUEST_LIFETIME_S,
 )
 from lumaris_coordinator.events.outbox import emit
-from lumaris_coordinator.identity.store import account_of
+from lumaris_coordinator.identity.store import account_of, member
 from lumaris_coordinator.ledger import bonds
 from lumaris_coordinator.ledger.store import Leg, currencies_of, move, open_account, open_wallet
 from lumaris_coordinator.store.port import Connection, all_rows, first
@@ -49,7 +49,7 @@ class Bonds:
         """Apply a signed BondRequest; the peer's bonds as JSON. The same bytes, the same answer.
 
         Raises EnvelopeError, or LumarisError: `usage`, `terms_refused`, `not_certified`,
-        `no_funds`, `too_many_holds`, `idempotency_mismatch`, `busy`.
+        `revoked`, `no_funds`, `too_many_holds`, `idempotency_mismatch`, `busy`.
         """
         context, now = self._context, self._context.now()
         request = codec.open_signed(body, BondRequest, network=context.settings.network)
@@ -84,7 +84,7 @@ class Bonds:
             raise LumarisError("idempotency_mismatch", "The nonce was used for another request.")
         if known is not None:
             return bytes(known[1])
-        owner = account_of(connection, message.peer)
+        owner = member(connection, message.peer)
         if owner is None:
             raise LumarisError("not_certified", "The peer is not registered here.")
         if message.action == "lock":

@@ -17,6 +17,7 @@ from lumaris_coordinator.bounds import (
 )
 from lumaris_coordinator.escrow.store import held_of_buyers
 from lumaris_coordinator.events.outbox import emit
+from lumaris_coordinator.identity.store import member
 from lumaris_coordinator.ledger import store
 from lumaris_coordinator.ledger.store import FEES, TEST_CREDIT
 from lumaris_coordinator.store.port import Connection, first
@@ -54,10 +55,10 @@ class Ledger:
         )
 
     async def give_credit(self, body: bytes) -> dict[str, Any]:
-        """Test credit for a signed CreditRequest; the same nonce is the same credit.
+        """Test credit for a signed CreditRequest; the same nonce is the same credit and answer.
 
         Raises LumarisError: `usage` for less than CREDIT_NANOS_MIN, `credit_limit`,
-        `not_certified`, `idempotency_mismatch`, `busy`.
+        `not_certified`, `revoked`, `idempotency_mismatch`, `busy`.
         """
         context, now = self._context, self._context.now()
         request = codec.open_signed(body, CreditRequest, network=context.settings.network)
@@ -80,10 +81,9 @@ class Ledger:
         return await context.store.submit(lambda connection: self._give(connection, message, now))
 
     def _give(self, connection: Connection, message: CreditRequest, now: int) -> dict[str, Any]:
-        row = first(connection, "SELECT account FROM peer WHERE peer = ?", (message.peer,))
-        if row is None:
+        owner = member(connection, message.peer)
+        if owner is None:
             raise LumarisError("not_certified", "The peer is not registered here.")
-        owner = str(row[0])
         account = store.wallet(owner, self._context.settings.currency)
         given = first(
             connection,
@@ -96,8 +96,11 @@ class Ledger:
             txn = given[1]
         else:
             raise LumarisError("idempotency_mismatch", "The nonce was used for another amount.")
+        # A signed document may be carried by anybody: what it answers is no look at a wallet.
         return {
-            **self._summary(connection, owner, message.peer, frozenset((message.peer,))),
+            "account": owner,
+            "peer": message.peer,
+            "currency": store.currency_of(account),
             "credited_nanos": message.amount_nanos,
             "transaction": txn,
         }

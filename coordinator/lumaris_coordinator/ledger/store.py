@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -50,9 +50,17 @@ def open_wallet(connection: Connection, owner: str, currency: str) -> str:
 def move(connection: Connection, *, kind: str, ref: str, legs: Iterable[Leg], now: int) -> int:
     """Record a transaction of some legs and apply it; its number. Legs of nothing are left out.
 
-    Raises LumarisError `no_funds` when an account that may not be negative would be, and
-    ValueError for a leg between two currencies: nothing here changes one into the other.
+    An account changes once, by what all legs together give or take. Raises LumarisError `no_funds`
+    when an account that may not be negative would be, and ValueError for a leg between two
+    currencies: nothing here changes one into the other.
     """
+    moved = [leg for leg in legs if leg.amount_nanos]
+    changes: dict[str, int] = {}
+    for leg in moved:
+        if leg.amount_nanos < 0 or currency_of(leg.debit) != currency_of(leg.credit):
+            raise ValueError(f"no leg of a transaction: {leg}")
+        changes[leg.debit] = changes.get(leg.debit, 0) - leg.amount_nanos
+        changes[leg.credit] = changes.get(leg.credit, 0) + leg.amount_nanos
     row = first(
         connection,
         "INSERT INTO txn (id, kind, ref, at)"
@@ -61,28 +69,48 @@ def move(connection: Connection, *, kind: str, ref: str, legs: Iterable[Leg], no
     )
     assert row is not None
     txn = int(row[0])
-    for leg in legs:
-        if leg.amount_nanos == 0:
-            continue
-        currency = currency_of(leg.debit)
-        if leg.amount_nanos < 0 or currency != currency_of(leg.credit):
-            raise ValueError(f"no leg of a transaction: {leg}")
-        connection.execute(
-            "INSERT INTO transfer (id, txn, debit, credit, currency, amount)"
-            " VALUES ((SELECT coalesce(max(id), 0) + 1 FROM transfer), ?, ?, ?, ?, ?)",
-            (txn, leg.debit, leg.credit, currency, leg.amount_nanos),
-        )
-        taken = connection.execute(
-            "UPDATE account SET balance = balance - ?1"
-            " WHERE id = ?2 AND (balance >= ?1 OR may_negative = 1)",
-            (leg.amount_nanos, leg.debit),
-        )
-        if taken.rowcount != 1:
-            raise LumarisError("no_funds")
-        connection.execute(
-            "UPDATE account SET balance = balance + ? WHERE id = ?", (leg.amount_nanos, leg.credit)
-        )
+    if moved:
+        _record(connection, txn, moved)
+        _apply(connection, changes)
     return txn
+
+
+def _record(connection: Connection, txn: int, legs: list[Leg]) -> None:
+    """Add the transfers in one statement, which sees the table as it was before."""
+    one = "((SELECT coalesce(max(id), 0) + {} FROM transfer), ?, ?, ?, ?, ?)"
+    rows = ", ".join(one.format(place + 1) for place in range(len(legs)))
+    values: list[object] = []
+    for leg in legs:
+        values += (txn, leg.debit, leg.credit, currency_of(leg.debit), leg.amount_nanos)
+    connection.execute(
+        f"INSERT INTO transfer (id, txn, debit, credit, currency, amount) VALUES {rows}",
+        values,
+    )
+
+
+def _apply(connection: Connection, changes: Mapping[str, int]) -> None:
+    """Change the balances: what is taken each by itself, since it may not be there; what is given
+    in one statement. The transfers' references say that the accounts exist."""
+    given: list[object] = []
+    for account, change in changes.items():
+        if change > 0:
+            given += (account, change)
+        elif change < 0:
+            taken = connection.execute(
+                "UPDATE account SET balance = balance - ?1"
+                " WHERE id = ?2 AND (balance >= ?1 OR may_negative = 1)",
+                (-change, account),
+            )
+            if taken.rowcount != 1:
+                raise LumarisError("no_funds")
+    places = range(1, len(given), 2)
+    cases = " ".join(f"WHEN ?{place} THEN CAST(?{place + 1} AS BIGINT)" for place in places)
+    names = ", ".join(f"?{place}" for place in places)
+    if given:
+        connection.execute(
+            f"UPDATE account SET balance = balance + CASE id {cases} END WHERE id IN ({names})",
+            given,
+        )
 
 
 def currency_of(account: str) -> str:
@@ -175,8 +203,8 @@ def audit(connection: Connection) -> dict[str, Any]:
     stuck = first(
         connection,
         "SELECT count(*) FROM escrow JOIN account ON account.id = escrow.account"
-        " WHERE balance <> CASE WHEN state IN ('held', 'claimed', 'disputed') THEN cap - paid"
-        " ELSE 0 END",
+        " WHERE balance <> CASE WHEN state IN ('held', 'claimed', 'disputed')"
+        " THEN cap - paid - returned ELSE 0 END",
     )
     assert counted is not None
     assert stuck is not None

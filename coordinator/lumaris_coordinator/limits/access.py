@@ -58,6 +58,7 @@ ACCESS: Final[dict[str, Access]] = {
     "POST /v1/settle": "signed",
     "GET /v1/escrows": "read",
     "GET /v1/escrows/{session}": "read",
+    "GET /v1/escrows/{session}/claims": "read",
     "GET /v1/receipts/{receipt}": "read",
     "POST /v1/disputes": "signed",
     "GET /v1/disputes": "read",

@@ -15,6 +15,7 @@ from typing import Final
 from lumaris_coordinator.bounds import (
     ADDRESS_BURST,
     ADDRESS_RATE,
+    API_KEY_RATE_MAX,
     BUCKETS_MAX,
     CREDENTIAL_BURST_S,
     CREDENTIAL_RATE,
@@ -26,6 +27,8 @@ from lumaris_coordinator.bounds import (
     LOGIN_FAILURES_PER_NAME_BURST,
     LOGIN_FAILURES_PER_NAME_RATE,
     LOGIN_FAILURES_RATE,
+    REGISTRATION_BURST,
+    REGISTRATION_RATE,
 )
 from lumaris_coordinator.identity.caller import Caller
 from lumaris_coordinator.limits.gcra import Buckets, Outcome
@@ -43,6 +46,13 @@ DOORS: Final = frozenset(
 )
 
 
+# What costs us a few milliseconds and strangers nothing, in requests.
+COSTS: Final = {"/v1/offers": 5, "/log/add-cosignature": 5}
+# What a request is counted as when it comes from this machine itself, and when nobody can tell.
+LOCAL: Final = "local"
+UNKNOWN: Final = "unknown"
+
+
 class Limiter:
     """All buckets of one process. `clock` is in seconds."""
 
@@ -50,9 +60,20 @@ class Limiter:
         self._clock = clock
         factor = ADDRESS_BURST / ADDRESS_RATE
         burst = max(1, round(address_rate * factor))
+        self._most = burst
         self._addresses = Buckets("address", rate=address_rate, burst=burst, size=BUCKETS_MAX)
         self._doors = Buckets("door", rate=DOOR_RATE, burst=DOOR_BURST, size=BUCKETS_MAX)
+        self._registrations = Buckets(
+            "registration", rate=REGISTRATION_RATE, burst=REGISTRATION_BURST, size=BUCKETS_MAX
+        )
         self._credentials: dict[int, Buckets] = {}
+        # Above the keys of one user, who chooses their number and their rates.
+        self._holders = Buckets(
+            "holder",
+            rate=API_KEY_RATE_MAX,
+            burst=API_KEY_RATE_MAX * CREDENTIAL_BURST_S,
+            size=BUCKETS_MAX,
+        )
         self._pairs = Buckets(
             "login", rate=LOGIN_FAILURES_RATE, burst=LOGIN_FAILURES_BURST, size=BUCKETS_MAX
         )
@@ -77,7 +98,7 @@ class Limiter:
             if not at_door.allowed:
                 return at_door
             return min(self._addresses.take(address, now=now), at_door, key=_strictness)
-        return self._addresses.take(address, now=now)
+        return self._addresses.take(address, now=now, cost=min(COSTS.get(path, 1), self._most))
 
     def known(self, caller: Caller, address: str) -> Outcome:
         """A request whose credentials hold: the address gets back what was taken from it."""
@@ -90,7 +111,18 @@ class Limiter:
             buckets = self._credentials[rate] = Buckets(
                 "credential", rate=rate, burst=rate * CREDENTIAL_BURST_S, size=BUCKETS_MAX
             )
-        return buckets.take(caller.counted_as, now=now)
+        outcome = buckets.take(caller.counted_as, now=now)
+        if not outcome.allowed or not caller.rate:
+            return outcome
+        return min(outcome, self._holders.take(caller.id, now=now), key=_strictness)
+
+    def registered(self, address: str) -> None:
+        """Count a new user. Raises LumarisError `rate_limited` for too many of one address."""
+        if address == LOCAL:
+            return
+        outcome = self._registrations.take(address, now=self._clock())
+        if not outcome.allowed:
+            raise RateLimitedError(outcome)
 
     def check_login(self, name: str, address: str) -> None:
         """Raises LumarisError `rate_limited` after too many failures: of this name from this
@@ -113,13 +145,14 @@ class Limiter:
         for buckets, key in self._login_buckets(name, address):
             buckets.give_back(key, now=now)
 
-    def _login_buckets(self, name: str, address: str) -> tuple[tuple[Buckets, str], ...]:
-        pair = f"{address} {name}"
-        return (
-            (self._pairs, pair),
-            (self._login_addresses, address),
-            (self._login_names, name),
-        )
+    def _login_buckets(self, name: str, address: str) -> list[tuple[Buckets, str]]:
+        found = [(self._login_names, name)]
+        # Behind one of these may be everybody: a stranger's failures must not keep others out.
+        if address != UNKNOWN:
+            found.append((self._pairs, f"{address} {name}"))
+        if address not in (UNKNOWN, LOCAL):
+            found.append((self._login_addresses, address))
+        return found
 
 
 class RateLimitedError(LumarisError):
@@ -138,7 +171,7 @@ def group_of(address: str) -> str | None:
     try:
         found = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
-        return "unknown"
+        return UNKNOWN
     if isinstance(found, ipaddress.IPv6Address):
         if found.ipv4_mapped is not None:
             found = found.ipv4_mapped

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -23,14 +24,14 @@ from lumaris_coordinator.bounds import (
     PAYOUTS_PER_ROUND_MAX,
 )
 from lumaris_coordinator.events.outbox import emit
-from lumaris_coordinator.identity.store import account_of
+from lumaris_coordinator.identity.store import member, revoked_account
 from lumaris_coordinator.ledger.store import Leg, balance, move, open_account, wallet
 from lumaris_coordinator.money import store
 from lumaris_coordinator.money.port import FundingAdapter, PayoutOrder, PayoutStatus
 from lumaris_coordinator.money.provider import asked
 from lumaris_coordinator.money.store import Payout
 from lumaris_coordinator.store.port import Connection
-from lumaris_coordinator.upkeep.freeze import require_thawed
+from lumaris_coordinator.upkeep.freeze import is_frozen, require_thawed
 from lumaris_protocol import codec
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.ids import derive_id
@@ -61,8 +62,8 @@ class Payouts:
     async def request(self, body: bytes) -> dict[str, Any]:
         """Hold what a signed PayoutRequest takes out; the same nonce is the same payout.
 
-        Raises EnvelopeError, and LumarisError: `wrong_domain`, `not_certified`, `usage`,
-        `idempotency_mismatch`, `too_many`, `no_funds`, `payouts_frozen`, `frozen`, `busy`.
+        Raises EnvelopeError, and LumarisError: `wrong_domain`, `not_certified`, `revoked`,
+        `usage`, `idempotency_mismatch`, `too_many`, `no_funds`, `payouts_frozen`, `frozen`, `busy`.
         """
         context, now = self._context, self._context.now()
         found = codec.open_signed(body, PayoutRequest, network=context.settings.network)
@@ -73,13 +74,13 @@ class Payouts:
             raise LumarisError("wrong_domain", "The request names another coordinator.")
 
         def operation(connection: Connection) -> dict[str, Any]:
-            owner = account_of(connection, message.peer)
-            if owner is None:
-                raise LumarisError("not_certified", "The peer is not registered here.")
             name = derive_id("transfer", f"{message.peer}/{message.nonce}".encode())
             known = store.find(connection, name)
             if known is not None:
                 return _repeated(known, message)
+            owner = member(connection, message.peer)
+            if owner is None:
+                raise LumarisError("not_certified", "The peer is not registered here.")
             codec.check_times(
                 issued_at=message.issued_at,
                 expires_at=message.issued_at + PAYOUT_REQUEST_LIFETIME_S,
@@ -102,23 +103,31 @@ class Payouts:
         return answer
 
     def request_of(
-        self, caller: Caller, *, adapter: str, currency: str, amount_nanos: int
+        self, caller: Caller, *, adapter: str, currency: str, amount_nanos: int, peer: str = ""
     ) -> Callable[[Connection], dict[str, Any]]:
         """The operation of an unsigned request, to be run once under its Idempotency-Key.
 
-        It raises as `request` does.
+        With `peer` an operator takes out what a revoked peer left: its own key no longer can. It
+        raises as `request` does, and `forbidden` or `not_found` for a peer that is not revoked.
         """
         now = self._context.now()
+        if peer:
+            caller.require("operator")
 
         def operation(connection: Connection) -> dict[str, Any]:
-            account = wallet(caller.account, currency)
+            owner = caller.account
+            if peer:
+                owner = revoked_account(connection, peer)
+            elif caller.kind == "peer":
+                member(connection, caller.peer)  # it may have been revoked since it was let in
+            account = wallet(owner, currency)
             count = store.number_of_account(connection, account)
-            name = derive_id("transfer", f"{caller.id}/{currency}/{count}".encode())
+            name = derive_id("transfer", f"{caller.id}/{account}/{count}".encode())
             return self._open(
                 connection,
                 payout=name,
                 party=caller.id,
-                owner=caller.account,
+                owner=owner,
                 adapter=adapter,
                 currency=currency,
                 amount=amount_nanos,
@@ -189,7 +198,8 @@ class Payouts:
     async def show(self, caller: Caller, payout: str) -> dict[str, Any]:
         """One payout of the caller's. Raises LumarisError `not_found`."""
         found = await self._context.store.read(lambda connection: store.find(connection, payout))
-        if found is None or found.account != wallet(caller.account, found.currency):
+        own = found is not None and wallet(caller.account, found.currency) == found.account
+        if found is None or not (own or found.party == caller.id):
             raise LumarisError("not_found", "There is no such payout of yours.")
         return found.view()
 
@@ -220,13 +230,16 @@ class Payouts:
             due = await self._context.store.read(
                 lambda connection: store.due(connection, now=now, limit=PAYOUTS_PER_ROUND_MAX)
             )
-            frozen = await self._context.store.read(
-                lambda connection: store.differing(connection, list(self._adapters))
-            )
             for payout in due:
-                stopped = (payout.adapter, payout.currency) in frozen
+                # Asked anew for each: what is turned off must stop what is under way as well.
+                stopped = await self._context.store.read(partial(self._stopped, payout))
                 done += await self._follow(payout, may_pay=not stopped)
         return done
+
+    def _stopped(self, payout: Payout, connection: Connection) -> bool:
+        """Whether no provider may be told to pay it: the switch is on, or its books differ."""
+        key = (payout.adapter, payout.currency)
+        return is_frozen(connection) or bool(store.differing(connection, [key]))
 
     async def _follow(self, payout: Payout, *, may_pay: bool) -> bool:
         adapter = self._adapters.get((payout.adapter, payout.currency))

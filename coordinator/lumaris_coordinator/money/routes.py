@@ -17,11 +17,11 @@ from lumaris_coordinator.http import (
     caller_of,
     coordinator_of,
     json_response,
+    read_json,
 )
 from lumaris_coordinator.idempotency import idempotent
-from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.limits import SEQ_MAX
-from lumaris_protocol.messages.base import Amount, Currency, Name
+from lumaris_protocol.messages.base import Amount, Currency, Name, Peer
 
 router = APIRouter(tags=["money"])
 
@@ -35,9 +35,9 @@ class PayoutOrdered(msgspec.Struct, forbid_unknown_fields=True):
     amount_nanos: Amount
     adapter: Name = "test-credit"
     currency: Currency = ""
+    peer: Peer | None = None  # a revoked one, whose money an operator takes out
 
 
-_DECODER: Final = msgspec.json.Decoder(PayoutOrdered)
 _PAYOUT_BODY: Final[dict[str, Any]] = {
     **BEARER,
     "requestBody": {
@@ -54,6 +54,7 @@ _PAYOUT_BODY: Final[dict[str, Any]] = {
                         "amount_nanos": {"type": "integer", "minimum": 0},
                         "adapter": {"type": "string"},
                         "currency": {"type": "string"},
+                        "peer": {"type": "string"},
                     },
                     "additionalProperties": False,
                 }
@@ -65,21 +66,20 @@ _PAYOUT_BODY: Final[dict[str, Any]] = {
 
 @router.post("/v1/payouts", openapi_extra=_PAYOUT_BODY)
 async def request_payout(request: Request) -> Response:
-    """Take money out: {payout, state, amount_nanos, currency, adapter, ...}; `held` until paid."""
+    """Take money out: {payout, state, amount_nanos, currency, adapter, ...}; `held` until paid. An
+    operator names a revoked `peer` to take out what it left."""
     coordinator = coordinator_of(request)
     payouts = coordinator.money.payouts
     if request.headers.get("content-type", "").partition(";")[0] != "application/json":
         return json_response(await payouts.request(await read_body(request)))
     caller = await caller_of(request, scope="write")
-    try:
-        found = _DECODER.decode(await read_body(request))
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise LumarisError("malformed", f"The body is no payout: {error}") from None
+    found = await read_json(request, PayoutOrdered)
     operation = payouts.request_of(
         caller,
         adapter=found.adapter,
         currency=found.currency or coordinator.settings.currency,
         amount_nanos=found.amount_nanos,
+        peer=found.peer or "",
     )
     answer = await idempotent(request, caller, operation)
     payouts.wake()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import msgspec
+from anyio import to_thread
 from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import Response
@@ -61,8 +63,11 @@ async def offers(
         needs = msgspec.convert(fields, Requirements)
     except msgspec.ValidationError as error:
         raise LumarisError("malformed", f"The query: {error}") from None
-    found = coordinator.offers.page(needs, tier=tier, lease_s=lease_s, limit=limit, after=after)
-    return json_response(found)
+    look = partial(
+        coordinator.offers.page, needs, tier=tier, lease_s=lease_s, limit=limit, after=after
+    )
+    # A deep page of a large market takes longer than everybody else's requests should wait.
+    return json_response(await to_thread.run_sync(look, limiter=coordinator.offers.searching()))
 
 
 def _gpu(text: str) -> Gpu:

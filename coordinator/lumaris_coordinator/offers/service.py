@@ -12,10 +12,11 @@ import threading
 from collections.abc import Callable
 from typing import Any, Final, get_args
 
+import anyio
 import msgspec
 from msgspec import structs
 
-from lumaris_coordinator.bounds import OFFERS_DEPTH_MAX
+from lumaris_coordinator.bounds import OFFERS_DEPTH_MAX, OFFERS_SEARCHES_MAX
 from lumaris_overlay.ports import AdvertEvent
 from lumaris_protocol import codec, pricing
 from lumaris_protocol.codec import Signed
@@ -55,9 +56,16 @@ class Offers:
         self._index = OfferIndex()
         self._lock = threading.Lock()
         self._heard_at = 0
+        self._searching: anyio.CapacityLimiter | None = None
 
     def __len__(self) -> int:
         return len(self._index)
+
+    def searching(self) -> anyio.CapacityLimiter:
+        """Who looks through the offers at once: more threads would only wait for each other."""
+        if self._searching is None:  # it belongs to the event loop, which begins after us
+            self._searching = anyio.CapacityLimiter(OFFERS_SEARCHES_MAX)
+        return self._searching
 
     def heard(self) -> None:
         """The overlay is there: what it has not changed is still so."""

@@ -17,13 +17,13 @@ from lumaris_coordinator.bounds import WITNESS_EVERY_S, WITNESS_ROUNDS_MAX, WITN
 from lumaris_coordinator.receipts.witnesses import (
     Gathered,
     Highest,
+    Memory,
     Witnesses,
     exchange,
     highest_seen,
 )
 from lumaris_overlay.ports import Overlay
 from lumaris_protocol.errors import LumarisError
-from lumaris_protocol.keys import public_key_of
 
 if TYPE_CHECKING:
     from lumaris_coordinator.context import Context
@@ -92,19 +92,14 @@ class WitnessRounds:
 
         Waits for the overlay, `WITNESS_START_S_MAX` at most. Raises LumarisError `log_behind`.
         """
-        known, context = await self._witnesses.known(), self._context
-        required = context.settings.witnesses_required
+        known = await self._witnesses.known()
+        required = self._context.settings.witnesses_required
         if not known and not required:
             return
-        look = partial(
-            _highest,
-            known,
-            network=context.settings.network,
-            keys=tuple(public_key_of(peer) for peer in context.keys.peers()),
-        )
+        look = partial(_highest, known, await self._witnesses.memory())
         found = Highest(0, ())
         with anyio.move_on_after(WITNESS_START_S_MAX):
-            while found.answered < max(1, required):
+            while found.answered < max(1, required) and not found.unknown:
                 try:
                     found = await self._call(look)
                 except LumarisError as error:
@@ -129,8 +124,8 @@ async def _exchange(asks: Any, gathered: Gathered, overlay: Overlay) -> Any:
     return await exchange(overlay.open_stream, asks, gathered)
 
 
-async def _highest(known: tuple[str, ...], overlay: Overlay, **settings: Any) -> Any:
-    return await highest_seen(overlay.open_stream, known, **settings)
+async def _highest(known: tuple[str, ...], memory: Memory, overlay: Overlay) -> Highest:
+    return await highest_seen(overlay.open_stream, known, memory)
 
 
 async def _connected(overlay: Overlay) -> list[str]:

@@ -43,7 +43,7 @@ def _look(connection: Connection, log: ReceiptLog) -> Iterator[str]:
             for full in edge.append(merkle.leaf_hash(leaf_data)):
                 yield from _check_tile(connection, full)
             if due is not None and due.size == edge.size:
-                yield from _check_head(log, due, edge)
+                yield from _check_head(connection, log, due, edge)
                 due = next(heads, None)
     if due is not None or edge.size != end:
         yield f"the log has {edge.size} leaves, its newest checkpoint says {end}"
@@ -71,9 +71,9 @@ def _check_tile(connection: Connection, full: FullTile) -> Iterator[str]:
         yield f"tile {name.path} is not what follows from the leaves"
 
 
-def _check_head(log: ReceiptLog, head: Head, edge: Edge) -> Iterator[str]:
+def _check_head(connection: Connection, log: ReceiptLog, head: Head, edge: Edge) -> Iterator[str]:
     try:
-        signed = merkle.open_checkpoint(head.note, *log.keys)
+        signed = log.verified(connection, head)
     except LumarisError as error:
         yield f"the checkpoint of {head.size} leaves: {error.code}"
         return

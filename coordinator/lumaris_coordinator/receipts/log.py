@@ -11,11 +11,12 @@ import base64
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from lumaris_coordinator.identity import shared_list
 from lumaris_coordinator.receipts import tree
 from lumaris_coordinator.receipts.tree import Head, Proofs
 from lumaris_coordinator.store.port import Connection, all_rows, first
 from lumaris_protocol import merkle, notes, tiles
-from lumaris_protocol.errors import LumarisError
+from lumaris_protocol.errors import EnvelopeError, LumarisError
 from lumaris_protocol.keys import KeyPair, public_key_of
 from lumaris_protocol.merkle import Checkpoint
 from lumaris_protocol.messages.receipt import LogProof
@@ -35,18 +36,21 @@ class ReceiptLog:
         key: Callable[[], KeyPair],
         known: Callable[[], Iterable[str]],
         revoked: Callable[[], Iterable[str]] = tuple,
+        shared: Callable[[Connection], Iterable[str]] = lambda _: (),
     ) -> None:
         """`key` is the one that signs now; `known` are the peer ids of all that ever did, and those
-        that are `revoked` may sign for somebody else."""
+        that are `revoked` may sign for somebody else. `shared` finds in the data those that other
+        replicas made known."""
         self.network, self.origin = network, notes.log_origin(network)
         self._key, self._known, self._revoked = key, known, revoked
+        self._shared = shared
         self._edge = Edge()
         self.proofs = Proofs()
 
     @property
     def keys(self) -> tuple[bytes, ...]:
         """The public keys that a head in this store may be signed with."""
-        return (self._key().public_key, *map(public_key_of, self._known()))
+        return tuple(map(public_key_of, self._known()))
 
     @property
     def trusted_keys(self) -> tuple[bytes, ...]:
@@ -97,7 +101,18 @@ class ReceiptLog:
 
     def head(self, connection: Connection) -> Head:
         """The newest signed head."""
-        return tree.newest(connection) or Head(0, self._sign(Edge()))
+        return self.standing(tree.newest(connection) or Head(0, self._sign(Edge())))
+
+    def standing(self, head: Head) -> Head:
+        """A head under a key that counts: one that was signed with a key which was revoked since is
+        signed anew. The cosignatures are of the text and stay."""
+        if not self._revoked():
+            return head
+        try:
+            merkle.open_checkpoint(head.note, *self.trusted_keys)
+        except EnvelopeError:
+            return Head(head.size, merkle.sign_checkpoint(checkpoint_of(head), self._key()))
+        return head
 
     def prove(self, connection: Connection, leaf: int, commitment: bytes, head: Head) -> LogProof:
         """The inclusion proof of a leaf in a head.
@@ -130,12 +145,23 @@ class ReceiptLog:
         return self.proofs.consistency(connection, old, new)
 
     def _load(self, connection: Connection) -> Edge:
-        head = self.head(connection)
+        head = tree.newest(connection) or Head(0, self._sign(Edge()))
         edge = tree.load_edge(connection, head.size)
-        signed = merkle.open_checkpoint(head.note, *self.keys)
+        signed = self.verified(connection, head)
         if signed != Checkpoint(self.origin, edge.size, edge.root()):
             raise LumarisError("internal", "The receipts log is not the one last signed.")
         return edge
+
+    def verified(self, connection: Connection, head: Head) -> Checkpoint:
+        """What a stored head says, signed with a key of ours or of a replica's.
+
+        Raises EnvelopeError `bad_signature`.
+        """
+        try:
+            return merkle.open_checkpoint(head.note, *self.keys)
+        except EnvelopeError:
+            shared = map(public_key_of, self._shared(connection))
+            return merkle.open_checkpoint(head.note, *self.keys, *shared)
 
     def _sign(self, edge: Edge) -> str:
         point = Checkpoint(self.origin, edge.size, edge.root())
@@ -149,6 +175,7 @@ def log_of(network: str, keys: KeyRing) -> ReceiptLog:
         key=lambda: keys.current,
         known=lambda: [keys.first.peer_id, *(key.peer for key in keys.list.message.keys)],
         revoked=lambda: [key.peer for key in keys.list.message.keys if key.revoked_at],
+        shared=lambda connection: shared_list.names(connection, keys.list, network=network),
     )
 
 

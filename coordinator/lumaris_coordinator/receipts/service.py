@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from lumaris_coordinator.escrow import store as escrows
 from lumaris_coordinator.escrow.store import Escrow
 from lumaris_coordinator.receipts.cosignatures import best_head, signed_note
 from lumaris_coordinator.receipts.log import ReceiptLog
+from lumaris_coordinator.receipts.tree import Head
 from lumaris_coordinator.store.port import Connection, first
 from lumaris_protocol import codec, merkle, receipts
 from lumaris_protocol.errors import LumarisError
@@ -19,6 +20,15 @@ from lumaris_protocol.messages.receipt import LogProof, Receipt, ReceiptBundle
 if TYPE_CHECKING:
     from lumaris_coordinator.context import Context
     from lumaris_coordinator.identity.service import Caller
+
+
+# The receipt of an agreement with the newest head, and the largest that has a cosignature.
+_FILED: Final = (
+    "SELECT leaf, salt, envelope, head.size, note,"
+    " (SELECT coalesce(max(size), 0) FROM cosignature)"
+    " FROM receipt, (SELECT size, note FROM checkpoint ORDER BY size DESC LIMIT 1) AS head"
+    " WHERE agreement_hash = ?"
+)
 
 
 @dataclass(frozen=True)
@@ -61,16 +71,6 @@ def append_document(connection: Connection, envelope: bytes) -> Filed:
         (filed.leaf, digest(envelope), filed.salt, envelope),
     )
     return filed
-
-
-def find(connection: Connection, agreement_hash: str) -> Filed | None:
-    """The receipt of an agreement, if it is settled."""
-    row = first(
-        connection,
-        "SELECT leaf, salt, envelope FROM receipt WHERE agreement_hash = ?",
-        (agreement_hash,),
-    )
-    return _filed(row)
 
 
 def find_document(connection: Connection, name: str) -> Filed | None:
@@ -124,27 +124,34 @@ class Receipts:
         )
         if row is None or not caller.may_see(row[1], row[2]):
             raise LumarisError("not_found", "There is no such receipt of yours.")
-        return self._bundle(connection, str(row[0]))
+        escrow = escrows.find(connection, str(row[0]))
+        assert escrow is not None, "the query above joins it"
+        return self._bundle(connection, escrow)
 
-    async def file(self, agreement_hash: str) -> bytes:
-        """The receipt file of a settled agreement. Raises LumarisError `not_found`."""
-        return await self._context.store.read(
-            lambda connection: self._bundle(connection, agreement_hash)
-        )
+    async def file(self, escrow: Escrow) -> bytes:
+        """The receipt file of a settled escrow. Raises LumarisError `not_found`."""
+        return await self._context.store.read(lambda connection: self._bundle(connection, escrow))
 
     def prove(self, connection: Connection, filed: Filed) -> tuple[LogProof, str]:
         """A document's place in the log: the proof, and the checkpoint it leads to with the
         cosignatures that there are."""
-        head = best_head(connection, after=filed.leaf) or self._log.head(connection)
+        cosigned = best_head(connection, after=filed.leaf)
+        head = self._log.standing(cosigned) if cosigned else self._log.head(connection)
         proof = self._log.prove(connection, filed.leaf, filed.commitment, head)
-        return proof, signed_note(connection, head)
+        return proof, signed_note(connection, head) if cosigned else head.note
 
-    def _bundle(self, connection: Connection, agreement_hash: str) -> bytes:
-        escrow = escrows.find(connection, agreement_hash)
-        filed = find(connection, agreement_hash)
-        if escrow is None or filed is None:
+    def _bundle(self, connection: Connection, escrow: Escrow) -> bytes:
+        row = first(connection, _FILED, (escrow.agreement_hash,))
+        filed = _filed(row and row[:3])
+        if row is None or filed is None:
             raise LumarisError("not_found", "There is no such receipt.")
-        proof, note = self.prove(connection, filed)
+        size, note, cosigned = int(row[3]), str(row[4]), int(row[5])
+        if cosigned > filed.leaf:
+            proof, note = self.prove(connection, filed)
+        else:
+            head = self._log.standing(Head(size, note))
+            proof = self._log.prove(connection, filed.leaf, filed.commitment, head)
+            note = head.note
         return receipts.encode_bundle(self._file(connection, escrow, filed, proof, note))
 
     def _file(

@@ -56,10 +56,12 @@ class Gathered:
 
 @dataclass(frozen=True)
 class Highest:
-    """What witnesses remember of the log: how many answered, and the heads they cosigned."""
+    """What witnesses remember of the log: how many told something of it, the heads they cosigned,
+    and which of the chosen ones hold a head of it that no key known here has signed."""
 
     answered: int
     heads: tuple[Checkpoint, ...]
+    unknown: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,13 @@ class Witnesses:
     # --- asking ---
 
     async def known(self) -> tuple[str, ...]:
-        """The witnesses to ask: those of the settings, then those that cosigned last."""
-        chosen = self._context.settings.witnesses
+        """The witnesses to ask: those of the settings, then those of the newest heads that are in
+        the best standing."""
+        settings = self._context.settings
         found = await self._context.store.read(
-            lambda connection: cosignatures.witnesses(connection, limit=WITNESSES_MAX)
+            lambda connection: cosignatures.standing(connection, currency=settings.currency)
         )
-        return tuple(dict.fromkeys((*chosen, *found)))[:WITNESSES_MAX]
+        return tuple(dict.fromkeys((*settings.witnesses, *found)))[:WITNESSES_MAX]
 
     async def ask(self, peers: Iterable[str]) -> dict[str, WitnessAsk]:
         """What to send to each peer: the newest head, with the proof from what it cosigned last."""
@@ -166,30 +169,48 @@ class Witnesses:
         ours that this log does not have, `busy`.
         """
         now = self._context.now()
-        found = self._open(note, now, only)
+        found = self._open(note, now, await self._members(note, only))
+        if only is not None and not found.lines:
+            raise EnvelopeError("bad_signature", "The witness did not cosign the note.")
         await self._require(found.point)
         kept = await self._context.store.submit(
             lambda connection: self._keep(connection, found, now)
         )
         return {"size": found.point.size, "kept": kept}
 
-    def _open(self, note: str, now: int, only: str | None) -> _Cosigned:
+    async def _members(self, note: str, only: str | None) -> frozenset[str]:
+        """Whose lines of a note are worth a look: members' here, or chosen witnesses'."""
+        lines = notes.parse(note).lines[: WITNESSES_MAX + 1]
+        named = {line.name.rpartition("/")[2] for line in lines}
+        if only is not None:
+            return frozenset(named & {only})
+        chosen = named.intersection(self._context.settings.witnesses)
+        return await self._context.store.read(
+            lambda connection: frozenset(
+                name for name in named if name in chosen or _is_member(connection, name)
+            )
+        )
+
+    def _open(self, note: str, now: int, known: frozenset[str]) -> _Cosigned:
+        """Take a note apart and verify the lines of the witnesses that are `known`."""
         parsed = notes.parse(note)
         point = merkle.open_checkpoint(note, *self._log.trusted_keys)
         if point.origin != self._log.origin:
             raise EnvelopeError("wrong_domain", "The note is of another log.")
-        lines = []
+        lines, named = [], 0
         for line in parsed.lines:
             key = notes.witness_of(self._log.network, line.name)
+            peer = line.name.rpartition("/")[2]
             if key is None or key.id != line.key_id:
+                continue
+            named += 1
+            if peer not in known:
                 continue
             at = notes.verify(notes.Note(parsed.text, (line,)), key)
             if at is None or at > now + COSIGNATURE_CLOCK_S:
                 raise EnvelopeError("not_yet_valid", "A cosignature is dated in the future.")
-            peer = line.name.rpartition("/")[2]
-            if only in (None, peer):
-                lines.append((peer, notes.line_of(line)))
-        if not lines:
+            lines.append((peer, notes.line_of(line)))
+        if not named:
             raise EnvelopeError("bad_signature", "No witness of this network cosigned the note.")
         return _Cosigned(point, tuple(lines[:WITNESSES_MAX]))
 
@@ -210,6 +231,7 @@ class Witnesses:
                 now=now,
                 chosen=settings.witnesses,
                 room=WITNESS_PLACES,
+                currency=settings.currency,
             )
         return kept
 
@@ -218,17 +240,26 @@ class Witnesses:
     async def require_current(self, highest: Highest) -> None:
         """At start: this log holds everything that witnesses were shown.
 
-        Raises LumarisError `log_behind`, also when fewer witnesses answered than the setting
-        `witnesses_required` asks for.
+        Raises LumarisError `log_behind`, also when a chosen witness holds a head that was signed
+        with a key unknown here, and when fewer witnesses told something of the log than the
+        setting `witnesses_required` asks for.
         """
+        if highest.unknown:
+            raise LumarisError(
+                "log_behind",
+                f"The witness {highest.unknown[0]} holds a head of this log that no key of ours"
+                " has signed.",
+                hint="Bring back the newest keys: this state is older than what was shown.",
+            )
         for point in highest.heads:
             await self._require(point)
         required = self._context.settings.witnesses_required
         if highest.answered < required:
             raise LumarisError(
                 "log_behind",
-                f"{highest.answered} witnesses answered, {required} are required.",
-                hint="Start them first, or lower witnesses_required.",
+                f"{highest.answered} witnesses told of a head of this log,"
+                f" {required} are required.",
+                hint="Start them first; while they have seen none, lower witnesses_required.",
             )
 
     async def _require(self, point: Checkpoint) -> None:
@@ -246,6 +277,13 @@ class Witnesses:
         if self._log.proofs.root(connection, point.size) != point.root:
             return f"A witness saw other leaves among the first {point.size} of this log."
         return ""
+
+    async def memory(self) -> Memory:
+        """By what answers about the log are judged now."""
+        context, log = self._context, self._log
+        size = await context.store.read(lambda connection: log.head(connection).size)
+        chosen = context.settings.witnesses
+        return Memory(log.network, log.trusted_keys, log.keys, empty=not size, chosen=chosen)
 
     # --- telling everybody ---
 
@@ -302,30 +340,66 @@ async def _exchange(stream: OverlayStream, request: WitnessAsk) -> WitnessReply:
         await framed.aclose()
 
 
-async def highest_seen(
-    open_stream: OpenStream, peers: Iterable[str], *, network: str, keys: Iterable[bytes]
-) -> Highest:
+@dataclass(frozen=True)
+class Memory:
+    """By what an answer about the log is judged: the keys whose word counts, those that ever signed
+    (revoked ones among them), whether the log here is empty, and the witnesses of the settings."""
+
+    network: str
+    keys: tuple[bytes, ...]
+    ever: tuple[bytes, ...] = ()
+    empty: bool = False
+    chosen: tuple[str, ...] = ()
+
+
+async def highest_seen(open_stream: OpenStream, peers: Iterable[str], memory: Memory) -> Highest:
     """Ask witnesses for the newest head of the log that each cosigned. Never raises for what they
-    do: only heads with the log's own signature and the witness's cosignature count."""
+    do: only heads with the log's own signature and the witness's cosignature count. One that has
+    seen nothing tells something only of a log that is empty, and where witnesses were chosen only
+    those are counted: a stranger with an old head must not vouch for an old log."""
     wanted = tuple(dict.fromkeys(peers))[:WITNESSES_MAX]
     answers = await exchange(open_stream, dict.fromkeys(wanted, WitnessAsk(op="latest")))
-    heads = []
+    heads, unknown, answered = [], [], 0
     for peer, answer in sorted(answers.items()):
+        counts = peer in memory.chosen or not memory.chosen
+        if not answer.note:
+            answered += counts and memory.empty
+            continue
         try:
-            if answer.note:
-                heads.append(_remembered(answer.note, peer, network, tuple(keys)))
+            _cosigned(answer.note, peer, memory.network)
+            heads.append(merkle.open_checkpoint(answer.note, *memory.keys))
+            answered += counts
         except (EnvelopeError, ValueError) as error:
             log.warning("witness %s shows no head of ours: %s", peer, error)
-    return Highest(len(answers), tuple(sorted(heads, key=lambda point: -point.size)))
+            # Anybody can become a witness and show anything: only those that were chosen stop us.
+            if peer in memory.chosen and _is_foreign(answer.note, peer, memory):
+                unknown.append(peer)
+    heads.sort(key=lambda point: -point.size)
+    return Highest(answered, tuple(heads), tuple(unknown))
 
 
-def _remembered(note: str, peer: str, network: str, keys: Sequence[bytes]) -> Checkpoint:
-    point = merkle.open_checkpoint(note, *keys)
+def _cosigned(note: str, peer: str, network: str) -> Checkpoint:
+    """What a witness signed of the network's log, whoever signed it for the log."""
+    parsed = notes.parse(note)
+    point = merkle.parse_checkpoint(parsed.text)
     if point.origin != notes.log_origin(network):
         raise EnvelopeError("wrong_domain", "The note is of another log.")
-    if notes.verify(notes.parse(note), notes.witness_key(network, peer)) is None:
+    if notes.verify(parsed, notes.witness_key(network, peer)) is None:
         raise EnvelopeError("bad_signature", "The witness did not cosign the note.")
     return point
+
+
+def _is_foreign(note: str, peer: str, memory: Memory) -> bool:
+    """Whether the witness cosigned a head of the log that none of its keys ever signed."""
+    try:
+        _cosigned(note, peer, memory.network)
+    except (EnvelopeError, ValueError):
+        return False
+    try:
+        merkle.open_checkpoint(note, *memory.ever)
+    except EnvelopeError:
+        return True
+    return False
 
 
 def _is_member(connection: Connection, peer: str) -> bool:

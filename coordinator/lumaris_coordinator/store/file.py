@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -13,12 +14,16 @@ import anyio.to_thread
 from lumaris_coordinator.store import sqlite
 from lumaris_coordinator.store.port import Connection, Migration, Row, all_rows
 from lumaris_coordinator.store.schema import migrate
+from lumaris_protocol.errors import LumarisError
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 # Primary result codes after which SQLite may have rolled the transaction back, or nothing more can
 # be written: IOERR, CORRUPT, FULL, CANTOPEN, NOMEM, READONLY, BUSY, NOTADB.
 _FAILURES: Final = frozenset((10, 11, 13, 14, 7, 8, 5, 26))
+_READONLY: Final = 8
 
 
 class SqliteFile:
@@ -42,6 +47,7 @@ class SqliteFile:
 
     def migrate(self, migrations: Sequence[Migration]) -> list[str]:
         """Apply what is missing; the names of that. Raises LumarisError `not_writable`."""
+        sqlite.make_private(self.path)
         connection = sqlite.connect(self.path)
         try:
             return migrate(connection, migrations)
@@ -104,7 +110,7 @@ class SqliteFile:
     async def read(self, look: Callable[[Connection], T]) -> T:
         """In the event loop's thread: 4 us inline, against 100 us for a thread."""
         assert self._reader is not None, "the store is not running"
-        return look(self._reader)
+        return self._look(self._reader, look)
 
     async def scan(self, look: Callable[[Connection], T]) -> T:
         """In a thread with a connection of its own."""
@@ -112,7 +118,18 @@ class SqliteFile:
 
     def _scan(self, look: Callable[[Connection], T]) -> T:
         with self.snapshot() as connection:
+            return self._look(connection, look)
+
+    def _look(self, connection: Connection, look: Callable[[Connection], T]) -> T:
+        """Raises LumarisError `busy` where the disk fails: it may be well again in a moment."""
+        try:
             return look(connection)
+        except sqlite.driver.Error as error:
+            # Who writes while it only reads is told so: that is no fault of the disk.
+            if not self.failed(error) or error.sqlite_errorcode & 0xFF == _READONLY:
+                raise
+            log.warning("a read failed: %s", error)
+            raise LumarisError("busy", "The database cannot be read.") from None
 
     async def listen(self, told: Callable[[], None]) -> None:
         """Nobody else commits."""

@@ -32,6 +32,7 @@ from lumaris_coordinator.bounds import (
     WRITE_S_MAX,
 )
 from lumaris_coordinator.store.port import Late, Row
+from lumaris_protocol.errors import LumarisError
 
 _INT8, _FLOAT8, _BYTEA, _UNKNOWN = 20, 701, 17, 0
 _BEGIN, _COMMIT, _ROLLBACK = "BEGIN IMMEDIATE", "COMMIT", "ROLLBACK"
@@ -274,7 +275,7 @@ class Session:
 def _dumped(
     values: Sequence[object],
 ) -> tuple[tuple[int, ...], list[bytes | None], list[int]]:
-    """Types, values and formats as the server takes them. Raises psycopg.DataError."""
+    """Types, values and formats as the server takes them. Raises LumarisError `malformed`."""
     types, given, formats = [], [], []
     for value in values:
         kind, text = _dump(value)
@@ -284,14 +285,23 @@ def _dumped(
     return tuple(types), given, formats
 
 
+def text_of(value: str) -> bytes:
+    """A text as the server takes it. Raises LumarisError `malformed` for one that it cannot keep:
+    that is the fault of who sent it."""
+    try:
+        text = value.encode()
+    except UnicodeEncodeError:
+        text = b"\0"
+    if b"\0" in text:
+        raise LumarisError("malformed", "A text holds a NUL, or what is no Unicode character.")
+    return text
+
+
 def _dump(value: object) -> tuple[int, bytes | None]:
     """One type for every whole number, so that a statement is prepared once and not once per size.
     The server itself finds out what a text is meant to be."""
     if isinstance(value, str):
-        text = value.encode()
-        if b"\0" in text:
-            raise psycopg.DataError("PostgreSQL text fields cannot contain NUL (0x00) bytes")
-        return _UNKNOWN, text
+        return _UNKNOWN, text_of(value)
     if isinstance(value, int):
         return _INT8, b"%d" % value
     if value is None:

@@ -16,9 +16,10 @@ from psycopg import conninfo
 from psycopg.abc import AdaptContext, Buffer
 from psycopg.adapt import AdaptersMap, Loader
 from psycopg.types.numeric import Int8Dumper
+from psycopg.types.string import StrDumperUnknown
 
 from lumaris_coordinator.bounds import DATABASE_CONNECT_S_MAX, LOCK_WAIT_S, WRITE_S_MAX
-from lumaris_coordinator.store.pipeline import Session
+from lumaris_coordinator.store.pipeline import Session, text_of
 from lumaris_coordinator.store.port import Connection as PortConnection
 from lumaris_coordinator.store.port import Cursor, first
 from lumaris_protocol.errors import LumarisError
@@ -159,7 +160,9 @@ def checked(dsn: str) -> str:
 def place(dsn: str) -> str:
     """Where an address leads, without user and password."""
     found = conninfo.conninfo_to_dict(dsn)
-    return f"PostgreSQL {found.get('dbname', '')} at {found.get('host', 'localhost')}"
+    name = found.get("dbname") or found.get("user") or ""
+    host, port = found.get("host") or "localhost", found.get("port") or 5432
+    return f"PostgreSQL {name} at {host}:{port}"
 
 
 def not_writable(dsn: str, error: Exception) -> LumarisError:
@@ -197,12 +200,20 @@ class _TruthDumper(Int8Dumper):
         return b"1" if obj else b"0"
 
 
+class _Text(StrDumperUnknown):
+    """What the server cannot keep is refused as what was asked, before it is sent."""
+
+    def dump(self, obj: str) -> Buffer | None:
+        return text_of(obj)
+
+
 @lru_cache(maxsize=1)
 def _adapters() -> AdaptContext:
     found = AdaptersMap(psycopg.adapters)
     # One type for every whole number, so that a statement is prepared once and not once per size.
     found.register_dumper(int, Int8Dumper)
     found.register_dumper(bool, _TruthDumper)
+    found.register_dumper(str, _Text)
     found.register_loader("numeric", _Integer)
     found.register_loader("bool", _Truth)
     return _Context(found)

@@ -11,7 +11,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,6 +70,18 @@ def connect(path: Path, *, read_only: bool = False) -> Connection:
         connection.close()
         raise not_writable(path, error) from None
     return connection
+
+
+def make_private(path: Path) -> None:
+    """Make the file, or keep others out of one of ours: SQLite gives its other files the same mode.
+    What cannot be done here is told when the file is opened."""
+    with suppress(OSError):
+        try:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        except FileExistsError:
+            # Never opened and closed: that would drop the locks of a connection in this process.
+            if path.stat().st_mode & 0o077:
+                path.chmod(0o600)
 
 
 def not_writable(path: Path, error: Exception) -> LumarisError:

@@ -72,6 +72,7 @@ class Store:
             clock=clock,
             failed=self.backend.failed,
             follows=self.backend.shared,
+            local=not self.backend.shared,
             probe=_probe,
         )
         self._migrations = tuple(migrations)

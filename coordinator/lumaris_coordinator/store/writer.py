@@ -5,6 +5,10 @@ operation in its own savepoint inside one transaction, commits, and only then te
 Nothing lingers on purpose: what queued up during the last commit is the next batch, so the batch
 grows with the load and a lone request waits for no one.
 
+Two threads that both run Python share one interpreter, and hand it over at every statement. So
+where a statement waits for nothing, the operations run in the event loop's thread, a few at a time;
+the writer's own begins and commits, which is what waits for the disk.
+
 An operation that raises loses its savepoint and nothing else. Over a line an error may be noticed
 late; then the operations after it run again, each of them waited for. When the transaction itself
 fails, nobody is told that anything happened, and the connection is opened anew. A batch that could
@@ -22,6 +26,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
 import anyio
@@ -29,6 +34,7 @@ import anyio.lowlevel
 import anyio.to_thread
 
 from lumaris_coordinator.bounds import (
+    OPERATIONS_PER_TURN_MAX,
     WRITE_AGAIN_S_MAX,
     WRITE_S_MAX,
     WRITER_BATCH_MAX,
@@ -40,6 +46,7 @@ from lumaris_coordinator.bounds import (
 )
 from lumaris_coordinator.store.bus import Bus
 from lumaris_coordinator.store.port import Connection, Late, all_rows
+from lumaris_coordinator.store.turns import Turn
 from lumaris_protocol.errors import LumarisError
 
 log = logging.getLogger(__name__)
@@ -92,8 +99,9 @@ class Writer:
     """Submit operations; they are durable when `submit` returns.
 
     `failed` tells an error of the database itself, which ends the batch, from one of an operation.
-    `follows` says that others write as well. `probe` is written to find out whether a database that
-    failed is well again.
+    `follows` says that others write as well, `local` that statements wait for nothing: then the
+    operations run in the event loop's thread. `probe` is written to find out whether a database
+    that failed is well again.
     """
 
     def __init__(
@@ -104,6 +112,7 @@ class Writer:
         clock: Callable[[], float],
         failed: Callable[[Exception], bool] = _no_failure,
         follows: bool = False,
+        local: bool = False,
         probe: Operation[None] | None = None,
         queue_max: int = WRITER_QUEUE_MAX,
         batch_max: int = WRITER_BATCH_MAX,
@@ -112,6 +121,7 @@ class Writer:
         self._hooks = tuple(hooks)
         self._clock = clock
         self._failed, self._follows, self._probe = failed, follows, probe
+        self._local = local
         self._queue_max, self._batch_max = queue_max, batch_max
         self._pending: deque[_Job] = deque()
         self._wake = threading.Condition()
@@ -237,10 +247,23 @@ class Writer:
         if self._follows:
             for hook in self._hooks:
                 hook.followed(connection)
-        self._run_all(connection, jobs)
+        if self._local and self._post is not None:
+            for start in range(0, len(jobs), OPERATIONS_PER_TURN_MAX):
+                self._run_in_loop(connection, jobs[start : start + OPERATIONS_PER_TURN_MAX])
+        else:
+            self._run_all(connection, jobs)
         for hook in self._hooks:
             hook.before_commit(connection, int(self._clock()))
         connection.execute("COMMIT")
+
+    def _run_in_loop(self, connection: Connection, jobs: list[_Job]) -> None:
+        assert self._post is not None
+        turn = Turn(partial(self._run_all, connection, jobs))
+        try:
+            self._post(turn.run)
+        except RuntimeError:  # as in `_deliver`: the event loop has ended
+            turn.run()
+        turn.wait()
 
     def _run_all(self, connection: Connection, jobs: list[_Job]) -> None:
         """The operations in turn. After a late error those that followed it run once more, each of

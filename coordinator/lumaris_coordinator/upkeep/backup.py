@@ -13,6 +13,7 @@ import base64
 import hashlib
 import os
 import re
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -21,12 +22,23 @@ from typing import IO, Any, Final
 
 import msgspec
 
-from lumaris_coordinator.bounds import BACKUP_LINE_BYTES_MAX
+from lumaris_coordinator.bounds import BACKUP_LINE_BYTES_MAX, RESTORE_SKIPS
+from lumaris_coordinator.identity.revocations import FLOOR
 from lumaris_coordinator.store.backend import Backend
 from lumaris_coordinator.store.port import Connection, Migration, first
+from lumaris_coordinator.upkeep.freeze import set_frozen
 from lumaris_protocol.errors import LumarisError
 
 FORMAT: Final = "lumaris-backup/1"
+# What others know by its number: who saw it before a loss must not take something else for it.
+_NUMBERS: Final = {
+    "event": ("id",),
+    "event_party": ("event",),
+    "webhook": ("seen",),
+    "webhook_delivery": ("event",),
+    "revocation": ("seq",),
+}
+_TOKENS: Final = "token"
 _CREATE: Final = re.compile(r"\s*CREATE TABLE (\w+)")
 
 
@@ -68,27 +80,48 @@ def tables_of(migrations: Sequence[Migration]) -> list[str]:
     return [match[1] for match in found if match]
 
 
-def write(backend: Backend, file: Path, *, migrations: Sequence[Migration], now: int) -> Summary:
-    """Write a backup that appears whole or not at all.
+def write(
+    backend: Backend,
+    connection: Connection,
+    file: Path,
+    *,
+    migrations: Sequence[Migration],
+    now: int,
+) -> Summary:
+    """Write what a snapshot sees to a new file that appears whole or not at all.
 
     Raises LumarisError `not_writable`, also when the file exists.
     """
-    partial = file.with_name(file.name + ".part")
-    if file.exists():
-        raise LumarisError("not_writable", f"{file} exists already.")
+    # Nobody can have put a file or a link there before, and none that came since is replaced.
+    draft = file.with_name(f"{file.name}.{secrets.token_hex(8)}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        if os.path.lexists(file):
+            raise FileExistsError
+        descriptor = os.open(draft, flags, 0o600)
         try:
-            with os.fdopen(descriptor, "wb") as out, backend.snapshot() as connection:
+            with os.fdopen(descriptor, "wb") as out:
                 found = _dump(backend, connection, out, migrations=migrations, now=now)
                 out.flush()
                 os.fsync(out.fileno())
-            partial.rename(file)
+            os.link(draft, file)
         finally:
-            partial.unlink(missing_ok=True)
+            draft.unlink(missing_ok=True)
+        _sync_folder(file.parent)
+    except FileExistsError:
+        raise LumarisError("not_writable", f"{file} exists already.") from None
     except OSError as error:
         raise LumarisError("not_writable", f"{file}: {error.strerror}") from None
     return found
+
+
+def _sync_folder(folder: Path) -> None:
+    """A power cut must not lose the name of a file that was reported as written."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _dump(
@@ -150,12 +183,25 @@ def verify(file: Path) -> Summary:
     raise _invalid(file, "it is damaged or not whole")
 
 
-def restore(backend: Backend, file: Path, *, migrations: Sequence[Migration]) -> Summary:
-    """Read a backup into an empty database: all of it or nothing.
+def restore(
+    backend: Backend,
+    file: Path,
+    *,
+    migrations: Sequence[Migration],
+    network: str,
+    coordinator: str,
+) -> Summary:
+    """Read a backup into an empty database: all of it or nothing, frozen and without tokens.
 
-    Raises LumarisError: `backup_invalid`, `not_writable`, or `already_running`.
+    What happened after the backup is gone from the data and not from the world: tokens may have
+    been ended since, and numbers of events and revocations were given that must not be given again.
+    Raises LumarisError: `backup_invalid`, `not_writable`, `already_running`, or `config_invalid`
+    when it is of another network or coordinator than this one, whose key is at hand.
     """
     summary = verify(file)
+    _require_same("network", summary.head.network, network, "Is its coordinator.toml there?")
+    hint = "Put its coordinator.key and its folder keys into the folder first."
+    _require_same("coordinator", summary.head.coordinator, coordinator, hint)
     names = {migration.name for migration in migrations}
     if not names.issuperset(summary.head.migrations):
         raise _invalid(file, "a newer version made it")
@@ -166,20 +212,58 @@ def restore(backend: Backend, file: Path, *, migrations: Sequence[Migration]) ->
         with closing(backend.writer()) as connection:
             connection.execute("BEGIN IMMEDIATE")
             _require_empty(backend, connection, then)
-            _load(backend, connection, file, then)
-            connection.execute("COMMIT")
+            try:
+                _load(backend, connection, file, then)
+                _stand_still(connection)
+                connection.execute("COMMIT")
+            except (LumarisError, OSError):
+                raise
+            except Exception as error:
+                # A checksum is no signature: the rows may be anything that somebody wrote.
+                if backend.failed(error):
+                    raise LumarisError("not_writable", f"{backend.place}: {error}") from None
+                raise _invalid(file, "its rows do not fit its tables") from None
         backend.migrate(migrations)
     return summary
+
+
+def _require_same(what: str, found: str, expected: str, hint: str) -> None:
+    if found not in ("", expected):  # "": it had never started
+        raise LumarisError(
+            "config_invalid",
+            f"The backup is of {what} {found}, the folder is of {expected}.",
+            hint=hint,
+        )
+
+
+def _stand_still(connection: Connection) -> None:
+    """Nothing new before somebody has looked at what came back; no number twice."""
+    set_frozen(connection, True)
+    connection.execute(
+        "INSERT INTO setting (name, value) VALUES (?, ?)"
+        " ON CONFLICT (name) DO UPDATE SET value ="
+        " CAST(CAST(setting.value AS BIGINT) + CAST(excluded.value AS BIGINT) AS TEXT)",
+        (FLOOR, str(RESTORE_SKIPS)),
+    )
 
 
 def _load(
     backend: Backend, connection: Connection, file: Path, migrations: Sequence[Migration]
 ) -> None:
     known, sql = set(tables_of(migrations)), ""
+    part: _Table | None = None
+    shifted: tuple[int, ...] = ()
     for line in _lines(file):
         found = _decoded(line)
         if isinstance(found, list):
-            connection.execute(sql, [_unpacked(value) for value in found])
+            if part is None:
+                raise _invalid(file, "it has rows of no table")
+            if part.table == _TOKENS:
+                continue
+            values = [_unpacked(value) for value in found]
+            for place in shifted:
+                values[place] += RESTORE_SKIPS
+            connection.execute(sql, values)
         elif "table" in found:
             part = _convert(found, _Table)
             # What names a table or a column here is one of our own before it is put into SQL.
@@ -190,6 +274,7 @@ def _load(
             marks = ", ".join("?" * len(part.columns))
             names = ", ".join(part.columns)
             sql = f"INSERT INTO {part.table} ({names}) VALUES ({marks})"  # noqa: S608
+            shifted = tuple(map(part.columns.index, _NUMBERS.get(part.table, ())))
 
 
 def _require_empty(
@@ -234,7 +319,7 @@ def _packed(value: object) -> object:
     return value
 
 
-def _unpacked(value: object) -> object:
+def _unpacked(value: Any) -> Any:
     return base64.b64decode(value["b64"]) if isinstance(value, dict) else value
 
 

@@ -16,7 +16,8 @@ from lumaris_coordinator.receipts import audit as log_audit
 from lumaris_coordinator.receipts.log import ReceiptLog
 from lumaris_coordinator.store.port import Connection, all_rows, first
 
-# Tables whose numbers have no gaps, because the statement that adds a row makes its number.
+# Tables whose numbers have no gaps, because the statement that adds a row makes its number; events
+# are forgotten from the oldest on.
 _NUMBERED: Final = {
     "txn": "id",
     "transfer": "id",
@@ -42,8 +43,8 @@ _NEVER: Final = {
     ),
     "the account of escrow {} does not hold what is left of it": (
         "SELECT agreement_hash FROM escrow JOIN account ON account.id = escrow.account"
-        " WHERE balance <> CASE WHEN state IN ('held', 'claimed', 'disputed') THEN cap - paid"
-        " ELSE 0 END"
+        " WHERE balance <> CASE WHEN state IN ('held', 'claimed', 'disputed')"
+        " THEN cap - paid - returned ELSE 0 END"
     ),
     "payout {} does not hold what it pays": (
         "SELECT payout.id FROM payout JOIN account ON account.id = payout.held_in"
@@ -58,6 +59,14 @@ _NEVER: Final = {
         "SELECT dispute.id FROM dispute"
         " JOIN account ON account.owner = 'dispute:' || dispute.id"
         " WHERE ended_at IS NOT NULL AND balance <> 0"
+    ),
+    "the opening of dispute {} is not in the log": (
+        "SELECT id FROM dispute WHERE NOT EXISTS"
+        " (SELECT 1 FROM logged WHERE logged.hash = dispute.opened)"
+    ),
+    "a list of dispute {} is not in the log": (
+        "SELECT dispute FROM dispute_list WHERE NOT EXISTS"
+        " (SELECT 1 FROM logged WHERE logged.hash = dispute_list.hash)"
     ),
     "account {} of a bond belongs to no peer": (
         "SELECT id FROM account WHERE kind = 'bond' AND NOT EXISTS"
@@ -140,9 +149,11 @@ def _ledger(connection: Connection) -> Iterator[str]:
 
 def _gaps(connection: Connection) -> Iterator[str]:
     for table, column in _NUMBERED.items():
+        begins = f"min({column})" if table == "event" else "1"
         # The names are the constants above.
-        row = first(connection, f"SELECT count(*), coalesce(max({column}), 0) FROM {table}")  # noqa: S608
-        if row is not None and row[0] != row[1]:
+        sql = f"SELECT count(*), coalesce(max({column}), 0), coalesce({begins}, 1) FROM {table}"  # noqa: S608
+        row = first(connection, sql)
+        if row is not None and row[0] != row[1] - row[2] + 1:
             yield f"table {table} has {row[0]} rows and numbers up to {row[1]}"
     for table, key, history, parent in _HISTORIES:
         sql = (

@@ -7,9 +7,11 @@ import tomllib
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import parse_qs, urlsplit
 
 from lumaris_coordinator.bounds import CONFIG_BYTES_MAX
 from lumaris_coordinator.config import Settings
+from lumaris_coordinator.upkeep.folder import require_private
 from lumaris_overlay.private_files import make_private_folder, write_private_file
 from lumaris_protocol.errors import LumarisError
 
@@ -26,6 +28,8 @@ MEANINGS: Final = {
     "bond_release_s": "Seconds that a bond answers for after its peer asked it back.",
     "tls_cert": "PEM file of the certificate chain: serve HTTPS.",
     "tls_key": "PEM file of the certificate's private key.",
+    "tls_names": "Names and IP addresses for which this coordinator's own authority makes the\n"
+    "# certificate, instead of tls_cert: serve HTTPS to whoever has tls/ca.pem of this folder.",
     "mutual_tls": "Whether callers need a client certificate of this coordinator's own authority.",
     "dispute_window_s": "Seconds in which a settlement can be disputed.",
     "dispute_evidence_s": "Seconds in which the parties of a dispute may show evidence.",
@@ -35,6 +39,8 @@ MEANINGS: Final = {
     "proxies": "Addresses of reverse proxies whose X-Forwarded-For counts.",
     "test_credit_nanos": "Test credit that an account may get, in nanos; 0 gives none.",
     "webhooks_to_loopback": "Whether webhooks may go to this machine: for trying things out.",
+    "metrics_public": "Whether anybody may read /metrics; else this machine and operators' keys.",
+    "events_kept_s": "Seconds that events can be read, resumed from and replayed to webhooks.",
     "witnesses": "Peers whose cosignatures of the receipts log always have room.",
     "witnesses_required": "How many of them must answer at a start.",
     "shard_map": "JSON file {version, shards} that divides the market.",
@@ -68,9 +74,12 @@ def template(chosen: dict[str, Any]) -> str:
 def initialise(state: Path, chosen: dict[str, Any]) -> Path:
     """Make the folder and its configuration; the file.
 
-    Raises LumarisError: `not_writable` when there is one already, `config_invalid`.
+    Raises LumarisError: `not_writable` when there is one already, `unsafe_key_file` for a folder
+    that others can enter, `usage` for a password, `config_invalid`.
     """
     Settings(state=state, **_converted(chosen))
+    _require_no_password(chosen.get("database", ""))
+    require_private(state)
     make_private_folder(state)
     path = state / NAME
     if path.exists():
@@ -79,6 +88,17 @@ def initialise(state: Path, chosen: dict[str, Any]) -> Path:
         )
     write_private_file(path, template(chosen).encode())
     return path
+
+
+def _require_no_password(address: str) -> None:
+    """What stands on a command line can be read by everybody on the machine."""
+    parts = urlsplit(address)
+    if parts.password is not None or "password" in parse_qs(parts.query):
+        raise LumarisError(
+            "usage",
+            "The address of the database holds a password.",
+            hint="Name a file of mode 0600 instead: …?passfile=/var/lib/lumaris/pgpass",
+        )
 
 
 def read(state: Path) -> dict[str, Any]:

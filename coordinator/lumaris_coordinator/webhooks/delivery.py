@@ -13,7 +13,7 @@ import logging
 import random
 import secrets
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -25,9 +25,14 @@ from lumaris_coordinator.bounds import (
     WEBHOOK_RETRY_S_MAX,
     WEBHOOK_RETRY_S_MIN,
     WEBHOOK_ROUND_S,
+    WEBHOOK_SLOW_S,
     WEBHOOK_TURN_MAX,
+    WEBHOOK_TURN_S_MAX,
     WEBHOOKS_CONCURRENT_MAX,
+    WEBHOOKS_CONCURRENT_PER_PRINCIPAL_MAX,
     WEBHOOKS_DUE_PER_ROUND_MAX,
+    WEBHOOKS_MAX,
+    WEBHOOKS_SLOW_CONCURRENT_MAX,
 )
 from lumaris_coordinator.events import outbox
 from lumaris_coordinator.events.outbox import Event
@@ -77,8 +82,10 @@ class Deliveries:
         self._sealer = Sealer(context.keys.first.seed)
         self._woken = anyio.Event()
         self._heard: set[str] = set()
-        self._waiting: OrderedDict[str, None] = OrderedDict()
-        self._busy: set[str] = set()
+        # Endpoints by name, each with its principal.
+        self._waiting: OrderedDict[str, str] = OrderedDict()
+        self._busy: dict[str, str] = {}
+        self._slow: OrderedDict[str, None] = OrderedDict()
 
     def wake(self) -> None:
         """Look at what is due without waiting for the round."""
@@ -103,33 +110,48 @@ class Deliveries:
                 except Exception:
                     log.exception("the due webhooks could not be read; they are tried again")
                     await anyio.sleep(WEBHOOK_ROUND_S)
-                ready = [name for name in self._waiting if name not in self._busy]
-                for name in ready[: WEBHOOKS_CONCURRENT_MAX - len(self._busy)]:
-                    del self._waiting[name]
-                    self._busy.add(name)
+                for name in self._next():
+                    self._busy[name] = self._waiting.pop(name)
                     tasks.start_soon(self._serve, name)
+
+    def _next(self) -> list[str]:
+        """Whose turn it is: those of one owner, and the slow ones, leave places to all others."""
+        owners, found = Counter(self._busy.values()), list[str]()
+        slow = sum(name in self._slow for name in self._busy)
+        for name, owner in self._waiting.items():
+            if len(self._busy) + len(found) >= WEBHOOKS_CONCURRENT_MAX:
+                break
+            is_slow = name in self._slow
+            crowded = owners[owner] >= WEBHOOKS_CONCURRENT_PER_PRINCIPAL_MAX
+            if crowded or name in self._busy or (is_slow and slow >= WEBHOOKS_SLOW_CONCURRENT_MAX):
+                continue
+            owners[owner] += 1
+            slow += is_slow
+            found.append(name)
+        return found
 
     async def _begin(self) -> None:
         """What was committed while nobody listened."""
         behind = await self._context.store.read(
             lambda connection: store.idle_behind(connection, head=outbox.head(connection))
         )
-        self._waiting.update(dict.fromkeys(behind))
+        self._waiting.update(behind)
 
     async def _collect(self) -> None:
         heard, self._heard = self._heard, set()
         now = self._context.now()
 
-        def look(connection: Connection) -> list[str]:
+        def look(connection: Connection) -> dict[str, str]:
             concerned = principals_of_parties(connection, heard)
-            return [
-                *store.of_principals(connection, concerned),
-                *store.due(connection, now=now, limit=WEBHOOKS_DUE_PER_ROUND_MAX),
-            ]
+            return {
+                **store.of_principals(connection, concerned),
+                **store.due(connection, now=now, limit=WEBHOOKS_DUE_PER_ROUND_MAX),
+            }
 
-        self._waiting.update(dict.fromkeys(await self._context.store.read(look)))
+        self._waiting.update(await self._context.store.read(look))
 
     async def _serve(self, name: str) -> None:
+        begun = anyio.current_time()
         try:
             again = await self.turn(name)
         except LumarisError as error:
@@ -138,15 +160,24 @@ class Deliveries:
             log.exception("webhook %s failed; its lease runs out and it is tried again", name)
         else:
             if again:
-                self._waiting[name] = None
+                self._waiting[name] = self._busy[name]
         finally:
-            self._busy.discard(name)
+            self._note_pace(name, anyio.current_time() - begun)
+            del self._busy[name]
             # What has just failed waits for the round; a free place is for those who wait.
             if self._waiting:
                 self.wake()
 
+    def _note_pace(self, name: str, took_s: float) -> None:
+        self._slow.pop(name, None)
+        if took_s > WEBHOOK_SLOW_S:
+            self._slow[name] = None
+            if len(self._slow) > WEBHOOKS_MAX:
+                self._slow.popitem(last=False)
+
     async def turn(self, name: str) -> bool:
-        """Deliver up to WEBHOOK_TURN_MAX events to an endpoint; whether more wait."""
+        """Deliver up to WEBHOOK_TURN_MAX events to an endpoint, for a bounded time; whether more
+        wait."""
         context, lease = self._context, secrets.token_hex(8)
         if not await context.store.read(
             lambda connection: _is_ready(connection, name, context.now())
@@ -169,7 +200,10 @@ class Deliveries:
         if wanted:
             try:
                 async with self._sender.open(webhook.url) as post:
+                    ends = anyio.current_time() + WEBHOOK_TURN_S_MAX
                     for event in wanted:
+                        if anyio.current_time() > ends:
+                            return await self._finish(name, lease, before=seen, seen=seen)
                         attempt = await self._attempt(post, secret, event, failed + 1)
                         if not await self._record(webhook, lease, seen, attempt):
                             return False

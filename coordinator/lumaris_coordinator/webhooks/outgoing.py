@@ -11,14 +11,19 @@ from __future__ import annotations
 import ipaddress
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import anyio
 import httpx
+from anyio import to_thread
 
-from lumaris_coordinator.bounds import WEBHOOK_ADDRESSES_MAX, WEBHOOK_ATTEMPT_S_MAX
+from lumaris_coordinator.bounds import (
+    WEBHOOK_ADDRESSES_MAX,
+    WEBHOOK_ATTEMPT_S_MAX,
+    WEBHOOK_LOOKUPS_MAX,
+)
 from lumaris_overlay.networks import is_public
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.limits import WEBHOOK_URL_CHARS_MAX
@@ -76,13 +81,18 @@ class PinnedSender:
     def __init__(self, *, loopback: bool = False, trusted: ssl.SSLContext | None = None) -> None:
         self._loopback = loopback
         self._trusted = trusted
+        self._lookups: anyio.CapacityLimiter | None = None
 
     @asynccontextmanager
     async def open(self, url: str) -> AsyncIterator[Post]:
         """As Sender.open."""
         found = httpx.URL(url)
-        with anyio.move_on_after(WEBHOOK_ATTEMPT_S_MAX) as scope:
-            address = await self._resolve(found)
+        if self._lookups is None:  # it belongs to the event loop, which begins after us
+            self._lookups = anyio.CapacityLimiter(WEBHOOK_LOOKUPS_MAX)
+        # Waiting for one's turn is no fault of the name.
+        async with self._lookups:
+            with anyio.move_on_after(WEBHOOK_ATTEMPT_S_MAX) as scope:
+                address = await self._resolve(found)
         if scope.cancelled_caught:
             raise UnreachableError("timeout")
         if self._trusted is None:  # on first use: reading the authorities takes 20 ms
@@ -118,7 +128,7 @@ class PinnedSender:
     async def _resolve(self, url: httpx.URL) -> str:
         port = url.port or _PORTS[url.scheme]
         try:
-            found = await anyio.getaddrinfo(url.host, port, type=socket.SOCK_STREAM)
+            found = await look_up(url.host, port)
         except (OSError, UnicodeError):
             raise UnreachableError("no_address") from None
         addresses = [str(entry[4][0]) for entry in found[:WEBHOOK_ADDRESSES_MAX]]
@@ -128,6 +138,18 @@ class PinnedSender:
         if not all(_allowed(ip, url.scheme, loopback=self._loopback) for ip in addresses):
             raise UnreachableError("unsafe_address")
         return addresses[0]
+
+
+async def look_up(host: str, port: int) -> Sequence[tuple[Any, ...]]:
+    """As socket.getaddrinfo, in a thread of its own that is left behind when nobody waits for it
+    any more: the resolver gives up by itself. Raises OSError or UnicodeError."""
+
+    def call() -> Sequence[tuple[Any, ...]]:
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+
+    # Not of the threads that everything else shares; the caller bounds how many there are.
+    free = anyio.CapacityLimiter(1)
+    return await to_thread.run_sync(call, abandon_on_cancel=True, limiter=free)
 
 
 def _is_ip(host: str) -> bool:

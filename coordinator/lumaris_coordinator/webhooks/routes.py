@@ -69,9 +69,9 @@ async def delete(request: Request, webhook: str) -> Response:
     """Forget an endpoint. With `If-Match` only if it is still as it was read."""
     caller = await caller_of(request, "write")
     webhooks = coordinator_of(request).webhooks
-    found = await webhooks.find(caller, webhook)
-    require_match(request, etag_of(found.shown()))
-    await webhooks.delete(caller, webhook)
+    await webhooks.delete(
+        caller, webhook, check=lambda found: require_match(request, etag_of(found.shown()))
+    )
     return Response(status_code=204)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lumaris_coordinator.bounds import WEBHOOKS_MAX, WEBHOOKS_PER_PRINCIPAL_MAX
 from lumaris_coordinator.events import outbox
+from lumaris_coordinator.events.retention import check_cursor
 from lumaris_coordinator.sealing import Sealer
 from lumaris_coordinator.store.port import Connection
 from lumaris_coordinator.webhooks import signing, store
@@ -83,11 +84,14 @@ class Webhooks:
 
         return await self._context.store.read(look)
 
-    async def delete(self, caller: Caller, webhook: str) -> None:
-        """Forget an endpoint. Raises LumarisError `not_found`."""
+    async def delete(
+        self, caller: Caller, webhook: str, *, check: Callable[[Webhook], None]
+    ) -> None:
+        """Forget an endpoint as it is when `check` returns. Raises LumarisError `not_found`, and
+        what `check` raises."""
 
         def operation(connection: Connection) -> None:
-            own(connection, caller, webhook)
+            check(own(connection, caller, webhook))
             store.delete(connection, webhook)
 
         await self._context.store.submit(operation)
@@ -97,11 +101,12 @@ class Webhooks:
     ) -> dict[str, Any]:
         """An operation: deliver everything after an event (again); enables a disabled endpoint.
 
-        Raises LumarisError `not_found`.
+        Raises LumarisError `not_found` or `cursor_expired`.
         """
         own(connection, caller, webhook)
         # A place that is yet to come would leave out events that nobody has seen.
         place = min(after, outbox.head(connection))
+        check_cursor(connection, place)
         store.rewind(connection, webhook, after=place, now=now)
         return own(connection, caller, webhook).shown()
 

@@ -121,38 +121,42 @@ def rewind(connection: Connection, webhook: str, *, after: int, now: int) -> Non
     )
 
 
-def idle_behind(connection: Connection, *, head: int) -> list[str]:
-    """Active endpoints that nobody is known to be at and that may have missed events."""
+def idle_behind(connection: Connection, *, head: int) -> dict[str, str]:
+    """Active endpoints that nobody is known to be at and that may have missed events, with their
+    principals."""
     rows = all_rows(
         connection,
-        "SELECT id FROM webhook WHERE state = 'active' AND due_at IS NULL AND seen < ?",
+        "SELECT id, principal FROM webhook WHERE state = 'active' AND due_at IS NULL AND seen < ?",
         (head,),
     )
-    return [str(row[0]) for row in rows]
+    return {str(name): str(principal) for name, principal in rows}
 
 
-def due(connection: Connection, *, now: int, limit: int) -> list[str]:
-    """Endpoints whose next attempt is due, or whose process went away in the middle of one."""
+def due(connection: Connection, *, now: int, limit: int) -> dict[str, str]:
+    """Endpoints whose next attempt is due, or whose process went away in the middle of one, with
+    their principals."""
     rows = all_rows(
         connection,
-        "SELECT id FROM webhook WHERE due_at <= ? AND state = 'active' ORDER BY due_at LIMIT ?",
+        "SELECT id, principal FROM webhook WHERE due_at <= ? AND state = 'active'"
+        " ORDER BY due_at LIMIT ?",
         (now, limit),
     )
-    return [str(row[0]) for row in rows]
+    return {str(name): str(principal) for name, principal in rows}
 
 
-def of_principals(connection: Connection, principals: Collection[str]) -> list[str]:
-    """The active endpoints of any of the principals."""
-    found, names = [], sorted(principals)
+def of_principals(connection: Connection, principals: Collection[str]) -> dict[str, str]:
+    """The active endpoints of any of the principals, each with its own."""
+    found: dict[str, str] = {}
+    names = sorted(principals)
     for start in range(0, len(names), _AT_ONCE):
         part = names[start : start + _AT_ONCE]
         marks = ", ".join("?" * len(part))
         rows = all_rows(
             connection,
-            f"SELECT id FROM webhook WHERE state = 'active' AND principal IN ({marks})",
+            f"SELECT id, principal FROM webhook WHERE state = 'active' AND principal IN ({marks})",
             tuple(part),
         )
-        found += [str(row[0]) for row in rows]
+        found.update((str(name), str(principal)) for name, principal in rows)
     return found
 
 
@@ -218,6 +222,15 @@ def disable(connection: Connection, webhook: str, *, lease: str, reason: str) ->
         " lease_until = 0, failures = failures + 1, version = version + 1"
         " WHERE id = ? AND lease = ?",
         (reason, webhook, lease),
+    )
+
+
+def disable_all(connection: Connection, principal: str, *, reason: str) -> None:
+    """Deliver nothing more to any endpoint of a principal; whoever is at one has lost its lease."""
+    connection.execute(
+        "UPDATE webhook SET state = 'disabled', reason = ?, due_at = NULL, lease = '',"
+        " lease_until = 0, version = version + 1 WHERE principal = ? AND state = 'active'",
+        (reason, principal),
     )
 
 
