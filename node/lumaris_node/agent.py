@@ -38,10 +38,12 @@ from lumaris_node.settle import Settler
 from lumaris_node.store import Store
 from lumaris_node.tender import Tenders
 from lumaris_node.tiers import Tiers, make_executor
+from lumaris_node.warming import warm_catalog
 from lumaris_node.witness import Witness
 from lumaris_node.workspace import Volumes
 from lumaris_overlay.bulk.gate import BulkGate
 from lumaris_overlay.bulk.rate import make_rate
+from lumaris_overlay.coordinator_tls import FILE_NAME, CoordinatorTls
 from lumaris_overlay.links import open_links
 from lumaris_overlay.ports import Overlay
 from lumaris_overlay.private_files import load_or_create_key, make_private_folder
@@ -50,7 +52,6 @@ from lumaris_overlay.shard_upkeep import keep_shards
 from lumaris_overlay.supervisor import OverlayConfig, run_overlay
 from lumaris_overlay.validate import DemandGate
 from lumaris_protocol import coordinator_api, matching
-from lumaris_protocol.catalog import CATALOG, CatalogEntry
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.limits import MIB
 from lumaris_protocol.machines.desk import QuoteDesk
@@ -69,8 +70,6 @@ log = logging.getLogger(__name__)
 
 _EXPIRE_S = 1.0
 _IMAGES_S = 30.0
-# No session for this long, and nobody waits for the processors.
-_QUIET_S = 3600.0
 _REACH_S = 2.0
 # The last words of sessions and the removal of their sandboxes, then claims: together less than
 # `down` waits.
@@ -95,7 +94,7 @@ class Node:
         *,
         clock: Callable[[], float] = time.time,
         open_overlay: OpenOverlay = run_overlay,
-        open_link: OpenLink = CoordinatorLink,
+        open_link: OpenLink | None = None,
     ) -> None:
         self.state, self.config, self.clock = state, config, clock
         self._overlay_opener, self._link_opener = open_overlay, open_link
@@ -121,14 +120,20 @@ class Node:
                 nursery.start_soon(self._prune)
                 nursery.start_soon(self._keep_certified)
                 nursery.start_soon(keep_shards, self._overlay, self._shard_map)
-                nursery.start_soon(self._notices.run, self._overlay, self._link, self._witness)
+                nursery.start_soon(
+                    self._notices.run,
+                    self._overlay,
+                    self._link,
+                    self._witness,
+                    self._sessions.end_revoked,
+                )
                 nursery.start_soon(self._watch_tiers)
                 nursery.start_soon(self._watch_images)
                 nursery.start_soon(self._watch_reach)
                 nursery.start_soon(self._owner.run)
                 nursery.start_soon(self._adverts.run)
                 nursery.start_soon(self._tenders.run)
-                nursery.start_soon(self._warm_catalog)
+                nursery.start_soon(warm_catalog, self._tiers, lambda: self._sessions.hosts)
                 nursery.start_soon(self._measure)
                 nursery.start_soon(self._witness.keep, self._link)
                 await self._serve(stack)
@@ -198,7 +203,7 @@ class Node:
         key = self._key = load_or_create_key(state / "node.key")
         store = self._store = Store(state / "node.db")
         stack.callback(store.close)
-        link = self._link = self._link_opener(config.coordinator)
+        link = self._link = (self._link_opener or self._open_link)(config.coordinator)
         stack.push_async_callback(link.aclose)
         enrolment = self._enrolment = Enrolment(
             link, key, state / "membership.json", url=config.coordinator, clock=self.clock
@@ -274,6 +279,7 @@ class Node:
             pids_max=config.share.pids_max,
             images=self._images,
             gpus=Gpus(devices),
+            revoked=self._notices.revoked,
         )
         self._owner = Owner(self._sessions, self._adverts, config.schedule, clock=self.clock)
         self._challenges = Challenges(
@@ -293,6 +299,17 @@ class Node:
             clock=self.clock,
         )
         await self._recover()
+
+    def _open_link(self, url: str) -> CoordinatorLink:
+        authority = self.config.coordinator_ca
+        tls = CoordinatorTls(
+            url,
+            ca_file=Path(authority) if authority else None,
+            key=self._key,
+            file=self.state / FILE_NAME,
+            clock=self.clock,
+        )
+        return CoordinatorLink(url, tls=tls)
 
     async def _open_overlay(self, stack: AsyncExitStack, standing: Standing) -> Overlay:
         info = standing.info
@@ -476,30 +493,6 @@ class Node:
 
     async def _shard_map(self) -> bytes:
         return await self._link.call(coordinator_api.shards())
-
-    async def _warm_catalog(self) -> None:
-        """Compile what buyers will most likely ask for, before the first one waits for it.
-
-        A module with a library beside it takes a minute and gigabytes, so it waits for quiet.
-        """
-        for entry in CATALOG.values():
-            if entry.eager:
-                await self._compile(entry)
-        for entry in CATALOG.values():
-            if not entry.eager:
-                await trio.sleep(_QUIET_S)
-                while self._sessions.hosts:  # noqa: ASYNC110 - as long as there is work
-                    await trio.sleep(_QUIET_S)
-                await self._compile(entry)
-
-    async def _compile(self, entry: CatalogEntry) -> None:
-        wasm = self._tiers.wasm
-        if entry.tier != "wasm" or wasm is None or not await wasm.has_image(entry.digest):
-            return
-        try:
-            await wasm.compile(entry.digest)
-        except (LumarisError, OSError) as error:
-            log.warning("not compiled image=%s error=%r", entry.name, error)
 
     async def _watch_tiers(self) -> None:
         """A tier whose engine went away leaves the advert, and comes back with it."""

@@ -115,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="lumaris_node")
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--coordinator")
+    parser.add_argument("--coordinator-ca", metavar="FILE")
     parser.add_argument("--listen")
     parser.add_argument("--region")
     parser.add_argument("--modules", help="folder for compiled modules, shared between nodes")

@@ -109,6 +109,7 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """All settings of a node."""
 
     coordinator: str = "http://127.0.0.1:24480"
+    coordinator_ca: str = ""  # file of the authority of a coordinator that has its own
     listen: str = "127.0.0.1:0"
     direct: str = ""
     region: str = "local"

@@ -22,16 +22,28 @@ log = logging.getLogger(__name__)
 
 
 class Notices:
-    """Buyers that the coordinator no longer vouches for are in `revoked`; they get no quotes."""
+    """Peers that the coordinator no longer vouches for are in `revoked`: buyers among them get no
+    quotes, and no session with them goes on."""
 
     def __init__(self, clock: Callable[[], float], keys: TrustedKeys) -> None:
         self.revoked = RevokedSet()
         self._clock, self._keys = clock, keys
 
-    async def run(self, overlay: Overlay, link: CoordinatorLink, witness: Witness) -> None:
-        """Follow them until cancelled: by gossip, and by asking for what that did not bring."""
+    async def run(
+        self,
+        overlay: Overlay,
+        link: CoordinatorLink,
+        witness: Witness,
+        on_revoked: Callable[[], None],
+    ) -> None:
+        """Follow them until cancelled: by gossip, and by asking for what that did not bring.
 
-        def heard(notice: Notice, _revoked: frozenset[str]) -> None:
+        `on_revoked` is called when there are more in `revoked`.
+        """
+
+        def heard(notice: Notice, fresh: frozenset[str]) -> None:
+            if fresh:
+                on_revoked()
             try:
                 if notice.kind == CheckpointNotice.TYPE:
                     witness.observe_notice(notice.envelope)

@@ -28,7 +28,9 @@ from lumaris_protocol.machines.desk import Hold
 from lumaris_protocol.machines.seller import SellerSession
 from lumaris_protocol.messages.advert import Tier
 from lumaris_protocol.messages.execution import SessionOpen
+from lumaris_protocol.messages.negotiation import Agreement
 from lumaris_protocol.protocols import BlobHeader
+from lumaris_protocol.revocations import RevokedSet
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +59,10 @@ class Sessions:
         connect: Connect | None = None,
         images: ImageService | None = None,
         gpus: Gpus | None = None,
+        revoked: RevokedSet | None = None,
     ) -> None:
         self._gpus = gpus
+        self._revoked = revoked if revoked is not None else RevokedSet()
         self._images = images
         self._paused = False
         self._pids_max = pids_max
@@ -87,6 +91,17 @@ class Sessions:
         self._closing = True
         for host in self.hosts:
             host.end(reason)
+
+    def end_revoked(self) -> None:
+        """End the sessions of which a party was revoked since it agreed: what was vouchered stands,
+        and nothing more is taken."""
+        for host in self.hosts:
+            if self._is_revoked(host.machine.contract.agreement):
+                host.end("revoked")
+
+    def _is_revoked(self, agreement: Agreement) -> bool:
+        parties = agreement.buyer, agreement.seller
+        return self._revoked.ends(*parties, agreed_at=agreement.issued_at)
 
     async def serve(self, stream: OverlayStream) -> None:
         """One session, from its opening to its end."""
@@ -130,6 +145,8 @@ class Sessions:
         assert contract is not None, "find_contract returns agreed holds only"
         if peer != contract.agreement.buyer or session in self._hosts:
             raise RefusedError("wrong_signer", "Another peer's session, or one already open.")
+        if self._is_revoked(contract.agreement):
+            raise RefusedError("revoked")
         executor = self._executors.get(contract.agreement.tier)
         if executor is None:
             raise RefusedError("tier_unavailable")

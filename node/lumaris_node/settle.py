@@ -122,6 +122,8 @@ class Settler:
             self._again.pop(name, None)
         elif code not in _OUTAGE:
             before = self._again.get(name)
+            if code == "in_dispute" and (before is None or before.code != code):
+                log.warning("claim waits for the end of a dispute session=%s", name)
             pause_s = _RETRY_S_MIN if before is None else min(2 * before.pause_s, _RETRY_S_MAX)
             pause_s = _DISPUTED_S if code == "in_dispute" else pause_s
             self._again[name] = _Again(code, trio.current_time() + pause_s, pause_s)

@@ -73,6 +73,8 @@ class Witness:
             per_s=_PER_S_PER_PEER, burst=_BURST_PER_PEER, names_max=_PEERS_MAX
         )
         self._all = TokenBuckets(per_s=_PER_S, burst=_BURST, names_max=1)
+        # Many strangers must not take the turns of the log itself.
+        self._log_itself = TokenBuckets(per_s=_PER_S, burst=_BURST, names_max=1)
         self._strangers = StrangerLog(log)
         self._record = self._load()
 
@@ -84,8 +86,9 @@ class Witness:
         try:
             with trio.fail_after(_EXCHANGE_S):
                 asked = await framed.expect_header(WitnessAsk)
-                self._admit(stream.peer)
-                answer = self._answer(asked, by_log=stream.peer in self._coordinators())
+                by_log = stream.peer in self._coordinators()
+                self._admit(stream.peer, by_log=by_log)
+                answer = self._answer(asked, by_log=by_log)
                 await framed.send(Kind.HEADER, msgspec.json.encode(answer))
         except LumarisError as error:
             self._strangers.note(stream.peer, error.code, error.message)
@@ -120,9 +123,9 @@ class Witness:
             "readable": True,
         }
 
-    def _admit(self, peer: str) -> None:
-        now = time.monotonic()
-        if not self._each.take(peer, now) or not self._all.take("", now):
+    def _admit(self, peer: str, *, by_log: bool) -> None:
+        now, all_of_them = time.monotonic(), self._log_itself if by_log else self._all
+        if not self._each.take(peer, now) or not all_of_them.take("", now):
             raise RefusedError("not_accepting", "Too many checkpoints in a short time.")
 
     def _answer(self, asked: WitnessAsk, *, by_log: bool) -> WitnessReply:

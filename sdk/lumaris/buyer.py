@@ -18,8 +18,9 @@ import msgspec
 import trio
 from msgspec import structs
 
-from lumaris import artifacts, images, live, membership, processes
+from lumaris import artifacts, coordinator, images, live, membership, processes
 from lumaris.coordinator import CoordinatorLink
+from lumaris.disputes import DisputeDesk
 from lumaris.images import Image
 from lumaris.job_logs import JobLogs
 from lumaris.jobs import JobRequest, JobResult, JobUpdate, LogLine, Observer, Source, ignore
@@ -125,6 +126,7 @@ class Buyer:
             transfer_rate=make_rate(profile.transfer_bytes_per_s),
         )
         self.pool.attach(nursery)
+        self.market.on_revoked = self.pool.end_revoked
         self._nursery = nursery
         self._running: dict[str, tuple[Session, int]] = {}  # with the order's number
         self._cancelled: set[str] = set()
@@ -232,6 +234,15 @@ class Buyer:
     async def audit(self) -> Audit:
         """Whether the coordinator's ledger balances."""
         return await self._link.call(coordinator_api.audit())
+
+    # --- disputes ---
+
+    @property
+    def disputes(self) -> DisputeDesk:
+        """What this buyer can do about disputes."""
+        return DisputeDesk(
+            self._link, self.key, self.standing, self.profile.state, self.profile.database
+        )
 
     # --- inside ---
 
@@ -421,7 +432,7 @@ async def open_buyer(
     profile: Profile,
     *,
     open_overlay: OpenOverlay = attach_or_spawn,
-    open_link: OpenLink = CoordinatorLink,
+    open_link: OpenLink | None = None,
 ) -> AsyncIterator[Buyer]:
     """Wire a buyer, and close it in reverse: sessions are ended and settled, nothing is left.
 
@@ -429,7 +440,7 @@ async def open_buyer(
     """
     key = load_or_create_key(profile.key_file)
     store = Store(profile.database)
-    link = open_link(profile.coordinator)
+    link = open_link(profile.coordinator) if open_link else coordinator.open_link(profile)
     try:
         standing = await membership.enter(link, key, profile)
         config = membership.overlay_config(profile, standing)

@@ -18,7 +18,7 @@ from typing import Literal
 import trio
 
 from lumaris import membership
-from lumaris.coordinator import CoordinatorLink
+from lumaris.coordinator import open_link
 from lumaris.profile import Profile
 from lumaris_overlay.framed_stream import FramedStream
 from lumaris_overlay.links import open_links
@@ -249,7 +249,7 @@ def check_memory(asked: Challenge, answer: ChallengeAnswer) -> float:
 async def open_prober(profile: Profile) -> AsyncIterator[tuple[Prober, Overlay]]:
     """A prober on the profile's own overlay process. Raises LumarisError."""
     key = load_or_create_key(profile.key_file)
-    link = CoordinatorLink(profile.coordinator)
+    link = open_link(profile)
     try:
         standing = await membership.enter(link, key, profile)
     finally:

@@ -13,17 +13,21 @@ from typing import Any, TypeVar
 import msgspec
 import trio
 
+from lumaris import checking
 from lumaris import profile as profiles
 from lumaris.buyer import Buyer, open_buyer
+from lumaris.checking import Checked
 from lumaris.engine import Engine
 from lumaris.jobs import JobRequest, JobResult, Observer, Plan, Source, ignore
+from lumaris.pool import Approve
 from lumaris.profile import Profile
 from lumaris_protocol import limits
 from lumaris_protocol.codec import Signed
-from lumaris_protocol.coordinator_api import Account, Audit
+from lumaris_protocol.coordinator_api import Account, Audit, Dispute, DisputeDetail
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.matching import MatchReport
 from lumaris_protocol.messages.advert import Advert, Gpu, Tier
+from lumaris_protocol.messages.dispute import DisputeClaim
 from lumaris_protocol.messages.negotiation import EgressRules
 from lumaris_protocol.money import parse_credits
 
@@ -166,13 +170,7 @@ class Client:
 
         `stdin` gives the next bytes of the job's standard input; it is called in a trio loop.
         """
-        ask = None
-        if approve is not None:
-            decide = approve
-
-            async def ask(plan: Plan) -> bool:
-                return await trio.to_thread.run_sync(decide, plan, abandon_on_cancel=True)
-
+        ask = _in_thread(approve)
         return _ENGINE.call(
             lambda: self._holder.buyer.run(request, observe=observe, approve=ask, stdin=stdin)
         )
@@ -222,6 +220,62 @@ class Client:
         """Whether the coordinator's ledger balances."""
         return _ENGINE.call(self._holder.buyer.audit)
 
+    def disputes(self) -> list[Dispute]:
+        """Our disputes, oldest first."""
+        return _ENGINE.call(self._holder.buyer.disputes.disputes)
+
+    def dispute(self, dispute: str) -> DisputeDetail:
+        """One dispute with its evidence, checkers and ruling. Raises LumarisError `not_found`."""
+        return _ENGINE.call(lambda: self._holder.buyer.disputes.show(dispute))
+
+    def open_dispute(
+        self, name: str, claim: DisputeClaim, *, order: int = 0, amount: str | None = None
+    ) -> Dispute:
+        """Dispute a session, or a job's, with the evidence kept of it; takes a bond.
+
+        Raises LumarisError; then nothing has happened.
+        """
+        nanos = parse_amount(amount, "amount") if amount is not None else None
+
+        async def work() -> Dispute:
+            desk = self._holder.buyer.disputes
+            return await desk.open(await desk.draft(name, claim, order=order, amount_nanos=nanos))
+
+        return _ENGINE.call(work)
+
+    def check_dispute(
+        self,
+        dispute: str,
+        *,
+        sources: Sequence[str | Path] = (),
+        image: str = "",
+        max_cost: str = DEFAULT_MAX_COST,
+        observe: Observer = ignore,
+        approve: Callable[[Plan], bool] | None = None,
+    ) -> Checked:
+        """Have the drawn checker run the disputed order again, and file what it signed.
+
+        `sources` are the files that were the order's inputs, `image` the local module if it was
+        one. Raises LumarisError.
+        """
+        nanos, ask = parse_amount(max_cost, "max_cost"), _in_thread(approve)
+
+        async def work() -> Checked:
+            buyer = self._holder.buyer
+            desk = buyer.disputes
+            return await checking.run(
+                buyer,
+                desk,
+                await checking.due(desk, dispute),
+                sources=[Path(source) for source in sources],
+                image=image,
+                max_cost_nanos=nanos,
+                approve=ask,
+                observe=observe,
+            )
+
+        return _ENGINE.call(work)
+
     def settle(self) -> None:
         """End idle sessions and settle everything that can be settled now."""
         _ENGINE.call(self._holder.buyer.pool.close_all)
@@ -234,6 +288,11 @@ class Client:
     def coordinator(self) -> str:
         """The coordinator's peer id: the key that receipts are checked with."""
         return self._holder.buyer.standing.info.coordinator
+
+    @property
+    def peer(self) -> str:
+        """This buyer's peer id."""
+        return self._holder.buyer.key.peer_id
 
     def receipt(self, name: str) -> bytes | None:
         """A receipt file by the id of a receipt, session or job."""
@@ -430,6 +489,17 @@ def parse_amount(text: str, name: str) -> int:
         return parse_credits(text)
     except ValueError as error:
         raise LumarisError("usage", f"{name}: {error}.") from None
+
+
+def _in_thread(decide: Callable[[Plan], bool] | None) -> Approve | None:
+    """A question to a person, off the thread that keeps sessions alive."""
+    if decide is None:
+        return None
+
+    async def ask(plan: Plan) -> bool:
+        return await trio.to_thread.run_sync(decide, plan, abandon_on_cancel=True)
+
+    return ask
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -16,7 +16,7 @@ from typing import Any
 import trio
 
 from lumaris import membership
-from lumaris.coordinator import CoordinatorLink
+from lumaris.coordinator import open_link
 from lumaris.profile import Profile
 from lumaris_overlay import process_file
 from lumaris_overlay.ports import Overlay, Reachability
@@ -33,7 +33,7 @@ _QUIET_S, _ADVERTS_S = 0.25, 3.0
 async def attached(profile: Profile) -> AsyncIterator[Overlay]:
     """The buyer's overlay process, started when there is none. Raises LumarisError."""
     key = load_or_create_key(profile.key_file)
-    link = CoordinatorLink(profile.coordinator)
+    link = open_link(profile)
     try:
         standing = await membership.enter(link, key, profile)
     finally:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -18,7 +19,7 @@ import msgspec
 import trio
 
 from lumaris import membership
-from lumaris.coordinator import CoordinatorLink
+from lumaris.coordinator import CoordinatorLink, link_in, open_link
 from lumaris.membership import CACHE_NAME, Standing
 from lumaris.profile import Profile
 from lumaris_overlay.evidence import read_evidence
@@ -41,11 +42,13 @@ _NODE_DATABASE: Final = "node.db"
 _LOCKED_S: Final = 5.0
 # A list is for people; whoever has more disputes reads them over the API.
 _PAGES_MAX: Final = 32
+# What rests on a claim that the other side sent to the coordinator.
+_BY_THEIR_CLAIM: Final = ("forged_voucher", "stale_voucher")
 # The evidence that a claim can rest on, in words.
-_NEEDS: Final[dict[str, str]] = {
+NEEDS: Final[dict[str, str]] = {
     "equivocation": "two documents of the other side that cannot both be true",
     "forged_voucher": "a claim of the seller with a voucher that was not signed",
-    "stale_voucher": "a voucher, and a later end of the buyer with less",
+    "stale_voucher": "a voucher, and the buyer's own claim with less",
     "not_delivered": "more paid than the delivered work is worth",
     "unpaid_delivery": "delivered work that is worth more than was vouchered",
     "wrong_result": "the order and what was delivered for it",
@@ -80,10 +83,19 @@ class DisputeDesk:
     """What a party can do about disputes. Made by `open_desk`, or from an open buyer."""
 
     def __init__(
-        self, link: CoordinatorLink, key: KeyPair, standing: Standing, folder: Path, database: Path
+        self,
+        link: CoordinatorLink,
+        key: KeyPair,
+        standing: Standing,
+        folder: Path,
+        database: Path,
+        *,
+        renew: Callable[[], Awaitable[Standing]] | None = None,
     ) -> None:
+        """`renew` registers again when the coordinator does not take our token."""
         self.key, self.standing = key, standing
         self._link, self._folder, self._database = link, folder, database
+        self._renew = renew
 
     @property
     def network(self) -> str:
@@ -91,11 +103,19 @@ class DisputeDesk:
         return self.standing.info.network
 
     async def draft(
-        self, name: str, claim: DisputeClaim, *, order: int = 0, amount_nanos: int | None = None
+        self,
+        name: str,
+        claim: DisputeClaim,
+        *,
+        order: int = 0,
+        amount_nanos: int | None = None,
+        documents: tuple[bytes, ...] = (),
     ) -> Draft:
         """A dispute about a session, or the session of a job, with what we kept of it.
 
-        Without an amount the most that the evidence shows is asked. Raises LumarisError:
+        Without an amount the most that the evidence shows is asked. `documents` are shown beside
+        what was kept; a claim of the other side is no part of a session, and the coordinator is
+        asked for it where one is needed. Raises LumarisError:
         `not_found` or `evidence_insufficient` for what is not here, `not_disputable` for what
         cannot be claimed.
         """
@@ -107,8 +127,13 @@ class DisputeDesk:
             order = order or ordered
             if not order:
                 raise LumarisError("usage", "Which result is wrong? Name the job, or give --order.")
+        if claim in _BY_THEIR_CLAIM and not documents:
+            asked = await self._ask(partial(coordinator_api.escrow_claims, papers.session))
+            us = self.key.peer_id
+            documents = tuple(one.document for one in asked.claims if one.by != us)
         kept = await self.kept(papers.session)
-        evidence = pleading.choose(kept, order=order, room=pleading.first_bundle_room())
+        room = pleading.first_bundle_room().less(documents)
+        evidence = (*documents, *pleading.choose(kept, order=order, room=room))
         dossier = Dossier(contract, network=self.network)
         dossier.add(evidence, party=self.key.peer_id)
         if amount_nanos is None:
@@ -123,14 +148,15 @@ class DisputeDesk:
         if not amount_nanos and claim in ("not_delivered", "unpaid_delivery", "wrong_result"):
             raise LumarisError(
                 "evidence_insufficient",
-                f"What was kept of this session does not show {_NEEDS[claim]}.",
+                f"What was kept of this session does not show {NEEDS[claim]}.",
                 hint="--amount asks for a sum all the same; a refuted claim costs the bond.",
             )
 
     async def open(self, draft: Draft) -> Dispute:
         """Sign a draft and send it: the bond is taken, what is disputed is frozen.
 
-        Raises LumarisError as the coordinator refuses it; nothing has happened then.
+        Raises LumarisError as the coordinator refuses it; nothing has happened then. `busy` says
+        that no answer came, and that it is not known.
         """
         body = pleading.opening(
             draft.contract,
@@ -143,14 +169,23 @@ class DisputeDesk:
             network=self.network,
             now=int(time.time()),
         )
-        return await self._link.call(coordinator_api.open_dispute(body))
+        try:
+            return await self._send(coordinator_api.open_dispute(body))
+        except LumarisError as error:
+            if error.code != "coordinator_unreachable":
+                raise
+            raise LumarisError(
+                "busy",
+                "No answer came: whether the dispute is open and its bond taken is not known.",
+                hint="`lumaris dispute show` tells. Opening it again takes no second bond.",
+            ) from None
 
     async def disputes(self) -> list[Dispute]:
         """Our disputes, oldest first."""
         found: list[Dispute] = []
         after = 0
         for _ in range(_PAGES_MAX):
-            page = await self._ask(coordinator_api.disputes(self.standing.token, after=after))
+            page = await self._ask(partial(coordinator_api.disputes, after=after))
             found += page.disputes
             if page.next is None or page.next <= after:
                 break
@@ -159,11 +194,11 @@ class DisputeDesk:
 
     async def show(self, dispute: str) -> DisputeDetail:
         """One dispute. Raises LumarisError `not_found`."""
-        return await self._ask(coordinator_api.dispute(dispute, self.standing.token))
+        return await self._ask(partial(coordinator_api.dispute, dispute))
 
     async def file(self, dispute: str) -> bytes:
         """The dispute file, for anyone to replay. Raises LumarisError `not_found` or `busy`."""
-        return await self._ask(coordinator_api.dispute_document(dispute, self.standing.token))
+        return await self._ask(partial(coordinator_api.dispute_document, dispute))
 
     async def add_evidence(
         self, dispute: str, *, documents: tuple[bytes, ...] | None = None, done: bool = False
@@ -171,10 +206,11 @@ class DisputeDesk:
         """Show these documents, or what we kept and have not shown; the dispute, and how many.
 
         With `done` we have no more to show. Raises LumarisError `evidence_insufficient` when there
-        is nothing to say, `dispute_closed` after our last word.
+        is nothing to say, or our own claim would fail by it, and `dispute_closed` after our last
+        word.
         """
         file = dispute_file.decode(await self.file(dispute))
-        opened, contract = self.opened(file)
+        opened, contract = self.opened(file, dispute)
         before = pleading.shown_by(file, self.key.peer_id)
         if before.closed:
             raise LumarisError("dispute_closed", "You have said that you have no more to show.")
@@ -189,6 +225,8 @@ class DisputeDesk:
                 "There is nothing here that was not shown.",
                 hint="--done says so, and the ruling need not wait for you.",
             )
+        if done and opened.claim == "wrong_result" and opened.opener == self.key.peer_id:
+            self._check_proven((*before.documents, *documents))
         found: Dispute | None = None
         for bundle in pleading.bundles(
             dispute,
@@ -200,9 +238,18 @@ class DisputeDesk:
             network=self.network,
             now=int(time.time()),
         ):
-            found = await self._link.call(coordinator_api.add_evidence(dispute, bundle))
+            found = await self._send(coordinator_api.add_evidence(dispute, bundle))
         assert found is not None, "there is a bundle for nothing too"
         return found, len(documents)
+
+    def _check_proven(self, shown: Iterable[bytes]) -> None:
+        """After its last word an opener can file no second run, without which nothing is proven."""
+        if not pleading.shows_another_run(shown):
+            raise LumarisError(
+                "evidence_insufficient",
+                "No second run of the order is shown, and after your last word none could be.",
+                hint="Have it checked first, or withdraw: `lumaris dispute check`.",
+            )
 
     async def withdraw(self, dispute: str) -> Dispute:
         """Take our claim back. Raises LumarisError `forbidden`, `dispute_closed`."""
@@ -210,19 +257,30 @@ class DisputeDesk:
         body = pleading.withdrawal(
             dispute, shown.agreement_hash, self.key, network=self.network, now=int(time.time())
         )
-        return await self._link.call(coordinator_api.withdraw_dispute(dispute, body))
+        return await self._send(coordinator_api.withdraw_dispute(dispute, body))
 
-    def opened(self, file: DisputeFile) -> tuple[DisputeOpen, Contract]:
-        """The opening in a dispute file and its agreement. Raises LumarisError."""
-        message = codec.open_signed(file.opened, DisputeOpen, network=self.network).message
+    def opened(self, file: DisputeFile, dispute: str) -> tuple[DisputeOpen, Contract]:
+        """The opening in a dispute's file and its agreement.
+
+        Raises LumarisError, for the file of another dispute too: its id follows from the claim, so
+        nobody can show us other papers under it.
+        """
+        signed = codec.open_signed(file.opened, DisputeOpen, network=self.network)
+        message = signed.message
         contract = agreements.join(
             message.agreement_by_buyer, message.agreement_by_seller, network=self.network
         )
+        rulings.check_opening(message, contract)
+        if message.dispute != dispute or signed.signer != message.opener:
+            raise LumarisError("dispute_invalid", "The dispute file is another dispute's.")
         return message, contract
 
-    def disputed_order(self, file: DisputeFile) -> tuple[WorkOrder, Contract]:
-        """The order that a result is disputed of. Raises LumarisError `evidence_insufficient`."""
-        opened, contract = self.opened(file)
+    def disputed_order(self, file: DisputeFile, dispute: str) -> tuple[WorkOrder, Contract]:
+        """The order that a result is disputed of, by us. Raises LumarisError `forbidden`,
+        `evidence_insufficient`."""
+        opened, contract = self.opened(file, dispute)
+        if opened.opener != self.key.peer_id:
+            raise LumarisError("forbidden", "The party that disputes a result has it checked.")
         dossier = Dossier(contract, network=self.network)
         dossier.add(opened.evidence, party=opened.opener)
         order = work.orders(dossier.main).get(opened.order)
@@ -254,19 +312,31 @@ class DisputeDesk:
 
         return await trio.to_thread.run_sync(lambda: self._read(read))
 
-    async def _ask(self, request: Request[T]) -> T:
-        """A call with our token. A node's token is its own to renew."""
+    async def _send(self, request: Request[T]) -> T:
+        """A signed document: the same bytes change nothing twice, so a lost answer is asked for."""
         try:
             return await self._link.call(request)
         except LumarisError as error:
+            if error.code != "coordinator_unreachable":
+                raise
+        return await self._link.call(request)
+
+    async def _ask(self, make: Callable[[str], Request[T]]) -> T:
+        """A call with our token. A node's token is its own to renew."""
+        try:
+            return await self._link.call(make(self.standing.token))
+        except LumarisError as error:
             if error.code != "unauthorized":
                 raise
+        if self._renew is None:
             raise LumarisError(
                 "unauthorized",
                 "The token in this folder is not accepted.",
-                hint="For a node's folder start the node; for a buyer's `lumaris wallet show`"
-                " registers again.",
-            ) from None
+                hint="It is renewed by the program that the folder belongs to: start the node, or"
+                " wait a minute.",
+            )
+        self.standing = await self._renew()
+        return await self._link.call(make(self.standing.token))
 
     def _papers(self, name: str) -> tuple[Papers, int]:
         """The papers of a session or a job's session, and the job's order or 0."""
@@ -332,17 +402,24 @@ async def open_desk(profile: Profile) -> AsyncIterator[DisputeDesk]:
     if is_node(folder):
         standing = await trio.to_thread.run_sync(_node_standing, folder)
         key = load_or_create_key(folder / NODE_KEY)
-        link = CoordinatorLink(standing.url)
+        link = link_in(folder, standing.url, key, ca_file=profile.ca_file)
         try:
             yield DisputeDesk(link, key, standing, folder, folder / _NODE_DATABASE)
         finally:
             await link.aclose()
         return
     key = load_or_create_key(profile.key_file)
-    link = CoordinatorLink(profile.coordinator)
+    link = open_link(profile)
+    cache = folder / CACHE_NAME
+    join = partial(membership.join, link, key, cache, url=profile.coordinator)
+
+    async def renew() -> Standing:
+        # A coordinator that was set up anew at the old address does not know our token.
+        cache.unlink(missing_ok=True)
+        return await join()
+
     try:
-        standing = await membership.join(link, key, folder / CACHE_NAME, url=profile.coordinator)
-        yield DisputeDesk(link, key, standing, folder, profile.database)
+        yield DisputeDesk(link, key, await join(), folder, profile.database, renew=renew)
     finally:
         await link.aclose()
 

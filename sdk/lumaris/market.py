@@ -80,7 +80,8 @@ class Market:
         self._changed = trio.Event()
         self._settled = False
         self._sought: dict[tuple[tuple[str, ...], bool], float] = {}
-        self._revoked = RevokedSet()
+        self.revoked = self._revoked = RevokedSet()
+        self.on_revoked: Callable[[], None] = lambda: None
         gate = AdvertGate(terms.network, terms.coordinators, self._revoked)
         self._demands = Demands(overlay, key, gate, terms.certificate, self._put)
         self._asker = Asker(overlay, key, terms.network, terms.certificate, self._revoked)
@@ -100,7 +101,8 @@ class Market:
             nursery.cancel_scope.cancel()
 
     async def _follow_notices(self) -> None:
-        """Sellers that the coordinator no longer vouches for are not matched."""
+        """Sellers that the coordinator no longer vouches for are not matched; `on_revoked` is
+        called when there are more of them."""
         await follow_notices(self._overlay, self._revoked, clock=time.time, heard=self._heed)
 
     def _heed(self, notice: Notice, peers: frozenset[str]) -> None:
@@ -111,6 +113,8 @@ class Market:
                 log.warning("key list not taken code=%s", error.code)
         if notice.kind == CheckpointNotice.TYPE and self._terms.log is not None:
             self._terms.log.heard(notice.envelope)
+        if peers:
+            self.on_revoked()
         for seller in peers:
             held = self._index.get(seller)
             if held is not None and self._is_revoked(held.message):

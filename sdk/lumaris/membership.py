@@ -139,7 +139,10 @@ def overlay_config(profile: Profile, standing: Standing) -> OverlayConfig:
 async def deposit_test_credit(
     link: CoordinatorLink, key: KeyPair, standing: Standing, *, amount_nanos: int, nonce: str
 ) -> Account:
-    """Ask for test credit; a repeated `nonce` credits once. Raises LumarisError `credit_limit`."""
+    """Ask for test credit; a repeated `nonce` credits once. The account after it.
+
+    Raises LumarisError `credit_limit`.
+    """
     request = CreditRequest(
         peer=key.peer_id,
         coordinator=standing.info.coordinator,
@@ -148,7 +151,8 @@ async def deposit_test_credit(
         issued_at=int(time.time()),
     )
     signed = codec.sign(request, key, standing.info.network)
-    return await link.call(coordinator_api.credit(signed.data))
+    await link.call(coordinator_api.credit(signed.data))
+    return await link.call(coordinator_api.account(standing.token))
 
 
 async def _register(

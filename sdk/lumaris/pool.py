@@ -14,7 +14,7 @@ from msgspec import structs
 
 from lumaris.images import Image
 from lumaris.jobs import JobRequest, Plan
-from lumaris.market import Market, SellerError
+from lumaris.market import Market, SellerError, no_match
 from lumaris.quoting import Offered
 from lumaris.session import Session
 from lumaris.settling import Settling
@@ -22,7 +22,7 @@ from lumaris.store import Store
 from lumaris_overlay.bulk.rate import Rate
 from lumaris_overlay.ports import Overlay
 from lumaris_overlay.tasks import shielded
-from lumaris_protocol import agreements, pricing
+from lumaris_protocol import agreements, matching, pricing
 from lumaris_protocol.agreements import Contract
 from lumaris_protocol.coordinator_api import TRANSIENT
 from lumaris_protocol.effects import Send
@@ -31,6 +31,7 @@ from lumaris_protocol.machines.buyer import BuyerSession
 from lumaris_protocol.matching import MatchReport
 from lumaris_protocol.messages.advert import Feature, Resources, Verification
 from lumaris_protocol.messages.negotiation import Requirements
+from lumaris_protocol.offer_index import OfferIndex
 
 log = logging.getLogger(__name__)
 
@@ -151,12 +152,56 @@ class Pool:
             raise errors[0]
         return sessions
 
+    async def buy_from(
+        self,
+        seller: str,
+        needs: Requirements,
+        *,
+        cap_nanos: int,
+        approve: Approve | None = None,
+    ) -> Session:
+        """Open a session with this seller and with nobody else.
+
+        Raises LumarisError: `unreachable` when it offers nothing now, or what keeps it from
+        fitting; nothing is held then.
+        """
+        index = OfferIndex()
+        for advert in self._market.adverts:
+            if advert.message.seller == seller:
+                index.put(advert)
+        if not len(index):
+            raise LumarisError("unreachable", f"{seller} offers nothing now.")
+        # What is free changes faster than adverts travel: the seller itself says whether it has it.
+        report = index.search(needs, lease_s=LEASE_S, count=1, as_if_idle=True)
+        if not report.matches:
+            raise no_match(report.seen, report.excluded, matching.needed_features(needs))
+        offered = await self._market.quotes(
+            needs,
+            report,
+            lease_s=LEASE_S,
+            cap_nanos=cap_nanos,
+            verification=_verification(needs),
+        )
+        if approve is not None:
+            offered = await self._approved(offered, report, needs, cap_nanos, approve)
+        return await self._open(offered[0], needs)
+
     async def close(self, session: Session) -> None:
         """End a session by agreement and settle it."""
         if self._sessions.pop(session.session, None) is None:
             return
         await session.close()
         await self.settle()
+
+    def end_revoked(self) -> None:
+        """End the sessions of which a party was revoked since it agreed, and settle them."""
+        for session, _ in self._sessions.values():
+            agreement = session.machine.contract.agreement
+            parties = agreement.buyer, agreement.seller
+            if self._market.revoked.ends(*parties, agreed_at=agreement.issued_at):
+                session.revoke()
+                assert self._nursery is not None, "attach comes first"
+                self._nursery.start_soon(self.close, session)
 
     async def close_all(self) -> None:
         """End every session and settle what can be settled now."""

@@ -27,6 +27,7 @@ class Profile:
     overlay_linger_s: int = 180
     overlay_listen: str = ""
     transfer_mib_s: int = 0
+    ca_file: Path | None = None  # the authority of a coordinator that has its own
 
     @property
     def listen(self) -> str:
@@ -87,6 +88,7 @@ def load(
         overlay_linger_s=overlay_linger_s,
         overlay_listen=_address(f"{_PREFIX}OVERLAY_LISTEN"),
         transfer_mib_s=_number(f"{_PREFIX}TRANSFER_MIB_S", 0),
+        ca_file=Path(authority) if (authority := os.environ.get(f"{_PREFIX}CA_FILE")) else None,
     )
 
 

@@ -218,7 +218,7 @@ class Session:
             await order.ended.wait()
         if not order.ended.is_set():
             order.reason = order.reason or "cancelled"
-            order.cost_nanos = self.machine.tab.strike(n)
+            order.cost_nanos = self.machine.give_up(n)
             order.ended.set()
 
     async def close(self) -> None:
@@ -228,6 +228,17 @@ class Session:
             await self.over.wait()
         self._lose("unreachable")
         await self._closed.wait()
+
+    def revoke(self) -> None:
+        """The coordinator no longer vouches for a party: no work and no voucher is sent any more.
+
+        What ran may run elsewhere; what was vouchered is settled.
+        """
+        for order in self._orders.values():
+            if not order.ended.is_set():
+                order.reason = order.reason or "seller_lost"
+                order.detail = order.detail or "The coordinator no longer vouches for a party."
+        self._lose("revoked")
 
     # --- tasks ---
 

@@ -12,14 +12,16 @@ import trio
 from lumaris import membership
 from lumaris import profile as profiles
 from lumaris.cli.options import Settings
-from lumaris.coordinator import CoordinatorLink
+from lumaris.coordinator import CoordinatorLink, link_in, open_link
+from lumaris.disputes import NODE_KEY
 from lumaris.membership import Standing
 from lumaris.profile import Profile
 from lumaris_overlay.private_files import load_or_create_key
 from lumaris_protocol import codec, coordinator_api
-from lumaris_protocol.coordinator_api import Account, Payout
+from lumaris_protocol.coordinator_api import Account, Payout, User
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.keys import KeyPair
+from lumaris_protocol.messages.identity import PeerLink
 from lumaris_protocol.messages.money import PayoutRequest
 
 T = TypeVar("T")
@@ -81,12 +83,68 @@ def fetch_receipt(profile: Profile, receipt: str) -> bytes:
     return trio.run(_with_coordinator, profile, ask)
 
 
+def user_of(profile: Profile, api_key: str) -> User:
+    """The user of an API key. Raises LumarisError `unauthorized` among others."""
+    return trio.run(_as_user, profile, api_key, _nothing)
+
+
+def link_to_user(profile: Profile, api_key: str) -> User:
+    """Make the profile's peer, or the node's whose folder it is, the user's.
+
+    Raises LumarisError: `not_certified` for a peer that is not registered yet, `already_linked`,
+    `limit_reached`.
+    """
+
+    async def link(line: CoordinatorLink, key: KeyPair, user: User) -> None:
+        info = await line.call(coordinator_api.info())
+        message = PeerLink(
+            peer=key.peer_id,
+            coordinator=info.coordinator,
+            user=user.user,
+            issued_at=int(time.time()),
+        )
+        signed = codec.sign(message, key, info.network)
+        await line.call(coordinator_api.link_peer(signed.data, api_key))
+
+    return trio.run(_as_user, profile, api_key, link)
+
+
+def unlink_from_user(profile: Profile, api_key: str) -> User:
+    """Take the peer from its user. Raises LumarisError `not_found`."""
+
+    async def unlink(line: CoordinatorLink, key: KeyPair, _user: User) -> None:
+        await line.call(coordinator_api.unlink_peer(key.peer_id, api_key))
+
+    return trio.run(_as_user, profile, api_key, unlink)
+
+
+async def _nothing(_line: CoordinatorLink, _key: KeyPair, _user: User) -> None:
+    """Only look."""
+
+
+async def _as_user(
+    profile: Profile,
+    api_key: str,
+    work: Callable[[CoordinatorLink, KeyPair, User], Awaitable[None]],
+) -> User:
+    """Do it, and see what the user is then."""
+    node = profile.state / NODE_KEY
+    key = load_or_create_key(node if node.exists() else profile.key_file)
+    line = link_in(profile.state, profile.coordinator, key, ca_file=profile.ca_file)
+    try:
+        user = await line.call(coordinator_api.user(api_key))
+        await work(line, key, user)
+        return await line.call(coordinator_api.user(api_key))
+    finally:
+        await line.aclose()
+
+
 async def _with_coordinator(
     profile: Profile, ask: Callable[[CoordinatorLink, KeyPair, Standing], Awaitable[T]]
 ) -> T:
     key = load_or_create_key(profile.key_file)
     cache = profile.state / "membership.json"
-    link = CoordinatorLink(profile.coordinator)
+    link = open_link(profile)
     try:
         standing = await membership.join(link, key, cache, url=profile.coordinator)
         try:

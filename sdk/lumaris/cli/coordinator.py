@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Final, TypeVar
 
 import click
 
-from lumaris.cli.coordinator_keys import keys, operator
+from lumaris.cli.coordinator_keys import keys, operator, user
 from lumaris.cli.options import CONTEXT, SECONDS, Settings, load, plain_options
 from lumaris.cli.output import emit, note
 from lumaris_protocol.errors import LumarisError
@@ -56,6 +57,18 @@ def terms_options(command: F) -> F:
                 help="JSON file that divides the market.",
             ),
             click.option(
+                "--tls-name",
+                "tls_names",
+                multiple=True,
+                metavar="HOST",
+                help="Serve HTTPS under this name or IP address; repeatable.",
+            ),
+            click.option(
+                "--mutual-tls/--no-mutual-tls",
+                default=None,
+                help="Whether callers need a certificate of the coordinator's own authority.",
+            ),
+            click.option(
                 "--overlay/--no-overlay",
                 default=None,
                 help="Be a peer of the overlay.  [default: where the p2p extra is installed]",
@@ -80,25 +93,40 @@ def coordinator() -> None:
 
 coordinator.add_command(keys)
 coordinator.add_command(operator)
+coordinator.add_command(user)
 
 
 @coordinator.command("init")
 @state_option
 @terms_options
+@click.option(
+    "--database",
+    metavar="ADDRESS",
+    help="postgresql://… without a password: name a passfile in it.  [default: a file in DIR]",
+)
 @plain_options
 @click.pass_obj
 def init(settings: Settings, /, state: Path | None, **terms: Any) -> None:
-    """Make a folder with its configuration, keys and an empty database."""
+    """Make a folder with its configuration, keys and an empty database.
+
+    From then on the folder is used with that database only.
+    """
     folder = _folder(settings, state)
     initialise: Any = load(f"{_UPKEEP}.config_file:initialise", extra="coordinator")
     file = initialise(folder, _chosen(terms))
-    peer = _command("prepare")(_settings(folder, {}))
+    try:
+        peer = _command("prepare")(_told(_settings(folder, {})))
+    except LumarisError:
+        file.unlink()  # so that the same command can be given again
+        raise
     if settings.json:
         emit({"state": str(folder), "config": str(file), "coordinator": peer})
         return
     click.echo(f"coordinator {peer} in {folder}")
     note(f"settings: {file}")
     note(f"start it: lumaris coordinator up --state {folder}")
+    if terms.get("tls_names"):
+        note(f"give {folder}/tls/ca.pem to everybody: whoever calls has to trust it")
     note(f"its keys are in {folder}: keep a copy apart from the backups, and the root key offline")
 
 
@@ -117,7 +145,7 @@ def up(settings: Settings, /, state: Path | None, **terms: Any) -> None:
     p2p = find_spec("libp2p") is not None
     chosen = _settings(folder, _chosen(terms), port=_PORT, overlay=p2p)
     note(f"coordinating {chosen.network} from {folder}; stop with Ctrl-C")
-    run(chosen)
+    run(_told(chosen))
 
 
 @coordinator.command("migrate")
@@ -126,7 +154,7 @@ def up(settings: Settings, /, state: Path | None, **terms: Any) -> None:
 @click.pass_obj
 def migrate(settings: Settings, state: Path | None) -> None:
     """Bring the database to this version. `up` does it as well."""
-    done = _command("migrate")(_settings(_folder(settings, state), {}))
+    done = _command("migrate")(chosen_settings(settings, state))
     if settings.json:
         emit({"applied": done})
         return
@@ -140,7 +168,7 @@ def migrate(settings: Settings, state: Path | None) -> None:
 @click.pass_obj
 def backup(settings: Settings, file: Path, state: Path | None) -> None:
     """Write all data to a new FILE while the coordinator serves. The keys are not in it."""
-    _tell(settings, _command("backup")(_settings(_folder(settings, state), {}), file))
+    _tell(settings, _command("backup")(chosen_settings(settings, state), file))
 
 
 @coordinator.command("restore")
@@ -151,10 +179,13 @@ def backup(settings: Settings, file: Path, state: Path | None) -> None:
 def restore(settings: Settings, file: Path, state: Path | None) -> None:
     """Read a backup into an empty folder or database, then check it.
 
-    Put the keys of the coordinator into the folder first.
+    Put the keys of the coordinator and its coordinator.toml into the folder first. What comes back
+    is frozen, and every token has ended.
     """
-    chosen = _settings(_folder(settings, state), {})
-    summary, report = _command("restore")(chosen, file)
+    summary, report = _command("restore")(chosen_settings(settings, state), file)
+    made = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(summary.head.made_at))
+    note(f"frozen; what was taken away after {made} is back: look again at API keys, operators,")
+    note("revoked peers, passwords and payouts, then: lumaris coordinator freeze off")
     _tell(settings, summary, check=report)
 
 
@@ -164,7 +195,7 @@ def restore(settings: Settings, file: Path, state: Path | None) -> None:
 @click.pass_obj
 def check(settings: Settings, state: Path | None) -> None:
     """Recompute the ledger and the receipts log. Exits with 1 when something is wrong."""
-    report = _command("check")(_settings(_folder(settings, state), {}))
+    report = _command("check")(chosen_settings(settings, state))
     if settings.json:
         emit(_report(report))
     else:
@@ -186,7 +217,7 @@ def freeze(settings: Settings, switch: str | None, state: Path | None) -> None:
     Without a word it only says how the switch stands.
     """
     wanted = None if switch is None else switch == "on"
-    frozen = _command("freeze")(_settings(_folder(settings, state), {}), wanted)
+    frozen = _command("freeze")(chosen_settings(settings, state), wanted)
     if settings.json:
         emit({"frozen": frozen})
         return
@@ -201,7 +232,21 @@ def _folder(settings: Settings, state: Path | None) -> Path:
     folder = state or settings.state
     if folder is None:
         raise LumarisError("usage", "Say where its keys and data are: --state DIR.")
+    require_owner: Any = load(f"{_UPKEEP}.folder:require_owner", extra="coordinator")
+    require_owner(folder)
     return folder
+
+
+def chosen_settings(settings: Settings, state: Path | None, *, data: bool = True) -> Any:
+    """The settings of the folder that a command is for; with `data` the database is told."""
+    found = _settings(_folder(settings, state), {})
+    return _told(found) if data else found
+
+
+def _told(chosen: Any) -> Any:
+    """A command that works on another database than its user thinks must be seen to do so."""
+    note(f"database: {_command('place')(chosen)}")
+    return chosen
 
 
 def _settings(folder: Path, chosen: dict[str, Any], **defaults: Any) -> Any:
@@ -218,7 +263,11 @@ def _chosen(terms: dict[str, Any]) -> dict[str, Any]:
         "settle_window": "settle_window_s",
         "test_credit": "test_credit_nanos",
     }
-    given = {renamed.get(name, name): value for name, value in terms.items() if value is not None}
+    given = {
+        renamed.get(name, name): value
+        for name, value in terms.items()
+        if value is not None and value != ()
+    }
     if "test_credit_nanos" in given:
         given["test_credit_nanos"] = _nanos(given["test_credit_nanos"])
     return given

@@ -1,4 +1,5 @@
-"""`lumaris coordinator keys|operator`: the coordinator's own keys, and who may operate it."""
+"""`lumaris coordinator keys|operator|user`: the coordinator's own keys, who may operate it, and
+whom it makes an account for."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def keys() -> None:
 @click.pass_obj
 def list_keys(settings: Settings, state: Path | None) -> None:
     """Show the keys and which of them signs now."""
-    found = _command("show")(_chosen(settings, state))
+    found = _command("show")(_chosen(settings, state, data=False))
     if settings.json:
         emit(found)
         return
@@ -68,7 +69,7 @@ def rotate(
     wait: dict[str, Any] = {} if after is None else {"after_s": after}
     if now:
         wait = {"after_s": 0}
-    found = _command("rotate")(_chosen(settings, state), root, **wait)
+    found = _command("rotate")(_chosen(settings, state, data=False), root, **wait)
     if settings.json:
         emit(found)
         return
@@ -84,7 +85,7 @@ def rotate(
 @click.pass_obj
 def revoke(settings: Settings, peer: str, root: Path, state: Path | None) -> None:
     """Take a signing key back: what it signed counts no more. Add another one first."""
-    _command("revoke")(_chosen(settings, state), root, peer)
+    _command("revoke")(_chosen(settings, state, data=False), root, peer)
     if settings.json:
         emit({"revoked": peer})
         return
@@ -111,11 +112,103 @@ def create(settings: Settings, name: str, state: Path | None) -> None:
     note(f"operator {name} is {found['user']}; the key ends in 90 days, rotate it before")
 
 
+@operator.command("list")
+@_state_option
+@plain_options
+@click.pass_obj
+def list_operators(settings: Settings, state: Path | None) -> None:
+    """Show the operators and their API keys, without the texts of these."""
+    found = _command("operators")(_chosen(settings, state))
+    if settings.json:
+        emit(found)
+        return
+    for one in found:
+        click.echo(f"{one['name']}  {one['user']}")
+        for key in one["keys"]:
+            ends = time.strftime("%Y-%m-%d", time.gmtime(key["expires_at"]))
+            click.echo(f"  {key['id']}  {key['name']}  until {ends}")
+
+
+@operator.command("revoke")
+@click.argument("name")
+@_state_option
+@plain_options
+@click.pass_obj
+def revoke_operator(settings: Settings, name: str, state: Path | None) -> None:
+    """End every API key of an operator at once."""
+    found = _command("revoke_operator")(_chosen(settings, state), name)
+    if settings.json:
+        emit(found)
+        return
+    note(f"{found['keys']} keys of {name} have ended")
+
+
+@operator.command("renew")
+@click.argument("name")
+@_state_option
+@plain_options
+@click.pass_obj
+def renew_operator(settings: Settings, name: str, state: Path | None) -> None:
+    """End every API key of an operator and print one in their place, this once."""
+    found = _command("renew_operator")(_chosen(settings, state), name)
+    if settings.json:
+        emit(found)
+        return
+    click.echo(found["key"])
+    note(f"the keys that {name} had have ended; this one ends in 90 days")
+
+
+@click.group("user", context_settings=CONTEXT)
+def user() -> None:
+    """Users that the operator makes; they need no password, an API key is enough."""
+
+
+_scope_option = click.option(
+    "--scope",
+    "scopes",
+    type=click.Choice(["read", "write"]),
+    multiple=True,
+    help="What the key may do; repeatable.",
+)
+
+
+@user.command("create")
+@click.argument("name")
+@_scope_option
+@_state_option
+@plain_options
+@click.pass_obj
+def create_user(settings: Settings, name: str, scopes: tuple[str, ...], state: Path | None) -> None:
+    """Make a user and print its API key, this once. It may read and write unless told."""
+    chosen = _chosen(settings, state)
+    _print_key(settings, name, _command("create_user")(chosen, name, scopes or ("read", "write")))
+
+
+@user.command("key")
+@click.argument("name")
+@_scope_option
+@_state_option
+@plain_options
+@click.pass_obj
+def create_key(settings: Settings, name: str, scopes: tuple[str, ...], state: Path | None) -> None:
+    """Print another API key for a user. It may only read unless told."""
+    chosen = _chosen(settings, state)
+    _print_key(settings, name, _command("create_key")(chosen, name, scopes or ("read",)))
+
+
+def _print_key(settings: Settings, name: str, found: dict[str, Any]) -> None:
+    if settings.json:
+        emit(found)
+        return
+    click.echo(found["key"])
+    note(f"user {name} is {found['user']}; the key ends in 90 days")
+
+
 def _command(name: str) -> Any:
     return load(f"{_COMMANDS}:{name}", extra="coordinator")
 
 
-def _chosen(settings: Settings, state: Path | None) -> Any:
-    from lumaris.cli.coordinator import _folder, _settings
+def _chosen(settings: Settings, state: Path | None, *, data: bool = True) -> Any:
+    from lumaris.cli.coordinator import chosen_settings
 
-    return _settings(_folder(settings, state), {})
+    return chosen_settings(settings, state, data=data)

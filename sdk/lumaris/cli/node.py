@@ -48,7 +48,14 @@ def up(settings: Settings, state: Path | None, listen: str | None, region: str |
     note(f"selling from {folder}; stop with Ctrl-C or `lumaris node down`")
     level = "debug" if settings.debug else None
     coordinator = settings.coordinator or os.environ.get("LUMARIS_COORDINATOR_URL") or None
-    run(folder, coordinator=coordinator, listen=listen, region=region, log_level=level)
+    run(
+        folder,
+        coordinator=coordinator,
+        coordinator_ca=os.environ.get("LUMARIS_CA_FILE") or None,
+        listen=listen,
+        region=region,
+        log_level=level,
+    )
 
 
 @node.command("status")

@@ -269,17 +269,17 @@ def _anchors(
         raise LumarisError("usage", "--key-list and --root go together.")
     found = None
     if policy is not None:
-        found = log_policy.parse(_read_file(policy, log_policy.POLICY_BYTES_MAX))
+        found = log_policy.parse(read_named(policy, log_policy.POLICY_BYTES_MAX))
     known = not trust and (key_list is not None or (found is not None and bool(found.logs)))
     return _Anchors(
-        trusted=frozenset() if known else _trusted(settings, trust),
+        trusted=frozenset() if known else trusted_peers(settings, trust),
         policy=found,
-        key_list=_read_file(key_list, NOTICE_BYTES_MAX) if key_list is not None else None,
+        key_list=read_named(key_list, NOTICE_BYTES_MAX) if key_list is not None else None,
         root=root,
     )
 
 
-def _read_file(path: Path, bytes_max: int) -> bytes:
+def read_named(path: Path, bytes_max: int) -> bytes:
     """A file that an option names, and a byte more than it may have. Raises LumarisError."""
     try:
         with path.open("rb") as file:
@@ -311,7 +311,8 @@ def _read(settings: Settings, name: str) -> bytes:
     return data
 
 
-def _trusted(settings: Settings, given: tuple[str, ...]) -> frozenset[str]:
+def trusted_peers(settings: Settings, given: tuple[str, ...]) -> frozenset[str]:
+    """The peers named to be trusted, else the coordinator of this folder. Raises `usage`."""
     from lumaris.cli.local import standing_of, state_folder
     from lumaris_protocol.keys import public_key_of
 

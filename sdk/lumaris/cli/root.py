@@ -31,7 +31,13 @@ COMMANDS: Final = {
     "offers": ("lumaris.cli.offers:offers", "List sellers with their capacity and prices."),
     "job": ("lumaris.cli.job:job", "Look at jobs, and reach into those that run."),
     "wallet": ("lumaris.cli.wallet:wallet", "See what you have, and add test credit."),
+    "user": ("lumaris.cli.user:user", "Say whose this peer is, with a user's API key."),
     "receipt": ("lumaris.cli.receipt:receipt", "Show, save and verify receipts."),
+    "dispute": ("lumaris.cli.dispute:dispute", "Dispute what was sold or paid, and answer."),
+    "verify": (
+        "lumaris.cli.verify:verify",
+        "Replay a ruling from its file, without asking anyone.",
+    ),
     "daemon": (
         "lumaris.cli.daemon:daemon",
         "Keep this machine on the network between commands.",
