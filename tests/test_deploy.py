@@ -17,6 +17,7 @@ import pytest
 from lumaris.cli.options import Settings as Options
 from lumaris.cli.root import root
 from lumaris_coordinator.cli import DATABASE_ENV
+from lumaris_protocol.codes import CODES
 from tests.coordinator.builders import Market
 from tests.coordinator.conftest import database, market, postgres_server
 
@@ -217,3 +218,15 @@ def test_systemd_accepts_a_unit(unit: Path, tmp_path: Path) -> None:
         timeout=30,
     )
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_the_unit_outlasts_a_database_that_is_away_and_stops_where_a_person_is_needed() -> None:
+    text = (DEPLOY / "systemd/lumaris-coordinator.service").read_text(encoding="utf-8")
+    assert "\nStartLimitIntervalSec=0\n" in text
+    found = re.search(r"^RestartPreventExitStatus=(.*)$", text, re.MULTILINE)
+    assert found is not None
+    final = {int(status) for status in found[1].split()}
+    assert final == {
+        CODES[code].exit_code for code in ("config_invalid", "log_behind", "unsafe_key_file")
+    }
+    assert final.isdisjoint(CODES[code].exit_code for code in ("not_writable", "busy"))

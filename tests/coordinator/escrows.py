@@ -69,8 +69,8 @@ async def on_escrow(market: Market, operation: Any, deal: Deal) -> Escrow:
 def ruling_of(market: Market, deal: Deal, nanos: int) -> bytes:
     """A ruling signed by the coordinator; each is another dispute's."""
     facts = Facts(
-        paid_nanos=SHOWN, remainder_nanos=CAP - SHOWN, bond_nanos=0, stake_nanos=0, ended="done",
-        opened_at=START, evidence_until=START,
+        paid_nanos=SHOWN, claimed_nanos=SHOWN, remainder_nanos=CAP - SHOWN, bond_nanos=0,
+        stake_nanos=0, ended="done", opened_at=START, evidence_until=START, ends_at=START,
     )  # fmt: skip
     ruling = Ruling(
         dispute=derive_id("dispute", f"{deal.hash}{next(NUMBERS)}".encode()),

@@ -8,11 +8,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
 from lumaris_coordinator import Coordinator, Settings, create_app
 from lumaris_coordinator.server import Protocol, Server
+from lumaris_coordinator.tls import server_tls
 from tests.coordinator.builders import Party, registration
 
 
@@ -27,8 +29,9 @@ class InThread(Server):
 class Served:
     """A coordinator on loopback in a thread of this process."""
 
-    def __init__(self, state: Path) -> None:
-        self.coordinator = Coordinator(Settings(state=state, overlay=False))
+    def __init__(self, state: Path, **changes: Any) -> None:
+        """`changes` are settings other than the defaults."""
+        self.coordinator = Coordinator(Settings(state=state, overlay=False, **changes))
         self.url = ""
         self.token = ""
         self._ready = threading.Event()
@@ -40,9 +43,18 @@ class Served:
     async def _serve(self) -> None:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
-            self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            coordinator = self.coordinator
+            tls = server_tls(
+                coordinator.settings, lambda: coordinator.authority, now=coordinator.context.now()
+            )
+            scheme = "https" if tls is not None else "http"
+            self.url = f"{scheme}://127.0.0.1:{listener.getsockname()[1]}"
             config = uvicorn.Config(
-                create_app(self.coordinator), http=Protocol, lifespan="off", log_config=None
+                create_app(coordinator),
+                http=Protocol,
+                lifespan="off",
+                log_config=None,
+                **(tls.options() if tls is not None else {}),
             )
             self._server = InThread(config, ready="ready", closing=self.coordinator.events.close)
             async with self.coordinator.running():

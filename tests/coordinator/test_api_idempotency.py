@@ -10,6 +10,7 @@ import trio
 
 from lumaris_coordinator import bounds, idempotency
 from lumaris_coordinator.idempotency import Names, run_once
+from lumaris_coordinator.identity.commands import create_operator
 from lumaris_coordinator.sealing import Sealer
 from lumaris_coordinator.store.port import Connection, all_rows
 from lumaris_protocol.errors import LumarisError
@@ -162,3 +163,22 @@ def test_what_is_sealed_opens_under_its_key_only() -> None:
     assert Sealer(bytes(32)).open(sealed) == b"secret"
     with pytest.raises(LumarisError):
         Sealer(b"x" * 32).open(sealed)
+
+
+async def test_an_answer_is_repeated_only_to_the_credentials_that_got_it(market: Market) -> None:
+    """A key of an operator that may only write must not be handed one that may do everything."""
+    made = create_operator(market.coordinator.settings, "root", clock=market.clock)
+    full = {"authorization": f"Bearer {made['key']}", "idempotency-key": "1"}
+    body = {"name": "weak", "scopes": ["write"]}
+    weak = (await market.client.post("/v1/api-keys", json=body, headers=full)).json()["key"]
+    full["idempotency-key"], path = "2", f"/v1/api-keys/{made['id']}/rotate"
+    assert (await market.client.post(path, headers=full)).status_code == 201
+    replayed = {**full, "authorization": f"Bearer {weak}"}
+    answer = await market.client.post(path, headers=replayed)
+    assert (answer.status_code, answer.json()["code"]) == (422, "idempotency_mismatch")
+    assert "key" not in answer.json()
+    assert (await market.client.post(path, headers=full)).json()["scopes"] == [
+        "operator",
+        "read",
+        "write",
+    ]

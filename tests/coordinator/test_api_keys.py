@@ -7,7 +7,7 @@ import pytest
 from lumaris_coordinator.identity import secrets
 from lumaris_coordinator.identity.commands import create_operator
 from tests.coordinator.builders import Market
-from tests.coordinator.test_users import delete, get, post, sign_up, town
+from tests.coordinator.test_users import delete, get, log_in, post, sign_up, town
 
 __all__ = ["town"]
 DAY = 24 * 3600
@@ -122,3 +122,34 @@ async def test_bad_wishes(town: Market, field: dict[str, object]) -> None:
     _, token = await sign_up(town, "ann")
     answer = await post(town, "/v1/api-keys", token, name="x", **field)
     assert (answer.status_code, answer.json()["code"]) == (400, "malformed")
+
+
+async def test_a_key_makes_none_that_outlives_it(town: Market) -> None:
+    _, token = await sign_up(town, "ann")
+    wish = {"scopes": ["read", "write"], "lifetime_s": 60, "rate_per_s": 5}
+    short = (await post(town, "/v1/api-keys", token, name="short", **wish)).json()
+    town.clock.now += 10
+    wish = {"scopes": ["write"], "lifetime_s": 400 * DAY, "rate_per_s": 500}
+    made = (await post(town, "/v1/api-keys", short["key"], name="long", **wish)).json()
+    assert (made["expires_at"], made["rate_per_s"]) == (short["expires_at"], 5)
+    rotated = (await post(town, f"/v1/api-keys/{short['id']}/rotate", short["key"])).json()
+    assert (rotated["expires_at"], rotated["rate_per_s"]) == (short["expires_at"], 5)
+
+
+async def test_rotations_in_a_row_have_an_end(town: Market) -> None:
+    _, token = await sign_up(town, "ann")
+    name = (await post(town, "/v1/api-keys", token, name="ci")).json()["id"]
+    for _ in range(63):
+        name = (await post(town, f"/v1/api-keys/{name}/rotate", token)).json()["id"]
+    full = await post(town, f"/v1/api-keys/{name}/rotate", token)
+    assert (full.status_code, full.json()["code"]) == (409, "limit_reached")
+    town.clock.now += DAY
+    token = await log_in(town, "ann")
+    assert (await post(town, f"/v1/api-keys/{name}/rotate", token)).status_code == 201
+
+
+async def test_an_operator_renews_its_key_with_itself(town: Market) -> None:
+    made = create_operator(town.coordinator.settings, "root", clock=town.clock)
+    town.clock.now += DAY
+    new = (await post(town, f"/v1/api-keys/{made['id']}/rotate", made["key"])).json()
+    assert new["expires_at"] == made["expires_at"] + DAY

@@ -37,7 +37,7 @@ async def test_a_session_through_the_shared_interface(market: Market) -> None:
     seller, _ = await join(market, "seller")
     assert len((await call(market, api.bootstrap())).addresses) == 2
     credited = await call(market, api.credit(credit_request(buyer, market.peer, 5_000_000)))
-    assert (credited.free_nanos, credited.held_nanos) == (5_000_000, 0)
+    assert (credited.credited_nanos, credited.currency) == (5_000_000, "TEST")
     deal = market.deal(buyer, seller, cap=1_000, fee_bps=info.fee_bps)
     grant = await call(market, api.grant(deal.grant_request()))
     account = await call(market, api.account(membership.token))

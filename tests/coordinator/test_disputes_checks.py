@@ -5,17 +5,27 @@ from __future__ import annotations
 import base64
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from msgspec.structs import replace as changed
 
+from lumaris_coordinator.upkeep.check import check
 from lumaris_protocol import agreements, dispute_file
-from lumaris_protocol.limits import CHECKERS_MAX
+from lumaris_protocol.limits import CHECKERS_MAX, DISPUTE_BOND_NANOS_MIN
 from tests.coordinator.builders import NETWORK, Clock, Market, Party
 from tests.coordinator.conftest import open_market
-from tests.coordinator.court import HOUR, PRICE, Court, bond_of, code, court_of, lock_bond
+from tests.coordinator.court import (
+    HOUR,
+    PRICE,
+    Court,
+    bond_of,
+    code,
+    court_of,
+    lock_bond,
+)
 from tests.dispute_builders import Work
 
 
@@ -76,7 +86,7 @@ async def test_who_was_not_drawn_settles_nothing(market: Market) -> None:
         if name.startswith("checker") and Party(name).peer != peer
     )
     answer = await court.add(dispute, court.buyer, *run_elsewhere(court, other, "b"))
-    assert answer.json()["state"] == "checking"
+    assert code(answer) == "evidence_foreign"
 
 
 @pytest.mark.slow
@@ -85,14 +95,16 @@ async def test_a_silent_checker_is_replaced_until_none_is_left(market: Market) -
     dispute = await disputed(court)
     before = await court.money()
     for round_ in range(CHECKERS_MAX):
-        await court.passes(24 * HOUR + 1)
+        await court.passes(24 * HOUR + 1)  # the next list is logged
+        await court.passes(1)  # and drawn from
         drawn = (await court.show(dispute))["checkers"]
         assert len(drawn) == len(set(drawn)) == round_ + 1
     await court.passes(24 * HOUR + 1)
     ruling = await court.settles(dispute)
     assert (ruling["fault"], ruling["rule"]) == ("neither", "check_missing")
     buyer, seller, bond = await court.money()
-    assert (buyer - before[0], seller) == (1_000_000, before[1])
+    # Nobody knows, and the other side's money was held: the least bond is its price.
+    assert (buyer, seller) == (before[0], before[1] + DISPUTE_BOND_NANOS_MIN // 2)
     assert bond == before[2] + 2 * PRICE  # all that was staked came back
 
 
@@ -128,32 +140,47 @@ async def test_a_party_and_its_owners_peers_are_never_drawn(market: Market) -> N
 
 
 @pytest.mark.parametrize(
-    ("outputs", "rule"),
-    [(("b", "b"), "majority_differs"), (("b", "c"), "no_majority"), (("b",), "replicas_missing")],
+    ("outputs", "rule", "returned"),
+    [
+        (("b", "b"), "majority_differs", True),
+        (("b", "a"), "majority_equal", False),
+        (("b", "b", "c"), "no_majority", True),
+        (("b",), "replicas_missing", False),
+    ],
 )
-async def test_replicas_settle_a_result(
-    market: Market, outputs: tuple[str, ...], rule: str
+async def test_drawn_replicas_settle_a_result(
+    market: Market, outputs: tuple[str, ...], rule: str, returned: bool
 ) -> None:
-    court = await result_court(market, checkers=2, changes={"verification": "repl"})
-    shown: list[bytes] = [court.work.order(), court.work.delivery(output="a")]
-    for number, output in enumerate(outputs):
-        shown += run_elsewhere(court, Party(f"checker {number}"), output)
-    dispute = await disputed(court, evidence=tuple(shown))
-    for party in (court.buyer, court.seller):
-        await court.add(dispute, party, done=True)
-    assert (await court.settles(dispute))["rule"] == rule
+    court = await result_court(market, checkers=5, changes={"verification": "repl"})
+    dispute = await disputed(court)
+    await court.passes(1)
+    drawn = (await court.show(dispute))["checkers"]
+    assert len(set(drawn)) == CHECKERS_MAX
+    shown: list[bytes] = []
+    for peer, output in zip(drawn, outputs, strict=False):
+        shown += run_elsewhere(court, by_peer(court, peer), output)
+    assert (await court.add(dispute, court.buyer, *shown, done=True)).status_code == 200
+    if len(outputs) < CHECKERS_MAX:  # with all their results nothing can change
+        await court.add(dispute, court.seller, done=True)
+    ruling = await court.settles(dispute)
+    assert (ruling["rule"], ruling["bond_returned"]) == (rule, returned)
 
 
-async def test_a_replica_without_a_bond_does_not_count(market: Market) -> None:
-    court = await result_court(market, checkers=1, changes={"verification": "repl"})
-    await market.party("sybil")
+async def test_replicas_that_were_not_drawn_decide_nothing(market: Market) -> None:
+    """Two that a party brings along would be the majority, for either side."""
+    court = await result_court(market, changes={"verification": "repl"})
     shown: list[bytes] = [court.work.order(), court.work.delivery(output="a")]
-    for name in ("checker 0", "sybil"):
-        shown += run_elsewhere(court, Party(name), "b")
-    dispute = await disputed(court, evidence=tuple(shown))
-    for party in (court.buyer, court.seller):
-        await court.add(dispute, party, done=True)
-    assert (await court.settles(dispute))["rule"] == "replicas_missing"
+    for number in range(2):
+        puppet = await market.party(f"puppet {number}", 5_000_000)
+        await lock_bond(market, puppet, 1_000_000)
+        shown += run_elsewhere(court, puppet, "b")
+    answer = await court.open(
+        court.buyer, "wrong_result", order=1, amount=PRICE, evidence=tuple(shown)
+    )
+    assert code(answer) == "evidence_foreign"
+    dispute = await disputed(court, evidence=tuple(shown[:2]))
+    answer = await court.add(dispute, court.buyer, *shown[2:])
+    assert code(answer) == "evidence_foreign"
 
 
 async def test_a_result_that_is_not_checkable(market: Market) -> None:
@@ -244,10 +271,13 @@ async def test_a_damaged_dispute_does_not_keep_others_from_ending(market: Market
         row = connection.execute("SELECT * FROM dispute").fetchall()[0]
         bad = ("dsp_" + "a" * 24, 0, *row[2:])
         connection.execute(f"INSERT INTO dispute VALUES ({', '.join('?' * len(bad))})", bad)
+        connection.execute("UPDATE dispute SET opened = 'nothing' WHERE number = 0")
 
     await market.coordinator.store.submit(damage)
     await court.passes(72 * HOUR + 1)
     assert (await court.show(good))["state"] == "settled"
+    report = await market.coordinator.store.scan(partial(check, log=market.coordinator.log))
+    assert any("opening of dispute dsp_aaa" in problem for problem in report.problems)
 
 
 # --- the file ---
@@ -266,7 +296,8 @@ async def test_every_flipped_bit_of_the_file_is_noticed(market: Market) -> None:
     assert dispute_file.verify(data, trusted=trusted).verdict == "valid"
     assert dispute_file.verify(data, trusted=frozenset()).verdict == "unknown"
     found = json.loads(data)
-    places = [("opened",), ("opened_salt",), ("evidence", 0), ("draws", 0, "draw")]
+    places = [("opened",), ("evidence", 0), ("draws", 0, "draw")]
+    places += [("draws", 0, "candidates"), ("draws", 0, "salt")]
     places += [("ruling", "ruling"), ("ruling", "salt"), ("ruling", "proof", "hashes", 0)]
     places += [("draws", 0, "proof", "hashes", 0), ("ruling", "checkpoint")]
     for place in places:

@@ -107,7 +107,7 @@ async def test_counting_a_buyers_open_escrows_reads_the_open_ones_only(tmp_path:
     async with open_market(tmp_path / "state") as market:
         for what, group in (
             ("count(*)", ""),
-            ("currency, sum(cap - paid), count(*)", " GROUP BY currency"),
+            ("currency, sum(cap - paid - returned), count(*)", " GROUP BY currency"),
         ):
             sql = (
                 f"EXPLAIN QUERY PLAN SELECT {what} FROM escrow"

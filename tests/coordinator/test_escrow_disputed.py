@@ -156,3 +156,20 @@ async def test_an_escrow_whose_window_has_ended_is_not_frozen(market: Market) ->
         await market.coordinator.store.submit(
             lambda connection: disputed.current(context, connection, "sha256:0", now=now)
         )
+
+
+async def test_a_disputed_escrow_is_an_open_one(
+    market: Market, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lumaris_coordinator.gauges.METRICS_KEPT_S", 0)
+
+    async def gauge(name: str) -> int:
+        lines = (await market.client.get("/metrics")).text.splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"lumaris_{name} "))
+
+    deal, _ = await setting(market)
+    assert await gauge("escrows_open") == 1
+    await dispute(market, deal)
+    assert await gauge("escrows_open") == 1
+    market.clock.now += 10**8  # its settle window has no timer while it is disputed
+    assert await gauge("timer_overdue_seconds") == 0

@@ -9,6 +9,7 @@ import pytest
 
 from lumaris_coordinator.context import Context
 from lumaris_coordinator.escrow import store
+from lumaris_coordinator.escrow.disputed import give_back
 from lumaris_coordinator.escrow.store import Escrow
 from lumaris_coordinator.events.outbox import newer
 from lumaris_coordinator.store.port import Connection
@@ -58,6 +59,7 @@ ROWS: dict[tuple[str, str], tuple[str, int, str] | str] = {
     ("disputed", "both_closed"): ("disputed", ASKED, ""),
     ("disputed", "buyer_claim"): ("disputed", ASKED, ""),
     ("disputed", "dispute_opened"): ("disputed", SHOWN, ""),
+    ("disputed", "window_ended"): ("disputed", SHOWN, ""),
     ("disputed", "ruled_in_part"): ("disputed", SHOWN + AWARD, ""),
     ("disputed", "withdrawn_in_part"): ("disputed", SHOWN, ""),
     ("disputed", "ruled"): ("claimed", SHOWN + AWARD, ""),
@@ -91,6 +93,7 @@ async def act(market: Market, deal: Deal, grant: bytes, fact: str) -> str:
             answer = await market.amend(deal.amend_request(1, cap=CAP + 1))
         elif fact == "window_ended":
             await end_window(market, deal)
+            await on_escrow(market, partial(give_back, keep=AWARD), deal)
         elif fact == "dispute_opened":
             await dispute(market, deal)
         elif fact == "appeal_opened":
@@ -153,6 +156,8 @@ async def check_row(market: Market, state: str, fact: str) -> None:
     assert (await told(market, deal))[-1][1] == next_state
     assert await market.free(deal.seller) == paid - paid * 500 // 10_000
     held = 0 if outcome else CAP - paid + (fact == "amended")
+    if (state, fact) == ("disputed", "window_ended"):
+        held = AWARD  # what is still asked for
     assert found["held_nanos"] == held
     assert await market.free(deal.buyer) == FUNDS - paid - held
     if outcome:

@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ import trio
 
 from lumaris_coordinator import create_app
 from lumaris_coordinator.events import hub as hub_module
-from lumaris_coordinator.events import outbox, stream
+from lumaris_coordinator.events import outbox, routes, stream
 from lumaris_coordinator.store.port import Connection, all_rows
+from lumaris_protocol.errors import LumarisError
 from tests.coordinator.builders import Market, Party
 
 
@@ -84,6 +86,10 @@ class Wire:
         return [event["id"] for event in self.events]
 
 
+# Making one takes longer than most of what is asked of it.
+_app_of = lru_cache(maxsize=1)(create_app)
+
+
 @asynccontextmanager
 async def connect(
     market: Market, path: str, *, query: str = "", kind: str = "http", **headers: str
@@ -110,7 +116,7 @@ async def connect(
     wire.say({"type": "http.request"} if kind == "http" else {"type": "websocket.connect"})
 
     async def serve() -> None:
-        await create_app(market.coordinator)(scope, wire.receive, wire.send)
+        await _app_of(market.coordinator)(scope, wire.receive, wire.send)
         wire.done = True
 
     async with trio.open_nursery() as nursery:
@@ -330,3 +336,48 @@ async def test_a_lost_wake_up_only_delays(market: Market, monkeypatch: pytest.Mo
         await until(lambda: bool(market.coordinator.events._by_party))
         newest = await tell(market, ann)
         await until(lambda: wire.ids == [newest])
+
+
+@BOTH
+async def test_streams_of_one_address_are_few(
+    market: Market, opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer costs nothing, so a count for each of them bounds nobody."""
+    ann, bob = await market.party("ann"), await market.party("bob")
+    hub = market.coordinator.events
+    monkeypatch.setattr(hub_module, "EVENT_STREAMS_PER_ADDRESS_MAX", 1)
+    monkeypatch.setattr(routes, "known_address", lambda request: "192.0.2.1")
+    async with opened(market, ann) as wire:
+        await until(lambda: hub.streams == 1)
+        answer = await market.client.get("/v1/events", headers=market.bearer(bob))
+        assert (answer.status_code, answer.json()["code"]) == (429, "too_many")
+        async with socket(market, bob) as refused:
+            await until(lambda: refused.done)
+        assert refused.sent[-1]["code"] == 1013
+        monkeypatch.setattr(routes, "known_address", lambda request: "192.0.2.2")
+        async with opened(market, bob):
+            await until(lambda: hub.streams == 2)
+        assert not wire.done
+    assert hub.streams == 0
+    assert not hub._addresses
+
+
+@BOTH
+async def test_a_store_that_cannot_be_asked_sends_nobody_away_for_good(
+    market: Market, opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "EVENTS_HEARTBEAT_S", 0.005)
+    ann = await market.party("ann")
+
+    async def busy(authorization: str) -> None:
+        raise LumarisError("busy", "The store does not answer.")
+
+    async with opened(market, ann) as wire:
+        await until(lambda: bool(market.coordinator.events._by_party))
+        monkeypatch.setattr(market.coordinator.identity, "authenticate", busy)
+        await until(lambda: wire.done)
+    if opened is socket:
+        close = wire.sent[-1]
+        assert (close["code"], close["reason"]) == (1013, "busy after=0")
+    else:
+        assert '"reason":"busy"' in wire.text

@@ -7,9 +7,17 @@ from functools import partial
 
 import pytest
 
-from lumaris_coordinator.store.port import Connection, all_rows
+from lumaris_coordinator.identity import store
+from lumaris_coordinator.store.port import Connection, all_rows, first
 from lumaris_protocol import agreements
-from tests.coordinator.builders import NETWORK, START, Market, Party, registration
+from tests.coordinator.builders import (
+    NETWORK,
+    START,
+    Market,
+    Party,
+    bond_request,
+    registration,
+)
 from tests.coordinator.postgres import INTEGRITY
 
 
@@ -139,15 +147,60 @@ async def test_token_is_not_stored_in_clear(market: Market) -> None:
     assert all(secret not in path.read_bytes() for path in state.rglob("*") if path.is_file())
 
 
-async def test_bootstrap_names_sellers_registered_lately(market: Market) -> None:
+async def seller(market: Market, name: str, *addresses: str) -> Party:
+    found = Party(name)
+    await market.register(found, roles=("seller",), addresses=addresses)
+    return found
+
+
+async def told(market: Market) -> list[str]:
+    found: list[str] = (await market.client.get("/v1/bootstrap")).json()["addresses"]
+    return found
+
+
+async def test_bootstrap_names_sellers(market: Market) -> None:
     await market.register(Party("ann"), roles=("buyer",), addresses=("/ip4/127.0.0.1/tcp/1",))
     for number in range(20):
-        market.clock.now += 1
-        addresses = tuple(f"/ip4/127.0.0.1/tcp/{number}{n}" for n in (1, 2, 3))
-        await market.register(Party(f"seller{number}"), roles=("seller",), addresses=addresses)
-    found = (await market.client.get("/v1/bootstrap")).json()["addresses"]
+        await seller(market, f"s{number}", *(f"/ip4/127.0.0.1/tcp/{number}{n}" for n in (1, 2, 3)))
+    found = await told(market)
     assert len(found) == 16
-    assert found[:3] == [f"/ip4/127.0.0.1/tcp/{n}" for n in (191, 192, 181)]
+    numbers = [address.rpartition("/")[2] for address in found]
+    assert {number[-1] for number in numbers} == {"1", "2"}  # two of each
+    assert await told(market) == found  # kept, for it costs
+    market.clock.now += 60
+    assert await told(market) != found or await told(market) != found
+    market.clock.now += 24 * 3600
+    assert await told(market) == []  # their certificates have ended
+
+
+async def test_bootstrap_leaves_out_revoked_and_inner_addresses(market: Market) -> None:
+    inner = ("/ip4/10.0.0.1/tcp/1", "/ip4/169.254.169.254/tcp/80", "/ip6/::1/tcp/1", "junk")
+    await seller(market, "inner", *inner)
+    assert set(await told(market)) == set(inner[:2])  # there is nothing else
+    await seller(market, "open", "/ip4/10.0.0.2/tcp/1", "/ip4/8.8.8.8/tcp/1", "/dns4/a.example/x")
+    assert await told(market) == ["/ip4/8.8.8.8/tcp/1", "/dns4/a.example/x"]
+    bad = await seller(market, "bad", "/ip4/9.9.9.9/tcp/1")
+    assert len(await told(market)) == 3
+    held = market.coordinator.revocations
+    await market.coordinator.store.submit(
+        lambda connection: held.revoke(connection, [(bad.peer, 0)], reason="x")
+    )
+    assert "/ip4/9.9.9.9/tcp/1" not in await told(market)
+
+
+async def test_bootstrap_cannot_be_taken_over_from_one_network(market: Market) -> None:
+    for number in range(6):
+        await seller(market, f"honest{number}", f"/ip4/8.{number}.8.8/tcp/1")
+    for number in range(20):
+        await seller(market, f"sybil{number}", f"/ip4/9.9.9.{number}/tcp/1")
+    bonded = await seller(market, "bonded", "/ip4/7.7.7.7/tcp/1")
+    await market.fund(bonded, 10**9)
+    body = bond_request(bonded, market.peer, "lock", 10**9)
+    assert (await market.client.post("/v1/bonds", content=body)).status_code == 200
+    found = await told(market)
+    assert found[0] == "/ip4/7.7.7.7/tcp/1"
+    assert sum(address.startswith("/ip4/9.9.9.") for address in found) == 1
+    assert sum(address.startswith("/ip4/8.") for address in found) == 6
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b'{"peer":"x"}', b'{"peer":1}', b"[" * 5_000, b"\xff"])
@@ -161,3 +214,17 @@ async def test_info_names_the_terms(market: Market) -> None:
     assert found["coordinator"] == market.peer
     assert (found["network"], found["currency"], found["fee_bps"]) == (NETWORK, "TEST", 500)
     assert found["time"] == START
+
+
+async def test_what_has_expired_is_forgotten_in_parts(market: Market) -> None:
+    for number in range(5):
+        await market.party(f"p{number}")
+    prune = partial(store.prune, now=market.now + 30 * 24 * 3600, limit=2)
+    more = [await market.coordinator.store.submit(prune) for _ in range(4)]
+    assert more == [True, True, False, False]
+    left = await market.coordinator.store.read(
+        lambda found: [
+            first(found, f"SELECT count(*) FROM {table}") for table in ("token", "used_challenge")
+        ]
+    )
+    assert left == [(0,), (0,)]

@@ -5,10 +5,20 @@ from __future__ import annotations
 import httpx
 import pytest
 
+from lumaris_coordinator.bounds import PAYOUT_NANOS_MIN
 from lumaris_coordinator.identity.commands import create_operator
 from lumaris_protocol import codec
 from lumaris_protocol.messages.notice import Revocations
-from tests.coordinator.builders import NETWORK, Market, Party, registration
+from tests.coordinator.builders import (
+    CAP,
+    NETWORK,
+    Market,
+    Party,
+    bond_request,
+    credit_request,
+    registration,
+)
+from tests.coordinator.test_money import payout_request
 from tests.coordinator.test_users import PASSWORD, delete, get, link, peer_link, post, sign_up, town
 
 __all__ = ["town"]
@@ -163,3 +173,48 @@ async def test_users_and_keys_on_either_store(town: Market) -> None:
     assert (await delete(town, "/v1/sessions/me", token)).status_code == 204
     assert (await get(town, "/v1/users/me", token)).status_code == 401
     assert (await get(town, "/v1/users/me", fresh["key"])).status_code == 200
+
+
+async def test_a_revoked_peer_begins_nothing_with_its_key(town: Market) -> None:
+    key, ann, ben = (
+        await operator_key(town),
+        await town.party("ann", CAP * 3),
+        await town.party("b"),
+    )
+    deal = town.deal(ann, ben)
+    await town.grant(deal)
+    (user, token) = await sign_up(town, "owner")
+    assert (await revoke(town, key, ann)).status_code == 200
+    amount, peer = PAYOUT_NANOS_MIN, town.peer
+    begun = {
+        "/v1/payouts": payout_request(ann, peer, amount),
+        "/v1/bonds": bond_request(ann, peer, "lock", amount),
+        "/v1/credits": credit_request(ann, peer, amount),
+        "/v1/amendments": deal.amend_request(1, cap=CAP + 1),
+    }
+    headers = {"content-type": "application/octet-stream"}
+    for path, body in begun.items():
+        answer = await town.client.post(path, content=body, headers=headers)
+        assert (answer.status_code, answer.json()["code"]) == (403, "revoked"), path
+    linked = await link(town, token, peer_link(town, ann, user))
+    assert (linked.status_code, linked.json()["code"]) == (403, "revoked")
+
+
+async def test_an_operator_takes_out_what_a_revoked_peer_left(town: Market) -> None:
+    key, ann, ben = (
+        await operator_key(town),
+        await town.party("ann", CAP),
+        await town.party("ben", CAP),
+    )
+    wanted = {"amount_nanos": PAYOUT_NANOS_MIN, "peer": ann.peer}
+    early = await post(town, "/v1/payouts", key, **wanted)
+    assert (early.status_code, early.json()["code"]) == (404, "not_found")
+    assert (await revoke(town, key, ann)).status_code == 200
+    refused = await post(town, "/v1/payouts", town.tokens["ben"], **wanted)
+    assert (refused.status_code, refused.json()["code"]) == (403, "forbidden")
+    taken = await post(town, "/v1/payouts", key, **wanted)
+    assert (taken.status_code, taken.json()["state"]) == (200, "held")
+    shown = await get(town, f"/v1/payouts/{taken.json()['payout']}", key)
+    assert shown.json()["amount_nanos"] == PAYOUT_NANOS_MIN
+    assert (await town.audit())["balanced"]
+    assert await town.free(ben) == CAP

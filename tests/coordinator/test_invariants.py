@@ -12,7 +12,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ class Model:
     state: str = "held"
     shown: int = 0
     paid: int = 0
+    returned: int = 0
     disputes: int = 0
     opened: int = 0
     heard: bool = False
@@ -82,6 +83,10 @@ class Model:
     @property
     def final(self) -> bool:
         return self.state in ESCROW.final
+
+    @property
+    def payable(self) -> int:
+        return self.cap - self.returned
 
     def end(self, state: str, paid: int) -> None:
         self.state, self.paid = state, max(self.paid, paid)
@@ -249,9 +254,11 @@ class MarketMachine(RuleBasedStateMachine):
         claim = check()
         self.catch_up(model)
         take = self.coordinator.escrows._apply
-        refused, _ = self.refusal(lambda connection: take(connection, claim, "", self.now))
+        refused, _ = self.refusal(lambda connection: take(connection, claim, signed, self.now))
         if model.final:
             return
+        if vouchered > model.payable:
+            vouchered = model.shown  # it comes too late: its money has been returned
         raised = vouchered > model.shown
         if model.state == "disputed":
             fresh = fact == "seller_claim" and not model.heard
@@ -291,17 +298,33 @@ class MarketMachine(RuleBasedStateMachine):
         model.state, model.paid = "disputed", max(model.paid, model.shown)
         model.moves += 1
 
+    @rule(model=sessions, part=PARTS, waits=st.booleans())
+    def give_back(self, model: Model, part: int, waits: bool) -> None:
+        """The window ends while a dispute is open: what it does not ask for returns."""
+        if model.state == "disputed" and waits:
+            self.time_passes(max(0, model.settle_by - self.now) + 1)
+        held = model.payable - model.paid
+        keep = held * part // 100
+        give = partial(
+            disputed.give_back, self.coordinator.context, agreement_hash=model.deal.hash,
+            keep=keep, now=self.now,
+        )  # fmt: skip
+        self.end_if_due(model)
+        self.apply(lambda connection: give(connection=connection))
+        if model.state == "disputed" and self.now > model.settle_by and keep < held:
+            model.returned, model.moves = model.returned + held - keep, model.moves + 1
+
     @rule(model=sessions, ruled=st.booleans(), part=PARTS)
     def end_dispute(self, model: Model, ruled: bool, part: int) -> None:
         if model.state != "disputed":
             return
-        nanos = (model.cap - model.paid) * part // 100 if ruled else 0
+        nanos = (model.payable - model.paid) * part // 100 if ruled else 0
         ruling = self.ruling(model, nanos) if ruled else None
         end = partial(
             disputed.award, self.coordinator.context, agreement_hash=model.deal.hash,
             award_nanos=nanos, ruling=ruling, now=self.now,
         )  # fmt: skip
-        if nanos > model.cap - model.paid:
+        if nanos > model.payable - model.paid:
             with pytest.raises(LumarisError, match="no_funds"):
                 self.apply(lambda connection: end(connection=connection))
             return
@@ -319,8 +342,9 @@ class MarketMachine(RuleBasedStateMachine):
     def ruling(self, model: Model, nanos: int) -> bytes:
         deal = model.deal
         facts = Facts(
-            paid_nanos=model.paid, remainder_nanos=model.cap - model.paid, bond_nanos=0,
-            stake_nanos=0, ended="done", opened_at=START, evidence_until=START,
+            paid_nanos=model.paid, claimed_nanos=0, remainder_nanos=model.cap - model.paid,
+            bond_nanos=0, stake_nanos=0, ended="done", opened_at=START, evidence_until=START,
+            ends_at=START,
         )  # fmt: skip
         ruling = Ruling(
             dispute=derive_id("dispute", f"{deal.hash}{model.moves}".encode()),
@@ -425,7 +449,7 @@ class MarketMachine(RuleBasedStateMachine):
         assert (escrow.voucher_total, escrow.disputes) == (model.shown, model.disputes)
         assert (escrow.not_after, escrow.settle_by) == (model.ends_at, model.settle_by)
         assert escrow.version + 1 == model.moves
-        held = 0 if model.final else model.cap - model.paid
+        held = 0 if model.final else model.payable - model.paid
         assert ledger.balance(self.connection, escrow.account) == held == escrow.remainder
         fee = model.paid * 500 // 10_000
         expected["fees", escrow.currency] += fee
@@ -470,7 +494,12 @@ class MarketMachine(RuleBasedStateMachine):
         trusted = frozenset({self.coordinator.peer_id})
         for model in self.models:
             if model.final:
-                file = self.coordinator.receipts._bundle(self.connection, model.deal.hash)
+                escrow = escrows.find(self.connection, model.deal.hash)
+                assert escrow is not None
+                # What is not looked for after a single move is not there.
+                looked = escrows.enclosed(self.connection, replace(escrow, version=99))
+                assert escrows.enclosed(self.connection, escrow) == looked
+                file = self.coordinator.receipts._bundle(self.connection, escrow)
                 report = receipts.verify_bundle(file, trusted=trusted)
                 assert report.verdict == "valid", report.checks
                 assert report.receipt is not None

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+from click.testing import Result
+
 from lumaris_coordinator.identity import keys, secrets
 from tests.coordinator.builders import Party
 from tests.sdk.cli.command import assert_one_message, call, json_of
@@ -67,3 +70,35 @@ def test_an_operator_is_made_with_a_key(tmp_path: Path) -> None:
     assert secrets.key_id(found.stdout.strip()) is not None
     again = call(*create)
     assert_one_message(again.stderr, "name_taken")
+
+
+def test_an_operators_keys_are_taken_back(tmp_path: Path) -> None:
+    state = made(tmp_path)
+
+    def run(*words: str) -> Result:
+        return call("coordinator", "operator", *words, "--state", state)
+
+    first, other = run("create", "ada").stdout.strip(), run("create", "bob").stdout.strip()
+    ada, bob = json_of(run("list", "--json"))
+    assert [key["id"] for key in ada["keys"]] == [secrets.key_id(first)]
+    assert ada["keys"][0]["id"] in run("list").stdout
+    renewed = run("renew", "ada").stdout.strip()
+    (ada, bob) = json_of(run("list", "--json"))
+    assert [key["id"] for key in ada["keys"]] == [secrets.key_id(renewed)]
+    assert "1 keys of ada have ended" in run("revoke", "ada").stderr
+    (ada, bob) = json_of(run("list", "--json"))
+    assert (ada["name"], ada["keys"]) == ("ada", [])
+    assert [key["id"] for key in bob["keys"]] == [secrets.key_id(other)]
+    assert_one_message(run("revoke", "eve").stderr, "not_found")
+    user = call("coordinator", "user", "create", "carl", "--state", state)
+    assert user.exit_code == 0
+    assert_one_message(run("renew", "carl").stderr, "not_found")
+
+
+@pytest.mark.parametrize("name", ["", "a", "a\nb", "a\x1b[2J", " ada", "a" * 65])
+def test_names_that_would_mislead(tmp_path: Path, name: str) -> None:
+    state = made(tmp_path)
+    for kind in ("operator", "user"):
+        refused = call("coordinator", kind, "create", name, "--state", state)
+        assert refused.exit_code != 0
+        assert_one_message(refused.stderr, "usage")

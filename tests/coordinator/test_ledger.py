@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from functools import partial
+from random import Random
+from typing import Any
 
 import pytest
 import trio
@@ -10,7 +12,7 @@ import trio
 from lumaris_coordinator import bounds
 from lumaris_coordinator.ledger import service, store
 from lumaris_coordinator.ledger.store import TEST_CREDIT, Leg, wallet
-from lumaris_coordinator.store.port import Connection
+from lumaris_coordinator.store.port import Connection, all_rows
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.money import NANOS_PER_CREDIT
 from tests.coordinator.builders import Market, credit_request, key_of
@@ -24,20 +26,23 @@ STORES = ("sqlite", "postgres")
 async def test_credit_is_given_once_per_nonce(market: Market) -> None:
     ann = await market.party("ann")
     body = credit_request(ann, market.peer, 700 * MIN)
-    transactions = set()
+    answers = set()
 
     async def ask() -> None:
         answer = await market.client.post("/v1/credits", content=body)
-        found = answer.json()
-        assert (found["credited_nanos"], found["free_nanos"]) == (700 * MIN, 700 * MIN)
-        transactions.add(found["transaction"])
+        assert answer.json()["credited_nanos"] == 700 * MIN
+        answers.add(answer.content)
 
     async with trio.open_nursery() as nursery:
         for _ in range(16):
             nursery.start_soon(ask)
-    assert len(transactions) == 1
+    # Whoever has the bytes gets the answer: it stays the same, and is no look at the wallet.
+    await market.fund(ann, MIN)
+    await ask()
+    assert len(answers) == 1
+    assert b"free_nanos" not in answers.pop()
     audit = await market.audit()
-    assert (audit["balanced"], audit["transfers"], audit["sum_nanos"]) == (True, 1, 0)
+    assert (audit["balanced"], audit["transfers"], audit["sum_nanos"]) == (True, 2, 0)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +131,64 @@ async def test_an_account_cannot_be_overdrawn(market: Market) -> None:
         await market.coordinator.store.submit(cheat)
     assert [await market.free(party) for party in (ann, ben)] == [10 * MIN, 0]
     assert (await market.audit())["transfers"] == 1
+
+
+async def test_an_account_changes_by_what_all_legs_give_and_take(market: Market) -> None:
+    submit, choice = market.coordinator.store.submit, Random(7)
+    source, *names = [wallet(TEST_CREDIT, "TEST"), *(f"acc_{letter}:TEST" for letter in "abcd")]
+    balances = dict.fromkeys([source, *names], 0)
+
+    def open_all(connection: Connection) -> None:
+        for name in names:
+            store.open_wallet(connection, name.partition(":")[0], "TEST")
+
+    await submit(open_all)
+    written: list[tuple[int, str, str, int]] = []
+    refused = 0
+    for _ in range(40):
+        pairs = [choice.sample([source, *names], 2) for _ in range(choice.randrange(6))]
+        legs = [Leg(one, other, choice.choice((0, 1, 2, 5, 9))) for one, other in pairs]
+        after = dict(balances)
+        for leg in legs:
+            after[leg.debit] -= leg.amount_nanos
+            after[leg.credit] += leg.amount_nanos
+        operation = partial(store.move, kind="settle", ref="", legs=iter(legs), now=0)
+        if min(after[name] for name in names) < 0:
+            refused += 1
+            with pytest.raises(LumarisError, match="no_funds"):
+                await submit(operation)
+            continue
+        txn, balances = await submit(operation), after
+        written += [(txn, leg.debit, leg.credit, leg.amount_nanos) for leg in legs]
+    assert 0 < refused < 40
+
+    def look(connection: Connection) -> tuple[dict[str, int], list[tuple[Any, ...]]]:
+        rows = all_rows(
+            connection, "SELECT id, txn, debit, credit, amount, currency FROM transfer ORDER BY id"
+        )
+        return {name: store.balance(connection, name) for name in balances}, rows
+
+    found, rows = await market.coordinator.store.read(look)
+    assert found == balances
+    kept = [row for row in written if row[3]]
+    assert rows == [(n, *row, "TEST") for n, row in enumerate(kept, 1)]
+    assert (await market.audit())["balanced"]
+
+
+async def test_a_leg_needs_both_its_accounts_and_one_currency(market: Market) -> None:
+    submit, source = market.coordinator.store.submit, wallet(TEST_CREDIT, "TEST")
+    ann = wallet((await market.account(await market.party("ann", 9 * MIN)))["account"], "TEST")
+    move = partial(store.move, kind="settle", ref="", now=0)
+    for leg, error in (
+        (Leg(source, "acc_nobody:TEST", 1), INTEGRITY),
+        (Leg("acc_nobody:TEST", ann, 1), (*INTEGRITY, LumarisError)),
+        (Leg(ann, "acc_nobody:OTHER", 1), ValueError),
+        (Leg(ann, source, -1), ValueError),
+    ):
+        with pytest.raises(error):
+            await submit(partial(move, legs=[Leg(source, ann, 5), leg]))
+    audit = await market.audit()
+    assert (audit["balanced"], audit["transfers"]) == (True, 1)
 
 
 @pytest.mark.parametrize(

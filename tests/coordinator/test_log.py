@@ -262,9 +262,7 @@ async def test_replicas_write_one_log(tmp_path: Path, postgres_server: object) -
         async with open_market(first, database=dsn) as one:
             second.mkdir(mode=0o700)
             shutil.copy2(first / "coordinator.key", second / "coordinator.key")
-            for file in ("sealing.key", "keys"):
-                if (first / file).is_file():
-                    shutil.copy2(first / file, second / file)
+            shutil.copytree(first / "keys", second / "keys")
             async with open_market(second, database=dsn) as two:
                 for number, count in enumerate((3, 250, 5, 300, 1, 256)):
                     market = one if number % 2 else two

@@ -78,8 +78,7 @@ class Streets:
         highest = await witnesses.highest_seen(
             self.open_stream,
             [key_of(name).peer_id for name in names],
-            network=NETWORK,
-            keys=coordinator.log.keys,
+            await coordinator.witnesses.memory(),
         )
         await coordinator.witnesses.require_current(highest)
 
@@ -279,7 +278,7 @@ async def test_a_start_without_witnesses(tmp_path: Path) -> None:
         settings = replace(coordinator.settings, witnesses_required=1)
         context = replace(coordinator.context, settings=settings)
         coordinator.witnesses = Witnesses(context, coordinator.log)
-        with pytest.raises(LumarisError, match="0 witnesses answered, 1 are required"):
+        with pytest.raises(LumarisError, match="0 witnesses told of a head of this log, 1 are"):
             await streets.check_start("absent")
         streets.witness("one")
         await streets.check_start("one", "absent")

@@ -16,6 +16,7 @@ from lumaris_coordinator.money.adapters.test_credit import TestCredit
 from lumaris_coordinator.money.payouts import Payouts
 from lumaris_coordinator.money.port import DEPOSIT, PAYOUT
 from lumaris_coordinator.store.port import all_rows, first
+from lumaris_coordinator.upkeep import commands
 from lumaris_coordinator.upkeep.freeze import set_frozen
 from lumaris_protocol import codec
 from lumaris_protocol.messages.money import PayoutRequest
@@ -445,6 +446,22 @@ async def test_a_frozen_coordinator_pays_nothing_new(market: Market) -> None:
     assert (await ask(market, payout_request(ann, market.peer, MIN)))["code"] == "frozen"
     await market.coordinator.store.submit(lambda connection: set_frozen(connection, False))
     assert (await ask(market, payout_request(ann, market.peer, MIN)))["state"] == "held"
+
+
+async def test_the_switch_stops_what_is_under_way(bank: tuple[Market, Provider]) -> None:
+    """What the provider was told it finishes; it is told nothing more."""
+    market, provider = bank
+    ann = await market.party("ann")
+    provider.receive(await account_of(market, ann), 10 * MIN)
+    await market.coordinator.money.deposits.round()
+    asked = await ask(market, payout_request(ann, market.peer, 4 * MIN, adapter="bank"))
+    commands.freeze(market.coordinator.settings, True)
+    await due(market)
+    assert "pay" not in provider.calls
+    assert (await show(market, ann, asked["payout"]))["state"] == "held"
+    commands.freeze(market.coordinator.settings, False)
+    await due(market)
+    assert (await show(market, ann, asked["payout"]))["state"] == "paid"
 
 
 async def test_only_an_operator_sees_the_comparisons(market: Market) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import random
+import threading
 from typing import Any
 
+import anyio
 import pytest
 
 from lumaris_coordinator.offers import service
@@ -249,3 +251,30 @@ async def test_a_query_that_makes_no_sense_is_refused(market: Market, query: dic
     answer = await market.client.get("/v1/offers", params=query)
     assert answer.status_code == 400, answer.text
     assert answer.json()["code"] == "malformed"
+
+
+async def test_a_search_holds_up_no_other_request(
+    market: Market, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    true = market.coordinator.offers.page
+
+    def slow(*arguments: Any, **wanted: Any) -> Any:
+        begun.set()
+        assert go_on.wait(20)
+        return true(*arguments, **wanted)
+
+    monkeypatch.setattr(market.coordinator.offers, "page", slow)
+    codes: list[int] = []
+
+    async def search() -> None:
+        codes.append((await market.client.get("/v1/offers")).status_code)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(search)
+        while not begun.is_set():
+            await anyio.lowlevel.checkpoint()
+        assert (await market.client.get("/v1/info")).status_code == 200
+        assert codes == []
+        go_on.set()
+    assert codes == [200]

@@ -13,15 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.routing import BaseRoute
 
-from lumaris_coordinator import create_app
+from lumaris_coordinator import Settings, create_app
 from lumaris_coordinator.bounds import ADDRESS_BURST, DOOR_BURST
 from lumaris_coordinator.identity.commands import create_operator
 from lumaris_coordinator.limits.access import ACCESS
 from lumaris_coordinator.limits.gcra import Buckets
 from lumaris_coordinator.limits.limiter import group_of
+from lumaris_protocol.errors import LumarisError
 from tests.coordinator.builders import Market
 from tests.coordinator.conftest import open_market
-from tests.coordinator.test_users import get, post, quick, sign_up, town
+from tests.coordinator.test_users import PASSWORD, get, post, quick, sign_up, town
 
 __all__ = ["town"]
 
@@ -261,3 +262,102 @@ async def test_a_strangers_things_are_not_there(town: Market) -> None:
             answer = await town.client.request(method, path, headers=headers)
             assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
     assert (await get(town, "/v1/api-keys", eve)).json() == {"keys": []}
+
+
+# --- behind a proxy that the settings do not name ---
+
+
+async def test_what_an_unnamed_local_proxy_forwards_shares_one_rate(
+    slow_town: Market, caplog: pytest.LogCaptureFixture
+) -> None:
+    codes = []
+    async with from_address(slow_town, "127.0.0.1") as client:
+        for number in range(8):
+            answer = await client.get(
+                "/v1/info", headers={"x-forwarded-for": f"198.51.100.{number}"}
+            )
+            codes.append(answer.status_code)
+        local = await client.get("/v1/info")
+    assert codes == [200] * 5 + [429] * 3
+    assert local.status_code == 200  # this machine itself
+    assert caplog.text.count("not among the `proxies`") == 1
+
+
+async def test_failed_logins_behind_it_keep_nobody_else_out(town: Market) -> None:
+    await sign_up(town, "ann")
+    async with from_address(town, "127.0.0.1") as client:
+        for headers in ({"x-forwarded-for": "198.51.100.1"}, {}):
+            for number in range(25):
+                body = {"name": f"nobody{number}", "password": "x"}
+                await client.post("/v1/sessions", json=body, headers=headers)
+        headers = {"x-forwarded-for": "203.0.113.5"}
+        body = {"name": "ann", "password": PASSWORD}
+        assert (await client.post("/v1/sessions", json=body, headers=headers)).status_code == 200
+
+
+async def test_a_proxy_is_known_in_any_spelling(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"address_rate": 1.0, "proxies": ("::ffff:192.0.2.1",)}
+    async with open_market(tmp_path / "state", **settings) as found:
+        for spelled in ("192.0.2.1", "::ffff:192.0.2.1"):
+            async with from_address(found, spelled) as client:
+                codes = []
+                for port in range(4):
+                    headers = {"x-forwarded-for": f"198.51.100.7:{port}, ::ffff:192.0.2.1"}
+                    codes.append((await client.get("/v1/info", headers=headers)).status_code)
+            assert codes == ([200] * 4 if spelled == "192.0.2.1" else [200, 429, 429, 429])
+
+
+@pytest.mark.parametrize("proxy", ["caddy", "10.0.0.0/8", ""])
+def test_a_proxy_is_an_address(tmp_path: Path, proxy: str) -> None:
+    with pytest.raises(LumarisError, match="proxies"):
+        Settings(state=tmp_path, proxies=(proxy,))
+
+
+async def test_the_keys_of_a_user_share_a_rate(town: Market) -> None:
+    _, token = await sign_up(town, "ann")
+    keys = []
+    for number in range(3):
+        made = await post(town, "/v1/api-keys", token, name=f"k{number}", rate_per_s=500)
+        keys.append(made.json()["key"])
+    identity, limiter = town.coordinator.identity, town.coordinator.limiter
+    callers = [await identity.authenticate(f"Bearer {key}") for key in keys]
+    taken = [limiter.known(callers[number % 3], "192.0.2.1") for number in range(2_001)]
+    assert taken[1_990].allowed
+    assert not taken[-1].allowed
+    assert taken[-1].policy == "holder"
+
+
+async def test_a_costly_route_takes_more(tmp_path: Path) -> None:
+    async with (
+        open_market(tmp_path / "state", address_rate=2.0) as found,
+        from_address(found, "192.0.2.1") as client,
+    ):
+        codes = [(await client.get("/v1/offers")).status_code for _ in range(3)]
+        assert codes == [200, 200, 429]
+        assert (await client.get("/v1/info")).status_code == 429
+    async with (
+        open_market(tmp_path / "slow", address_rate=0.2) as found,
+        from_address(found, "192.0.2.1") as client,
+    ):
+        assert (await client.get("/v1/offers")).status_code == 200  # it costs no more than all
+
+
+async def test_metrics_can_be_kept_from_strangers(tmp_path: Path) -> None:
+    async with (
+        open_market(tmp_path / "state", metrics_public=False) as found,
+        from_address(found, "192.0.2.1") as stranger,
+        from_address(found, "127.0.0.1") as local,
+    ):
+        key = create_operator(found.coordinator.settings, "root", clock=found.clock)["key"]
+        forwarded = {"x-forwarded-for": "127.0.0.1"}
+        assert (await stranger.get("/metrics")).status_code == 401
+        assert (await local.get("/metrics", headers=forwarded)).status_code == 401
+        party = await found.party("ann")
+        assert (await stranger.get("/metrics", headers=found.bearer(party))).status_code == 403
+        operator = {"authorization": f"Bearer {key}"}
+        assert (await stranger.get("/metrics", headers=operator)).status_code == 200
+        await found.coordinator.run_chores()  # which compare the books
+        text = (await local.get("/metrics")).text
+    names = [line.rpartition(" ")[0] for line in text.splitlines() if not line.startswith("#")]
+    assert len(names) == len(set(names))  # each is told once
+    assert any("reconciliation" in name for name in names)

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import uvicorn
 
-from lumaris_coordinator.server import Protocol, Server
+from lumaris_coordinator.bounds import LOCAL_CONNECTIONS_KEPT
+from lumaris_coordinator.server import Protocol, Server, protocol_behind
 
 HEAD = b"GET / HTTP/1.1\r\nHost: coordinator\r\n"
 
@@ -37,7 +38,8 @@ def with_server(
     async def serve() -> None:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
-            config = uvicorn.Config(app, http=Protocol, lifespan="off", log_config=None, **options)
+            options.setdefault("http", Protocol)
+            config = uvicorn.Config(app, lifespan="off", log_config=None, **options)
             server = Server(config, ready="ready", closing=closing)
             running = asyncio.create_task(server.serve(sockets=[listener]))
             async with asyncio.timeout(10):
@@ -185,3 +187,73 @@ def test_streams_are_told_before_the_server_ends() -> None:
 
     with_server(talk, app=echo_app, closing=lambda: told.append(True))
     assert told == [True]
+
+
+async def quick_app(scope: Any, receive: Any, send: Any) -> None:
+    """Answers at once."""
+    await send({"type": "http.response.start", "status": 204, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
+
+
+def of_elsewhere(monkeypatch: pytest.MonkeyPatch, *, most: int) -> None:
+    """Let the connections of a test come from one address of a stranger, which may have so many."""
+    monkeypatch.setattr("lumaris_coordinator.server.counted_as", lambda address: "192.0.2.1")
+    monkeypatch.setattr("lumaris_coordinator.server.CONNECTIONS_PER_ADDRESS_MAX", most)
+
+
+def test_an_address_has_so_many_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_elsewhere(monkeypatch, most=2)
+
+    async def talk(reader: Reader, writer: Writer) -> None:
+        address = writer.get_extra_info("peername")
+        _, second = await asyncio.open_connection(*address)
+        third, closing = await asyncio.open_connection(*address)
+        status, problem = problem_in(await third.read())
+        assert (status, problem["code"]) == (429, "too_many")
+        second.close()
+        closing.close()
+        while True:  # until the server has heard of the end
+            again, writing = await asyncio.open_connection(*address)
+            writing.write(HEAD + b"Connection: close\r\n\r\n")
+            answer = await again.read()
+            writing.close()
+            if answer.startswith(b"HTTP/1.1 204"):
+                break
+        writer.write(HEAD + b"Connection: close\r\n\r\n")
+        assert (await reader.read()).startswith(b"HTTP/1.1 204")
+
+    with_server(talk, app=quick_app)
+
+
+def test_strangers_leave_places_to_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_elsewhere(monkeypatch, most=100)
+
+    async def talk(reader: Reader, writer: Writer) -> None:
+        status, problem = problem_in(await reader.read())
+        assert (status, problem["code"]) == (503, "busy")
+        monkeypatch.undo()  # the next one comes from here
+        again, writing = await asyncio.open_connection(*writer.get_extra_info("peername"))
+        writing.write(HEAD + b"Connection: close\r\n\r\n")
+        assert (await again.read()).startswith(b"HTTP/1.1 204")
+        writing.close()
+
+    with_server(talk, app=quick_app, limit_concurrency=LOCAL_CONNECTIONS_KEPT)
+
+
+def test_a_named_proxy_has_as_many_as_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_elsewhere(monkeypatch, most=0)
+
+    async def talk(reader: Reader, writer: Writer) -> None:
+        writer.write(HEAD + b"Connection: close\r\n\r\n")
+        assert (await reader.read()).startswith(b"HTTP/1.1 204")
+
+    with_server(talk, app=quick_app, http=protocol_behind(("::ffff:127.0.0.1",)))
+
+
+def test_what_speaks_no_http_fills_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def talk(reader: Reader, writer: Writer) -> None:
+        writer.write(b"\x16\x03\x01 not http\r\n\r\n")
+        assert problem_in(await reader.read())[0] == 400
+
+    with_server(talk)
+    assert "Invalid HTTP" not in caplog.text

@@ -263,10 +263,11 @@ def test_values(session: Session, value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "error"), [("a\0b", "NUL"), (2**63, "out of range"), (object(), "object")]
+    ("value", "error"),
+    [("a\0b", "NUL"), ("\ud800", "Unicode"), (2**63, "out of range"), (object(), "object")],
 )
 def test_no_values(session: Session, value: object, error: str) -> None:
-    with pytest.raises(psycopg.Error, match=error):
+    with pytest.raises((psycopg.Error, LumarisError), match=error):
         all_rows(session, "SELECT CAST(? AS BIGINT)", (value,))
     assert entries(session) == []
 

@@ -19,10 +19,11 @@ import uvicorn
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.x509.oid import NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from lumaris_coordinator import Coordinator, Settings, create_app
 from lumaris_coordinator.authority import Authority, peer_of
+from lumaris_coordinator.bounds import SERVER_CERTIFICATE_LIFETIME_S
 from lumaris_coordinator.server import Protocol, Server
 from lumaris_coordinator.tls import server_tls
 from lumaris_protocol import codec
@@ -132,7 +133,7 @@ async def site(folder: Path, *, mutual: bool) -> AsyncIterator[Site]:
         state=folder / "state", tls_cert=certificate, tls_key=key, mutual_tls=mutual
     )
     coordinator = Coordinator(settings)
-    tls = server_tls(settings, coordinator.authority.ca_file if mutual else None)
+    tls = server_tls(settings, lambda: coordinator.authority, now=int(time.time()))
     assert tls is not None
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -181,7 +182,7 @@ def test_mutual_tls_binds_the_token_to_the_certificate(tmp_path: Path) -> None:
             async with found.client() as client:
                 assert (await client.get("/v1/info")).status_code == 200
                 closed = await client.get("/v1/bootstrap")
-                assert (closed.status_code, closed.json()["code"]) == (401, "unauthorized")
+                assert (closed.status_code, closed.json()["code"]) == (401, "certificate_needed")
             ann_pem, ben_pem = await found.enrol(ann), await found.enrol(ben)
             async with found.client(ann_pem) as client:
                 token = await found.register(client, ann)
@@ -192,6 +193,22 @@ def test_mutual_tls_binds_the_token_to_the_certificate(tmp_path: Path) -> None:
                 assert (stolen.status_code, stolen.json()["code"]) == (401, "unauthorized")
             await refused(found, foreign(found, tmp_path))
             await refused(found, outdated(found, tmp_path))
+
+    asyncio.run(talk())
+
+
+@pytest.mark.slow
+def test_who_does_not_shake_hands_is_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lumaris_coordinator.server.TLS_HANDSHAKE_S_MAX", 0.01)
+
+    async def talk() -> None:
+        async with site(tmp_path, mutual=False) as found:
+            port = int(found.url.rpartition(":")[2])
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            assert await reader.read() == b""  # it ends, though we say nothing
+            writer.close()
 
     asyncio.run(talk())
 
@@ -258,6 +275,43 @@ def broken(request: bytes) -> bytes:
     return request[:-1] + bytes([request[-1] ^ 1])
 
 
+def test_its_own_certificate_names_the_host_and_is_made_anew(tmp_path: Path) -> None:
+    names = ("127.0.0.1", "::1", "market.example")
+    settings = Settings(state=tmp_path, tls_names=names)
+    authority, now = Authority(tmp_path, now=int(time.time())), int(time.time())
+    tls = server_tls(settings, lambda: authority, now=now)
+    assert tls is not None
+    file = tls.options()["ssl_certfile"]
+    assert file.stat().st_mode & 0o077 == 0
+    made = x509.load_pem_x509_certificate(file.read_bytes())
+    made.verify_directly_issued_by(x509.load_pem_x509_certificate(authority.pem))
+    found = made.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert found.get_values_for_type(x509.DNSName) == ["market.example"]
+    assert list(map(str, found.get_values_for_type(x509.IPAddress))) == list(names[:2])
+    usage = made.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    assert list(usage) == [ExtendedKeyUsageOID.SERVER_AUTH]  # no peer's certificate
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    assert not tls.refresh(context, now=now + SERVER_CERTIFICATE_LIFETIME_S // 2 - 1)
+    assert tls.refresh(context, now=now + SERVER_CERTIFICATE_LIFETIME_S // 2)
+    assert x509.load_pem_x509_certificate(file.read_bytes()) != made
+
+
+def test_a_certificate_that_was_replaced_is_served(tmp_path: Path) -> None:
+    certificate, key = server_certificate(tmp_path)
+    settings = Settings(state=tmp_path / "state", tls_cert=certificate, tls_key=key)
+    tls = server_tls(settings, lambda: Authority(tmp_path, now=0), now=0)
+    assert tls is not None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    assert not tls.refresh(context, now=0)
+    whole = key.read_bytes()
+    key.write_bytes(whole[:-40])  # half of it is there
+    assert not tls.refresh(context, now=0)
+    key.unlink()
+    assert not tls.refresh(context, now=0)
+    server_certificate(tmp_path)
+    assert tls.refresh(context, now=0)
+
+
 def test_the_authority_keeps_its_key(tmp_path: Path) -> None:
     first = Authority(tmp_path, now=int(time.time()))
     assert Authority(tmp_path, now=int(time.time())).pem == first.pem
@@ -284,12 +338,22 @@ def test_a_certificate_names_one_peer_or_none(certificate: object) -> None:
 
 
 def test_the_settings_go_together(tmp_path: Path) -> None:
-    for wrong in ({"tls_cert": tmp_path}, {"tls_key": tmp_path}, {"mutual_tls": True}):
+    both = {"tls_cert": tmp_path, "tls_key": tmp_path, "tls_names": ("a.example",)}
+    for wrong in (
+        {"tls_cert": tmp_path},
+        {"tls_key": tmp_path},
+        {"mutual_tls": True},
+        both,
+        {"tls_names": ("https://a.example",)},
+        {"tls_names": ("A.example",)},
+        {"tls_names": ("-a.example",)},
+        {"tls_names": ("a.example",) * 17},
+    ):
         with pytest.raises(LumarisError, match="config_invalid"):
             Settings(state=tmp_path, **wrong)
     bad = Settings(state=tmp_path, tls_cert=tmp_path / "none", tls_key=tmp_path / "none")
     with pytest.raises(LumarisError, match="config_invalid"):
-        server_tls(bad, None)
+        server_tls(bad, lambda: Authority(tmp_path, now=0), now=0)
 
 
 async def test_a_revoked_peer_gets_none(tmp_path: Path) -> None:

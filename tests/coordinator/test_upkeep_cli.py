@@ -27,15 +27,45 @@ def test_the_life_of_a_folder(tmp_path: Path) -> None:
     assert json_of(call("coordinator", "freeze", "--json", "--state", state)) == {"frozen": True}
 
     written = json_of(call("coordinator", "backup", file, "--json", "--state", state))
-    assert (written["rows"], written["log_size"]) == (1, 0)
+    assert (written["rows"], written["log_size"]) == (5, 0)
     new = tmp_path / "new"
     new.mkdir(mode=0o700)
     shutil.copy2(state / "coordinator.key", new)
     shutil.copytree(state / "keys", new / "keys")
+    assert call("coordinator", "freeze", "off", "--state", state).stdout == "off\n"
     found = json_of(call("coordinator", "restore", file, "--json", "--state", new))
     assert found == {**written, "check": found["check"]}
     assert found["check"]["sound"]
+    # What is restored stands still until somebody has looked at it.
     assert call("coordinator", "freeze", "--state", new).stdout == "on\n"
+
+
+def test_data_is_not_restored_beside_the_keys_of_another(tmp_path: Path) -> None:
+    state, file = tmp_path / "state", tmp_path / "backup"
+    init = call("coordinator", "init", "--network", "town", "--json", "--state", state)
+    peer = json_of(init)["coordinator"]
+    call("coordinator", "backup", file, "--state", state)
+    new = tmp_path / "new"
+    none = call("coordinator", "restore", file, "--state", new)
+    assert_one_message(none.stderr, "not_found")
+    new.mkdir(mode=0o700)
+    shutil.copytree(state / "keys", new / "keys")
+    shutil.copy2(state / "coordinator.key", new)
+    unnamed = call("coordinator", "restore", file, "--state", new)
+    assert_one_message(unnamed.stderr, "config_invalid")
+    assert "coordinator.toml" in unnamed.stderr  # it tells the network
+    shutil.copy2(state / "coordinator.toml", new)
+    assert call("coordinator", "restore", file, "--state", new).exit_code == 0
+    other = tmp_path / "other"
+    call("coordinator", "init", "--network", "town", "--state", other)
+    foreign = call("coordinator", "restore", file, "--state", other)
+    assert_one_message(foreign.stderr, "config_invalid")
+    assert peer in foreign.stderr
+    shutil.copy2(new / "coordinator.db", other)
+    for words in (("check",), ("freeze", "on"), ("backup", tmp_path / "x")):
+        bad = call("coordinator", *words, "--state", other)
+        assert_one_message(bad.stderr, "config_invalid")
+        assert f"is of coordinator {peer}" in bad.stderr
 
 
 def test_init_says_what_to_do_next(tmp_path: Path) -> None:

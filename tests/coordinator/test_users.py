@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ import httpx
 import pytest
 from nacl import pwhash
 
+from lumaris_coordinator.identity.commands import create_operator
 from lumaris_coordinator.identity.passwords import Passwords
+from lumaris_coordinator.store.port import all_rows
 from lumaris_protocol import codec
+from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.messages.identity import PeerLink
 from tests.coordinator.builders import NETWORK, Market, Party
 from tests.coordinator.conftest import open_market
@@ -138,28 +142,104 @@ async def test_an_unknown_name_is_checked_against_a_hash_as_well() -> None:
     assert not await passwords.check(kept, PASSWORD + "!")
 
 
-async def test_few_passwords_are_checked_at_once_and_few_wait(town: Market) -> None:
+class Slow(Passwords):
+    """Hashing that ends when a test says so."""
+
+    def __init__(self) -> None:
+        super().__init__(ops=pwhash.argon2id.OPSLIMIT_MIN, memory=pwhash.argon2id.MEMLIMIT_MIN)
+        self.go_on = threading.Event()
+
+    def _hash(self, password: bytes) -> bytes:
+        assert self.go_on.wait(20)
+        return super()._hash(password)
+
+
+async def test_strangers_who_register_keep_nobody_from_logging_in(town: Market) -> None:
     await sign_up(town, "ann")
+    passwords = town.coordinator.users._passwords = Slow()
+    passwords._nobody = b"made before"
     answers: list[httpx.Response] = []
 
     async def try_one(number: int) -> None:
-        found = await post(town, "/v1/users", name=f"user{number}", password=PASSWORD)
-        answers.append(found)
+        answers.append(await post(town, "/v1/users", name=f"user{number}", password=PASSWORD))
 
-    passwords = town.coordinator.users._passwords
-    limiter = passwords._limiter
-    assert limiter is not None
-    for holder in ("one", "two"):
-        await limiter.acquire_on_behalf_of(holder)
     async with anyio.create_task_group() as tasks:
-        for number in range(40):
+        for number in range(250):
             tasks.start_soon(try_one, number)
-        while len(answers) < 8:
+        while len(answers) < 250 - 33:
             await anyio.lowlevel.checkpoint()
         assert {answer.json()["code"] for answer in answers} == {"busy"}
-        for holder in ("one", "two"):
-            limiter.release_on_behalf_of(holder)
-    assert sum(answer.status_code == 201 for answer in answers) == 32
+        await log_in(town, "ann")
+        passwords.go_on.set()
+    assert sum(answer.status_code == 201 for answer in answers) == 33
+
+
+async def test_one_caller_has_few_places_in_the_line(town: Market) -> None:
+    passwords = Slow()
+    outcomes: list[str] = []
+
+    async def try_one(caller: str) -> None:
+        try:
+            await passwords.hash(PASSWORD, caller=caller, known=True)
+            outcomes.append(caller)
+        except LumarisError as error:
+            outcomes.append(error.code)
+
+    async with anyio.create_task_group() as tasks:
+        for caller in ["one"] * 20 + ["two"]:
+            tasks.start_soon(try_one, caller)
+        while len(outcomes) < 12:
+            await anyio.lowlevel.checkpoint()
+        assert outcomes == ["busy"] * 12
+        passwords.go_on.set()
+    assert sorted(outcomes[12:]) == ["one"] * 8 + ["two"]
+
+
+async def test_an_address_makes_few_users_a_day(town: Market) -> None:
+    address = "192.0.2.1"
+    users = town.coordinator.users
+    for number in range(10):
+        await users.register(f"user{number}", PASSWORD, address=address)
+    with pytest.raises(LumarisError) as caught:
+        await users.register("one-more", PASSWORD, address=address)
+    assert caught.value.code == "rate_limited"
+    await users.register("elsewhere", PASSWORD, address="192.0.2.2")
+    town.clock.now += 24 * 3600
+    await users.register("tomorrow", PASSWORD, address=address)
+
+
+async def test_a_full_table_takes_operators(town: Market, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lumaris_coordinator.identity.users.USERS_MAX", 1)
+    await sign_up(town, "ann")
+    full = await post(town, "/v1/users", name="ben", password=PASSWORD)
+    assert (full.status_code, full.json()["code"]) == (503, "busy")
+    create_operator(town.coordinator.settings, "root", clock=town.clock)
+
+
+async def test_users_who_never_had_anything_are_forgotten(
+    town: Market, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lumaris_coordinator.identity.users.USERS_LOOKED_AT_PER_ROUND", 2)
+    create_operator(town.coordinator.settings, "root", clock=town.clock)
+    owner, token = await sign_up(town, "owner")
+    await link(town, token, peer_link(town, await town.party("ann"), owner))
+    for name in ("keyed", "idle1", "idle2"):
+        _, token = await sign_up(town, name)
+        if name == "keyed":
+            wish = {"name": "ci", "lifetime_s": 90 * 24 * 3600}
+            assert (await post(town, "/v1/api-keys", token, **wish)).status_code == 201
+    town.clock.now += 30 * 24 * 3600 - 1
+    forgotten = [await town.coordinator.users.prune() for _ in range(3)]
+    assert forgotten == [0, 0, 0]
+    town.clock.now += 1
+    await town.coordinator.identity.prune()
+    assert sum([await town.coordinator.users.prune() for _ in range(3)]) == 2
+    kept = await town.coordinator.store.read(
+        lambda found: [str(name) for (name,) in all_rows(found, "SELECT name FROM users")]
+    )
+    assert sorted(kept) == ["keyed", "owner", "root"]
+    assert (await town.audit())["balanced"]
+    await sign_up(town, "idle1")  # the name is free
 
 
 async def test_failures_are_limited_by_name_and_address(town: Market) -> None:

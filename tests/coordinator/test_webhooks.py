@@ -435,7 +435,7 @@ async def test_a_name_that_leads_inside_is_not_followed(
     async def resolve(host: str, port: int, **_: Any) -> list[Any]:
         return [(2, 1, 6, "", (address, port)) for address in addresses]
 
-    monkeypatch.setattr("anyio.getaddrinfo", resolve)
+    monkeypatch.setattr("lumaris_coordinator.webhooks.outgoing.look_up", resolve)
     with pytest.raises(UnreachableError) as caught:
         async with PinnedSender().open(URL):
             pass
@@ -446,7 +446,7 @@ async def test_a_name_over_http_never_leaves_this_machine(monkeypatch: pytest.Mo
     async def resolve(host: str, port: int, **_: Any) -> list[Any]:
         return [(2, 1, 6, "", ("1.1.1.1", port))]
 
-    monkeypatch.setattr("anyio.getaddrinfo", resolve)
+    monkeypatch.setattr("lumaris_coordinator.webhooks.outgoing.look_up", resolve)
     with pytest.raises(UnreachableError, match="unsafe_address"):
         async with PinnedSender(loopback=True).open("http://hooks.example/"):
             pass
@@ -531,7 +531,7 @@ async def test_a_delivery_over_tls_goes_to_the_checked_address_and_the_name_is_p
         return [(2, 1, 6, "", ("127.0.0.1", port))]
 
     answer = b"HTTP/1.1 302 Found\r\nlocation: http://169.254.169.254/\r\ncontent-length: 0\r\n\r\n"
-    monkeypatch.setattr("anyio.getaddrinfo", resolve)
+    monkeypatch.setattr("lumaris_coordinator.webhooks.outgoing.look_up", resolve)
     async with receiver(answer, server) as (port, requests):
         sender = PinnedSender(loopback=True, trusted=client)
         async with sender.open(f"https://hooks.example:{port}/in?x=1") as post:

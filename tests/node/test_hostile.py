@@ -375,7 +375,7 @@ def other_key(machine: BuyerSession) -> bytes:
     return sent(machine.close())
 
 
-def over_cap(machine: BuyerSession) -> bytes:
+def unasked(machine: BuyerSession) -> bytes:
     machine.tab.cap_nanos = machine.terms.cap_nanos + 1
     return machine._chain.sign(Voucher, total_nanos=machine.terms.cap_nanos + 1).data
 
@@ -395,7 +395,7 @@ def accept_nothing(machine: BuyerSession) -> bytes:
         (fork, "broken_chain"),
         (foreign_network, "bad_signature"),
         (other_key, "wrong_signer"),
-        (over_cap, "over_cap"),
+        (unasked, "unasked"),
         (stale, "voucher_stale"),
         (accept_nothing, "out_of_sequence"),
         (lambda _: b"noise", "malformed"),

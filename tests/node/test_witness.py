@@ -213,3 +213,16 @@ async def test_one_peer_does_not_wear_it_out(tmp_path: Path) -> None:
     assert codes
     assert set(codes) == {"not_accepting"}
     assert (await tell(witness, ask(0, 5))).state == "cosigned"
+
+
+async def test_strangers_take_no_turns_of_the_log(tmp_path: Path) -> None:
+    witness = make(tmp_path)
+    refused = 0
+    for seed in range(10, 16):
+        for _ in range(10):
+            try:
+                await tell(witness, WitnessAsk(op="latest"), KeyPair(bytes([seed]) * 32))
+            except LumarisError:
+                refused += 1
+    assert refused == 10  # those of all strangers together
+    assert (await tell(witness, ask(0, 5))).state == "cosigned"

@@ -108,12 +108,12 @@ def instead_of_delivery(make: Callable[[SellerSession, int], bytes]) -> Patch:
     return cheat
 
 
-def false_end(session: SellerSession, n: int) -> bytes:
-    return session._chain.sign(JobEvent, n=n, state="failed", reason="succeeded", at=0).data
+def ending(reason: str) -> Callable[[SellerSession, int], bytes]:
+    def make(session: SellerSession, n: int) -> bytes:
+        named = {"n": n, "order_hash": session._papers[n][0]}
+        return session._chain.sign(JobEvent, **named, state="failed", reason=reason, at=0).data
 
-
-def invented_reason(session: SellerSession, n: int) -> bytes:
-    return session._chain.sign(JobEvent, n=n, state="failed", reason="no_such", at=0).data
+    return make
 
 
 def log_with_a_gap(session: SellerSession, n: int) -> bytes:
@@ -136,8 +136,8 @@ def log_with_a_gap(session: SellerSession, n: int) -> bytes:
         (fewer_bytes, "output_mismatch"),
         (more_bytes, "oversize"),
         (delivered_twice, "replayed"),
-        (instead_of_delivery(false_end), "platform_error"),
-        (instead_of_delivery(invented_reason), "platform_error"),
+        (instead_of_delivery(ending("succeeded")), "platform_error"),
+        (instead_of_delivery(ending("no_such")), "platform_error"),
         (instead_of_delivery(log_with_a_gap), "out_of_sequence"),
         (instead_of_delivery(lambda session, n: b"noise"), "malformed"),
     ],

@@ -558,7 +558,8 @@ def test_node(parts: dict[str, Any], tmp_path: Path) -> None:
     assert call("node", "down", "--state", tmp_path).stdout == "stopped\n"
     up = call("node", "up", "--state", tmp_path, "--region", "eu", "--coordinator", "http://c")
     assert up.exit_code == 0
-    options = {"coordinator": "http://c", "listen": None, "region": "eu", "log_level": None}
+    options: dict[str, Any] = {"coordinator": "http://c", "coordinator_ca": None, "listen": None}
+    options |= {"region": "eu", "log_level": None}
     assert parts["calls"][-1] == ("lumaris_node.cli:run", (tmp_path,), options)
 
 
@@ -566,6 +567,8 @@ def test_coordinator(parts: dict[str, Any], tmp_path: Path) -> None:
     parts["lumaris_coordinator.config:Settings"] = SimpleNamespace(network="devnet")
     parts["lumaris_coordinator.upkeep.config_file:read"] = {"fee_bps": 7, "network": "devnet"}
     parts["lumaris_coordinator.cli:run"] = None
+    parts["lumaris_coordinator.upkeep.folder:require_owner"] = None
+    parts["lumaris_coordinator.upkeep.commands:place"] = "a file"
     words = ["--fee-bps", "0", "--settle-window", "1h", "--test-credit", "5", "--port", "0"]
     assert call("coordinator", "up", "--state", tmp_path, *words).exit_code == 0
     made = next(call for call in parts["calls"] if call[0] == "lumaris_coordinator.config:Settings")
