@@ -43,6 +43,8 @@ NODE_MEANINGS: Final = {
     "settle.dispute_unpaid": "Dispute a session that ended with delivered and unpaid work,"
     " before it is claimed; that takes a bond from the node's account.",
     "coordinator": "The coordinator's address. Flag: `--coordinator`.",
+    "coordinator_ca": "PEM file of the authority of a coordinator that has its own. Default: what"
+    " this machine trusts.",
     "listen": "IP and TCP port for peers; port 0 lets the system choose. Flag: `--listen`.",
     "direct": "IP and TCP port where other programs connect directly; empty means the IP of"
     " `listen` and any port, `off` that all goes through the overlay.",
@@ -103,6 +105,9 @@ ENVIRONMENT_MEANINGS: Final = {
     " folder.",
     "LUMARIS_COORDINATOR_URL": "The coordinator, as `--coordinator`. Default:"
     " `http://127.0.0.1:24480`.",
+    "LUMARIS_CA_FILE": "PEM file of the authority of a coordinator that has its own, for buyers and"
+    " `lumaris node up`. Default: what this machine trusts.",
+    "LUMARIS_API_KEY": "A user's API key, for `lumaris user`.",
     "LUMARIS_OVERLAY_LINGER_S": "Seconds the buyer's overlay process stays after its last client."
     " Default: 180.",
     "LUMARIS_OVERLAY_LISTEN": "IP:PORT where the buyer's overlay process listens. Default: a free"
