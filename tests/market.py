@@ -360,9 +360,10 @@ async def open_market(folder: Path, modules: Path) -> AsyncIterator[Market]:
     coordinator = Coordinator(settings, clock=clock)
     line = Line(httpx.ASGITransport(create_app(coordinator)))
     keys = frozenset({PeerId(coordinator.peer_id)})
+    roots = frozenset({coordinator.context.keys.list.signer})
     async with (
         coordinator.running(),
-        open_network(NETWORK, keys, now=clock) as network,
+        open_network(NETWORK, keys, now=clock, roots=roots) as network,
         trio.open_nursery() as nursery,
     ):
         with (

@@ -17,6 +17,7 @@ import pytest
 from lumaris.cli.options import Settings as Options
 from lumaris.cli.root import root
 from lumaris_coordinator.cli import DATABASE_ENV
+from lumaris_coordinator.tls import OPEN
 from lumaris_protocol.codes import CODES
 from tests.coordinator.builders import Market
 from tests.coordinator.conftest import database, market, postgres_server
@@ -96,6 +97,17 @@ def test_prometheus_reads_the_rules() -> None:
     assert jobs == {"lumaris-coordinator": "/metrics"}
     used = {job for rule in alerts() for job in re.findall(r'job="([^"]+)"', rule["expr"])}
     assert used == set(jobs)
+    text = (DEPLOY / "prometheus/prometheus.yaml").read_text(encoding="utf-8")
+    (job,) = yaml.safe_load(re.sub(r"^    # (\w+: )", r"    \1", text, flags=re.M))[
+        "scrape_configs"
+    ]
+    assert {"scheme", "tls_config", "authorization"} < job.keys()
+
+
+def test_the_handbook_names_what_needs_no_client_certificate() -> None:
+    assert {path for path in OPEN if not path.startswith("/v1/identity/")} < set(
+        re.findall(r"`(/[^`]+)`", OPERATING)
+    )
 
 
 def test_the_dashboard_is_whole() -> None:

@@ -157,12 +157,13 @@ class Seq(Answer):
 
 
 class Wallet(Answer):
-    """Money in one currency: free, and held in open sessions."""
+    """Money in one currency: free, held in open sessions, and put down in open disputes."""
 
     currency: str
     free_nanos: int
     held_nanos: int
     sessions_open: int
+    disputed_nanos: int
 
 
 class Account(Answer):
@@ -174,6 +175,7 @@ class Account(Answer):
     free_nanos: int
     held_nanos: int
     sessions_open: int
+    disputed_nanos: int
     wallets: list[Wallet]
 
 
@@ -303,8 +305,13 @@ class EscrowClaim(Answer):
 
 
 class EscrowClaims(Answer):
-    """The claims on a session's money that may be evidence."""
+    """The claims on a session's money that may be evidence; what was paid, what the bonds hold for
+    a dispute now, and how many sellers could be drawn to check a result."""
 
+    paid_nanos: int
+    buyer_bond_nanos: int
+    seller_bond_nanos: int
+    checkers: int
     claims: list[EscrowClaim]
 
 

@@ -23,6 +23,7 @@ from lumaris_coordinator.bounds import (
     WEBSOCKET_BYTES_MAX,
 )
 from lumaris_coordinator.config import Settings
+from lumaris_coordinator.identity.keys import network_of
 from lumaris_coordinator.peers.service import can_run
 from lumaris_coordinator.server import Server, protocol_behind
 from lumaris_coordinator.tls import server_tls
@@ -120,7 +121,7 @@ def _settings(argv: Sequence[str] | None) -> Settings:
     parser.add_argument("--state", type=Path, required=True, help="directory of key and database")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0, help="0 lets the system choose")
-    parser.add_argument("--network", default="devnet")
+    parser.add_argument("--network", help="of a new folder: devnet unless told")
     parser.add_argument("--fee-bps", type=int)
     parser.add_argument("--settle-window", type=int, metavar="SECONDS")
     parser.add_argument("--test-credit", metavar="CREDITS", help="per account")
@@ -146,7 +147,7 @@ def _settings(argv: Sequence[str] | None) -> Settings:
         database=os.environ.get(DATABASE_ENV, ""),
         host=found.host,
         port=found.port,
-        network=found.network,
+        network=found.network or network_of(found.state) or Settings.network,
         tls_cert=found.tls_cert,
         tls_key=found.tls_key,
         tls_names=tuple(found.tls_name),

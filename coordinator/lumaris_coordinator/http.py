@@ -64,7 +64,8 @@ async def read_json(request: Request, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise LumarisError("malformed", f"The body: {error}") from None
+        hint = "The route's description in /v1/openapi.json shows the body that it takes."
+        raise LumarisError("malformed", f"The body: {error}", hint=hint) from None
 
 
 def json_body(kind: type) -> dict[str, Any]:

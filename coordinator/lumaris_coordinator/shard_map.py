@@ -72,18 +72,20 @@ class ShardMaps:
         )
 
     def signed(self) -> bytes:
-        """The map as a signed document, at most an hour old.
+        """The map as a signed document, at most an hour old and signed with the key of now.
 
         Raises LumarisError `config_invalid` when it is larger than such a document may be.
         """
-        now = self._context.now()
+        now, key = self._context.now(), self._context.key
         held = self._signed
+        if held is not None and held.signer != key.peer_id:
+            held = None
         if held is None or not 0 <= now - held.message.issued_at < SHARD_MAP_RENEWED_S:
             fresh = msgspec.structs.replace(
                 self._map, issued_at=now, expires_at=now + SHARD_MAP_SIGNED_S
             )
             try:
-                held = codec.sign(fresh, self._context.key, self._context.settings.network)
+                held = codec.sign(fresh, key, self._context.settings.network)
             except ValueError as error:
                 raise LumarisError("config_invalid", f"The shard map: {error}.") from None
             self._signed = held

@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 
 SERVER_FILE: Final = "server.pem"
 STATE: Final = "tls_peer"
-# What a peer needs to get its first certificate, and what supervises us.
+# What a peer needs to get its first certificate, and what supervises us; /metrics has a rule of its
+# own, the setting `metrics_public`.
 OPEN: Final = frozenset(
     (
         "/v1/info",
@@ -36,6 +37,7 @@ OPEN: Final = frozenset(
         "/v1/identity/tls-certificate",
         "/healthz",
         "/readyz",
+        "/metrics",
     )
 )
 

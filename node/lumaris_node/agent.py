@@ -483,6 +483,11 @@ class Node:
 
     async def _certified(self, standing: Standing) -> None:
         """The coordinator has spoken again: show its word, and find whom it knows."""
+        if standing.key_list:  # first, for it may name the key that signed the certificate
+            try:
+                await self._overlay.publish_notice(standing.key_list)
+            except LumarisError as error:
+                log.warning("key list not passed on code=%s", error.code)
         self._adverts.offer.certificate = standing.certificate
         self._adverts.changed(always=True)
         try:

@@ -99,7 +99,7 @@ class Enrolment:
         try:
             info = await self._link.info()
             trusted = self._trusted = await self._learn_keys(info, self._trust(cached, info))
-            if cached is not None and cached.info.coordinator in trusted:
+            if cached is not None and trusted.signed(cached.certificate):
                 cached = self._standing = structs.replace(cached, info=info, key_list=trusted.data)
             else:
                 cached = None
@@ -130,7 +130,8 @@ class Enrolment:
         addresses: Callable[[], Awaitable[tuple[str, ...]]],
         changed: Callable[[Standing], Awaitable[None]],
     ) -> None:
-        """Renew at half life and when the addresses changed; keep trying while nobody answers."""
+        """Renew at half life, when the issuer's key counts no more and when the addresses changed;
+        keep trying while nobody answers."""
         delay = _RETRY_S_MIN if self._behind else _CHECK_S
         while True:
             await trio.sleep(delay)
@@ -149,7 +150,12 @@ class Enrolment:
                 delay = min(max(delay, _RETRY_S_MIN) * 2, _RETRY_S_MAX)
 
     def _is_due(self, addresses: tuple[str, ...]) -> bool:
-        if self._behind or not self.standing.is_young(self._clock()):
+        # Looked at now and then, not at once: when a key is revoked all nodes hear of it together,
+        # and must not all register in the same second.
+        vouched = self.trusted.signed(self.standing.certificate)
+        if not vouched:
+            log.warning("the key that signed our certificate counts no more; registering anew")
+        if self._behind or not vouched or not self.standing.is_young(self._clock()):
             return True
         quiet_s = trio.current_time() - self._announced_at
         return addresses != self.standing.addresses and quiet_s >= _ANNOUNCE_S

@@ -9,12 +9,11 @@ import trio
 
 from lumaris_node.coordinator_link import CoordinatorLink
 from lumaris_node.witness import Witness
-from lumaris_overlay.notice_upkeep import follow_notices, keep_revocations
+from lumaris_overlay.notice_upkeep import follow_notices, keep_keys, keep_revocations
 from lumaris_overlay.ports import Notice, Overlay
 from lumaris_protocol import coordinator_api
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.key_list import TrustedKeys
-from lumaris_protocol.limits import REVOCATIONS_CHECK_S
 from lumaris_protocol.messages.notice import CheckpointNotice, KeyList
 from lumaris_protocol.revocations import RevokedSet
 
@@ -55,19 +54,10 @@ class Notices:
         async def fetch(after: int) -> bytes:
             return await link.call(coordinator_api.revocations(after))
 
+        async def fetch_keys() -> bytes:
+            return await link.call(coordinator_api.key_list())
+
         async with trio.open_nursery() as nursery:
             nursery.start_soon(keep_revocations, overlay, fetch)
-            nursery.start_soon(self._keep_keys, overlay)
+            nursery.start_soon(keep_keys, overlay, self._keys, fetch_keys)
             await follow_notices(overlay, self.revoked, clock=self._clock, heard=heard)
-
-    async def _keep_keys(self, overlay: Overlay) -> None:
-        """Tell the overlay of the list that came with the last registration."""
-        told = b""
-        while True:
-            if self._keys.data != told:
-                told = self._keys.data
-                try:
-                    await overlay.publish_notice(told)
-                except LumarisError as error:
-                    log.warning("key list not passed on code=%s", error.code)
-            await trio.sleep(REVOCATIONS_CHECK_S)

@@ -12,6 +12,7 @@ from lumaris_overlay.notices import REVOCATIONS
 from lumaris_overlay.ports import Notice, Overlay
 from lumaris_protocol import codec, envelope
 from lumaris_protocol.errors import LumarisError
+from lumaris_protocol.key_list import TrustedKeys
 from lumaris_protocol.limits import (
     REVOCATION_PAGES_MAX,
     REVOCATIONS_CHECK_S,
@@ -66,4 +67,26 @@ async def keep_revocations(overlay: Overlay, fetch: Callable[[int], Awaitable[by
                     break
         except LumarisError as error:
             log.info("revocations not known code=%s", error.code)
+        await trio.sleep(REVOCATIONS_CHECK_S)
+
+
+async def keep_keys(
+    overlay: Overlay, keys: TrustedKeys, fetch: Callable[[], Awaitable[bytes]]
+) -> None:
+    """Keep `keys` and the overlay at the coordinator's newest list, until cancelled.
+
+    A list that came another way, with a registration, is passed on as well.
+    """
+    told = b""
+    while True:
+        try:
+            keys.learn(await fetch())
+        except LumarisError as error:
+            log.info("key list not known code=%s", error.code)
+        if keys.data != told:
+            try:
+                await overlay.publish_notice(keys.data)
+                told = keys.data
+            except LumarisError as error:
+                log.warning("key list not passed on code=%s", error.code)
         await trio.sleep(REVOCATIONS_CHECK_S)

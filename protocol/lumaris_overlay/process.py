@@ -126,6 +126,7 @@ async def _run(options: argparse.Namespace) -> None:
                     options.socket,
                     network=options.network,
                     coordinator_keys=tuple(options.coordinator_key),
+                    roots=tuple(options.coordinator_root),
                     shutdown=scope.cancel,
                 )
             )

@@ -288,8 +288,11 @@ class _SharedProcess:
         found = await identify(self._config.socket)
         if found is None:
             return False
-        # One key in common is enough: the process learns of rotations from its coordinator's list.
-        shared = self._config.coordinator_keys.intersection(map(PeerId, found.coordinator_keys))
+        # One key in common is enough, or the root: the process learns of rotations from its
+        # coordinator's list.
+        config = self._config
+        shared = config.roots.intersection(map(PeerId, found.roots))
+        shared |= config.coordinator_keys.intersection(map(PeerId, found.coordinator_keys))
         if found.network == self._config.network and shared:
             return True
         raise LumarisError(

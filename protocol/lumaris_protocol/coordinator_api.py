@@ -90,12 +90,13 @@ class Bootstrap(msgspec.Struct, frozen=True):
 
 
 class Wallet(msgspec.Struct, frozen=True):
-    """Money in one currency: free, and held in open sessions."""
+    """Money in one currency: free, held in open sessions, and put down in open disputes."""
 
     currency: str
     free_nanos: int
     held_nanos: int
     sessions_open: int
+    disputed_nanos: int = 0
 
 
 class Account(msgspec.Struct, frozen=True):
@@ -107,6 +108,7 @@ class Account(msgspec.Struct, frozen=True):
     free_nanos: int
     held_nanos: int
     wallets: list[Wallet] = []
+    disputed_nanos: int = 0
 
 
 class Credit(msgspec.Struct, frozen=True):
@@ -170,9 +172,14 @@ class EscrowClaim(msgspec.Struct, frozen=True):
 
 
 class EscrowClaims(msgspec.Struct, frozen=True):
-    """The claims on a session's money that may be evidence."""
+    """The claims on a session's money that may be evidence, and what a dispute could win: what was
+    paid, what the bonds hold for one now, and how many sellers could be drawn to check."""
 
     claims: list[EscrowClaim]
+    paid_nanos: int
+    buyer_bond_nanos: int
+    seller_bond_nanos: int
+    checkers: int
 
 
 class EscrowPage(msgspec.Struct, frozen=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Set
 
-from lumaris_protocol import codec
+from lumaris_protocol import codec, envelope
 from lumaris_protocol.codec import Signed
 from lumaris_protocol.errors import EnvelopeError
 from lumaris_protocol.keys import PeerId
@@ -152,6 +152,14 @@ class TrustedKeys(Set[PeerId]):
         fresh = found is not self._held
         self._held = found
         return fresh
+
+    def signed(self, document: bytes) -> bool:
+        """Whether a key that counts now is named as the signer of a document that was checked when
+        it came, such as our own certificate."""
+        try:
+            return envelope.decode(document).signer in self
+        except EnvelopeError:
+            return False
 
     def _now(self) -> frozenset[str]:
         if self._held is None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -19,6 +20,7 @@ import trio
 from msgspec import structs
 
 from lumaris import artifacts, coordinator, images, live, membership, processes
+from lumaris.certified import Certified
 from lumaris.coordinator import CoordinatorLink
 from lumaris.disputes import DisputeDesk
 from lumaris.images import Image
@@ -34,6 +36,7 @@ from lumaris.settling import Settling
 from lumaris.store import Store
 from lumaris_overlay.bulk.rate import make_rate
 from lumaris_overlay.links import open_links
+from lumaris_overlay.notice_upkeep import keep_keys
 from lumaris_overlay.ports import Overlay
 from lumaris_overlay.private_files import load_or_create_key
 from lumaris_overlay.shard_upkeep import keep_shards
@@ -45,6 +48,7 @@ from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.keys import KeyPair
 from lumaris_protocol.messages.advert import Advert
 from lumaris_protocol.messages.execution import File, Usage
+from lumaris_protocol.messages.negotiation import Requirements
 from lumaris_protocol.money import Nanos
 
 log = logging.getLogger(__name__)
@@ -97,22 +101,22 @@ class Buyer:
         key: KeyPair,
         store: Store,
         link: CoordinatorLink,
-        standing: Standing,
+        certified: Certified,
         overlay: Overlay,
         nursery: trio.Nursery,
     ) -> None:
-        self.profile, self.standing, self.key = profile, standing, key
+        self.profile, self.key, self.certified = profile, key, certified
         self.store, self.overlay = store, overlay
         self._link = link
-        self._trusted = standing.trusted()
+        standing, trusted = certified.standing, certified.trusted
         terms = BuyerTerms(
             network=standing.info.network,
-            coordinator=standing.info.coordinator,
+            coordinator=lambda: self.standing.info.coordinator,
             fee_bps=standing.info.fee_bps,
             certificate=lambda: self.standing.certificate,
             token=lambda: self.standing.token,
-            trusted=self._trusted,
-            log=LogWatch(standing.info.network, lambda: self._trusted),
+            trusted=trusted,
+            log=LogWatch(standing.info.network, lambda: trusted),
         )
         self.market = Market(overlay, key, terms)
         self._settling = Settling(link, store, key, terms, overlay)
@@ -132,6 +136,11 @@ class Buyer:
         self._cancelled: set[str] = set()
         self._rows: dict[str, dict[str, Any]] = {}
         self._logs = JobLogs(profile.jobs)
+
+    @property
+    def standing(self) -> Standing:
+        """What the coordinator last told us."""
+        return self.certified.standing
 
     # --- work ---
 
@@ -258,8 +267,26 @@ class Buyer:
             if approve is not None and not await approve(plan):
                 raise LumarisError("declined")
             return session
-        bought = await self.pool.buy(needs, cap_nanos=request.max_cost_nanos, approve=approve)
+        bought = await self.buy(needs, cap_nanos=request.max_cost_nanos, approve=approve)
         return bought[0]
+
+    async def buy(
+        self,
+        needs: Requirements,
+        *,
+        cap_nanos: int,
+        count: int = 1,
+        approve: Approve | None = None,
+    ) -> list[Session]:
+        """`Pool.buy`, again with another certificate when ours counts no more. Raises
+        LumarisError."""
+        buy = partial(self.pool.buy, needs, cap_nanos=cap_nanos, count=count, approve=approve)
+        try:
+            return await buy()
+        except LumarisError as error:
+            if error.code != "not_certified" or not await self.certified.replace():
+                raise
+        return await buy()
 
     async def order(
         self,
@@ -398,18 +425,6 @@ class Buyer:
             await trio.sleep(_JOB_WRITE_S)
             await self.flush_rows()
 
-    async def keep_certified(self) -> None:
-        """Renew the certificate before it ends, for as long as the client lives."""
-        cache = self.profile.state / membership.CACHE_NAME
-        while True:
-            self.standing = await membership.renew(self._link, self.key, cache, self.standing)
-            try:
-                await self.overlay.present(self.standing.certificate)
-                if self.standing.key_list and self._trusted.learn(self.standing.key_list):
-                    await self.overlay.publish_notice(self.standing.key_list)
-            except LumarisError as error:
-                log.warning("certificate not shown code=%s", error.code)
-
     async def shard_map(self) -> bytes:
         """How the coordinator divides the market. Raises LumarisError."""
         return await self._link.call(coordinator_api.shards())
@@ -449,14 +464,17 @@ async def open_buyer(
             open_links(inner, listen=None, answer=False) as overlay,
             trio.open_nursery() as nursery,
         ):
-            await overlay.present(standing.certificate)
-            buyer = Buyer(profile, key, store, link, standing, overlay, nursery)
+            standing = await membership.present(overlay, link, key, profile, standing)
+            cache = profile.state / membership.CACHE_NAME
+            certified = Certified(link, key, cache, overlay, standing)
+            buyer = Buyer(profile, key, store, link, certified, overlay, nursery)
             nursery.start_soon(buyer.market.follow)
             nursery.start_soon(buyer.pool.run, nursery)
             nursery.start_soon(buyer.write_rows)
             nursery.start_soon(buyer.watch_cancels)
             nursery.start_soon(_greet, overlay, standing.bootstrap)
-            nursery.start_soon(buyer.keep_certified)
+            nursery.start_soon(certified.keep)
+            nursery.start_soon(keep_keys, overlay, certified.trusted, certified.key_list)
             nursery.start_soon(keep_shards, overlay, buyer.shard_map)
             nursery.start_soon(buyer.pool.settle)
             await store.end_orphan_jobs(now=time.time())

@@ -252,16 +252,16 @@ async def open_prober(profile: Profile) -> AsyncIterator[tuple[Prober, Overlay]]
     link = open_link(profile)
     try:
         standing = await membership.enter(link, key, profile)
+        async with (
+            attach_or_spawn(membership.overlay_config(profile, standing)) as inner,
+            open_links(inner, listen=None, answer=False) as overlay,
+        ):
+            standing = await membership.present(overlay, link, key, profile, standing)
+            network, certificate = standing.info.network, standing.certificate
+            yield Prober(overlay, key, network, lambda: certificate), overlay
     finally:
         with trio.CancelScope(shield=True):
             await link.aclose()
-    async with (
-        attach_or_spawn(membership.overlay_config(profile, standing)) as inner,
-        open_links(inner, listen=None, answer=False) as overlay,
-    ):
-        await overlay.present(standing.certificate)
-        network, certificate = standing.info.network, standing.certificate
-        yield Prober(overlay, key, network, lambda: certificate), overlay
 
 
 async def find_seller(overlay: Overlay, name: str) -> Advert:

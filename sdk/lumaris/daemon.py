@@ -36,12 +36,12 @@ async def attached(profile: Profile) -> AsyncIterator[Overlay]:
     link = open_link(profile)
     try:
         standing = await membership.enter(link, key, profile)
+        async with attach_or_spawn(membership.overlay_config(profile, standing)) as overlay:
+            await membership.present(overlay, link, key, profile, standing)
+            yield overlay
     finally:
         with trio.CancelScope(shield=True):
             await link.aclose()
-    async with attach_or_spawn(membership.overlay_config(profile, standing)) as overlay:
-        await overlay.present(standing.certificate)
-        yield overlay
 
 
 @asynccontextmanager

@@ -30,6 +30,7 @@ from lumaris_protocol.coordinator_api import Dispute, DisputeDetail, Request
 from lumaris_protocol.dispute_file import DisputeFile
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.keys import KeyPair
+from lumaris_protocol.machines.dispute import OPEN
 from lumaris_protocol.messages.dispute import DisputeClaim, DisputeOpen
 from lumaris_protocol.messages.execution import WorkOrder
 from lumaris_protocol.rulings import Dossier, work
@@ -66,11 +67,20 @@ class Draft:
     amount_nanos: int
     evidence: tuple[bytes, ...]
     opener: str
+    their_bond_nanos: int  # what the other side's bond has for this now
+    checkers: int  # sellers that could be drawn now
 
     @property
     def bond_nanos(self) -> int:
         """What opening it takes from the account."""
         return rulings.opener_bond(self.amount_nanos)
+
+    @property
+    def dispute(self) -> str:
+        """The id that follows from the claim."""
+        return rulings.dispute_id(
+            self.contract.hash, opener=self.opener, claim=self.claim, order=self.order
+        )
 
     @property
     def respondent(self) -> str:
@@ -123,25 +133,42 @@ class DisputeDesk:
         if papers.grant is None:
             raise LumarisError("not_disputable", "No money was held for this session.")
         contract = agreements.join(papers.by_buyer, papers.by_seller, network=self.network)
-        if claim == "wrong_result":
+        us, sold_by_us = self.key.peer_id, contract.agreement.seller == self.key.peer_id
+        if claim == "wrong_result" and not sold_by_us:
             order = order or ordered
             if not order:
                 raise LumarisError("usage", "Which result is wrong? Name the job, or give --order.")
+        rulings.check_claim(contract.agreement, claim, order=order, opener=us)
+        asked = await self._ask(partial(coordinator_api.escrow_claims, papers.session))
+        if claim in rulings.REFUNDS and not asked.paid_nanos:
+            raise LumarisError(
+                "not_disputable",
+                "The seller was paid nothing that it could give back.",
+                hint="What it does not claim returns to you; dispute what it takes once it has.",
+            )
         if claim in _BY_THEIR_CLAIM and not documents:
-            asked = await self._ask(partial(coordinator_api.escrow_claims, papers.session))
-            us = self.key.peer_id
             documents = tuple(one.document for one in asked.claims if one.by != us)
         kept = await self.kept(papers.session)
         room = pleading.first_bundle_room().less(documents)
         evidence = (*documents, *pleading.choose(kept, order=order, room=room))
         dossier = Dossier(contract, network=self.network)
-        dossier.add(evidence, party=self.key.peer_id)
+        dossier.add(evidence, party=us)
         if amount_nanos is None:
             amount_nanos = pleading.asked(
                 dossier.main, claim, order=order, paid_nanos=papers.total_nanos
             )
             self._check_shown(claim, amount_nanos)
-        return Draft(contract, papers.grant, claim, order, amount_nanos, evidence, self.key.peer_id)
+        return Draft(
+            contract,
+            papers.grant,
+            claim,
+            order,
+            amount_nanos,
+            evidence,
+            us,
+            asked.buyer_bond_nanos if sold_by_us else asked.seller_bond_nanos,
+            asked.checkers,
+        )
 
     def _check_shown(self, claim: DisputeClaim, amount_nanos: int) -> None:
         """By our own documents the claim must come to something, unless it is about fraud."""
@@ -172,6 +199,12 @@ class DisputeDesk:
         try:
             return await self._send(coordinator_api.open_dispute(body))
         except LumarisError as error:
+            if error.code == "dispute_open":
+                raise LumarisError(
+                    error.code,
+                    f"You have made this claim before, in the dispute {draft.dispute}.",
+                    hint=f"`lumaris dispute show {draft.dispute}` says how it stands.",
+                ) from None
             if error.code != "coordinator_unreachable":
                 raise
             raise LumarisError(
@@ -209,6 +242,9 @@ class DisputeDesk:
         is nothing to say, or our own claim would fail by it, and `dispute_closed` after our last
         word.
         """
+        state = (await self.show(dispute)).state
+        if state not in OPEN:
+            raise LumarisError("dispute_closed", f"The dispute is over: {state}.")
         file = dispute_file.decode(await self.file(dispute))
         opened, contract = self.opened(file, dispute)
         before = pleading.shown_by(file, self.key.peer_id)

@@ -99,7 +99,7 @@ class FanOut:
         if not missing:
             return
         try:
-            sessions = await self._buyer.pool.buy(
+            sessions = await self._buyer.buy(
                 needs, cap_nanos=self._cap_of_one(missing), count=missing
             )
         except LumarisError as error:

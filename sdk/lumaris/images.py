@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +28,7 @@ _RESOLVE_S = 60.0
 _PIECE_BYTES = 1024 * 1024
 _CACHE_BYTES_MAX = 4 * GIB  # layers of local archives, to be sent
 _DRAFT = ".draft"
+_ALIKE = 0.85  # of 1: a letter or two of a catalog name are wrong
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,13 @@ async def _resolve(name: str, command: Sequence[str]) -> Image:
         return await trio.to_thread.run_sync(_local_module, path)
     if path.suffix == ".tar":
         return await trio.to_thread.run_sync(_local_archive, path)
+    if "/" not in name:  # a registry's name that looks like ours can be given with its host
+        for meant in get_close_matches(name, CATALOG, n=1, cutoff=_ALIKE):
+            raise LumarisError(
+                "bad_image",
+                f"{name!r} is not in the catalog. Did you mean {meant}?",
+                hint=f"If a registry has it, say so: docker.io/library/{name}.",
+            )
     if _names_registry(name):
         return await _in_registry(name)
     known = ", ".join(sorted(CATALOG))

@@ -68,7 +68,7 @@ async def find_place(store: Store, job: str) -> Place:
     """Where a job of ours runs now. Raises LumarisError `not_found`, `not_attached`."""
     row = await store.job(job)
     if row is None:
-        raise LumarisError("not_found", f"There is no job {job} here.")
+        raise _unknown(job)
     if row["ended_at"] is not None:
         raise _ended(job, str(row["reason"] or row["state"]))
     if not row["n"]:
@@ -76,6 +76,11 @@ async def find_place(store: Store, job: str) -> Place:
             "not_attached", "The job does not run yet.", hint="Try again in a moment."
         )
     return Place(job, seller=row["seller"], session=row["session"], n=row["n"])
+
+
+def _unknown(job: str) -> LumarisError:
+    text = f"There is no job {job[:80]!r} here."
+    return LumarisError("not_found", text, hint="`lumaris job ls` lists jobs.")
 
 
 def _ended(job: str, why: str = "") -> LumarisError:
@@ -103,7 +108,7 @@ async def cancel(store: Store, job: str, *, grace_s: int = 0) -> dict[str, objec
     await store.end_orphan_jobs(now=time.time())
     row = await store.job(job)
     if row is None:
-        raise LumarisError("not_found", f"There is no job {job} here.")
+        raise _unknown(job)
     if row["ended_at"] is not None:
         raise _ended(job, str(row["reason"] or row["state"]))
     await store.ask_cancel(job, grace_s, now=time.time())

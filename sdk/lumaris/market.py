@@ -49,7 +49,7 @@ class BuyerTerms:
     """Who we are on which network, with the coordinator's certificate."""
 
     network: str
-    coordinator: str
+    coordinator: Callable[[], str]  # what new agreements name
     fee_bps: int
     certificate: Callable[[], bytes]
     token: Callable[[], str]
@@ -59,7 +59,7 @@ class BuyerTerms:
     @property
     def coordinators(self) -> Set[PeerId]:
         """What certificates and receipts may be signed with."""
-        alone: Set[PeerId] = frozenset((PeerId(self.coordinator),))
+        alone: Set[PeerId] = frozenset((PeerId(self.coordinator()),))
         return self.trusted if self.trusted is not None else alone
 
 
@@ -203,7 +203,7 @@ class Market:
             offered.request,
             offered.quote,
             buyer_session_key=session_key.peer_id,
-            coordinator=self._terms.coordinator,
+            coordinator=self._terms.coordinator(),
             fee_bps=self._terms.fee_bps,
             now=int(time.time()),
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,7 @@ import trio
 
 from lumaris.coordinator import CoordinatorLink
 from lumaris.profile import Profile
+from lumaris_overlay.ports import Overlay
 from lumaris_overlay.private_files import write_private_file
 from lumaris_overlay.supervisor import OverlayConfig
 from lumaris_protocol import codec, coordinator_api, key_list
@@ -54,18 +56,64 @@ class Standing(msgspec.Struct, frozen=True):
         )
 
     def is_valid(self, now: float, *, for_s: float = CLOCK_SKEW_S) -> bool:
-        """Whether the certificate is accepted for some time to come."""
-        return now + for_s < self.expires_at
+        """Whether the certificate is accepted for some time to come, by the keys known here."""
+        return now + for_s < self.expires_at and self.trusted().signed(self.certificate)
 
 
 async def enter(link: CoordinatorLink, key: KeyPair, profile: Profile) -> Standing:
-    """Our standing with the profile's coordinator, and where the network is now.
+    """Our standing with the profile's coordinator by its keys of now, and where the network is.
 
     Raises LumarisError as `join` does.
     """
     cache = profile.state / CACHE_NAME
     standing = await join(link, key, cache, url=profile.coordinator)
-    return await refresh_bootstrap(link, cache, standing)
+    trusted = standing.trusted()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(learn_keys, link, trusted)
+        standing = await refresh_bootstrap(link, cache, standing)
+    if trusted.data != standing.key_list:
+        standing = msgspec.structs.replace(standing, key_list=trusted.data)
+        await _keep(cache, standing)
+    if not trusted.signed(standing.certificate):
+        standing = await rejoin(link, key, cache, standing)
+    return standing
+
+
+async def present(
+    overlay: Overlay, link: CoordinatorLink, key: KeyPair, profile: Profile, standing: Standing
+) -> Standing:
+    """Show our certificate on the overlay; one that counts there no more is replaced. The standing
+    after it. Raises LumarisError."""
+    try:
+        await show(overlay, standing)
+    except LumarisError as error:
+        if error.code != "not_certified":
+            raise
+        standing = await rejoin(link, key, profile.state / CACHE_NAME, standing)
+        await show(overlay, standing)
+    return standing
+
+
+async def show(overlay: Overlay, standing: Standing) -> None:
+    """Present a certificate to an overlay that may not know the key it is signed with.
+
+    Raises LumarisError `not_certified`.
+    """
+    if standing.key_list:
+        try:
+            await overlay.publish_notice(standing.key_list)
+        except LumarisError as error:
+            log.warning("key list not passed on code=%s", error.code)
+    await overlay.present(standing.certificate)
+
+
+async def learn_keys(link: CoordinatorLink, trusted: TrustedKeys) -> None:
+    """Ask for the coordinator's key list. One that cannot be had or does not follow from what is
+    known changes nothing."""
+    try:
+        trusted.learn(await link.call(coordinator_api.key_list()))
+    except LumarisError as error:
+        log.info("key list not known code=%s", error.code)
 
 
 async def join(link: CoordinatorLink, key: KeyPair, cache: Path, *, url: str) -> Standing:
@@ -90,20 +138,35 @@ async def join(link: CoordinatorLink, key: KeyPair, cache: Path, *, url: str) ->
     return standing
 
 
-async def renew(link: CoordinatorLink, key: KeyPair, cache: Path, standing: Standing) -> Standing:
-    """Wait until a certificate is near its end, and get the next one, however long that takes."""
+async def renew(
+    link: CoordinatorLink,
+    key: KeyPair,
+    cache: Path,
+    held: Callable[[], Standing],
+    trusted: TrustedKeys,
+) -> Standing:
+    """Wait until the certificate held is near its end or its issuer's key is not among those
+    `trusted`, and get the next one, however long that takes."""
     while True:
         await trio.sleep(_RENEW_CHECK_S)
-        if standing.is_valid(time.time(), for_s=_RENEW_BEFORE_S):
+        standing = held()
+        vouched = trusted.signed(standing.certificate)
+        if vouched and standing.is_valid(time.time(), for_s=_RENEW_BEFORE_S):
             continue
+        if not vouched:
+            log.warning("the key that signed our certificate counts no more; registering anew")
         try:
-            found = await _register(link, key, standing.url, standing)
+            return await rejoin(link, key, cache, standing)
         except LumarisError as error:
             log.warning("certificate not renewed code=%s", error.code)
-            continue
-        found = msgspec.structs.replace(found, bootstrap=standing.bootstrap)
-        await _keep(cache, found)
-        return found
+
+
+async def rejoin(link: CoordinatorLink, key: KeyPair, cache: Path, standing: Standing) -> Standing:
+    """Register anew, whatever is held. Raises LumarisError."""
+    found = await _register(link, key, standing.url, standing)
+    found = msgspec.structs.replace(found, bootstrap=standing.bootstrap)
+    await _keep(cache, found)
+    return found
 
 
 async def refresh_bootstrap(link: CoordinatorLink, cache: Path, standing: Standing) -> Standing:
@@ -208,7 +271,8 @@ def _read(cache: Path, url: str, peer: str) -> Standing | None:
     try:
         with cache.open("rb") as file:
             standing = msgspec.json.decode(file.read(_FILE_BYTES_MAX), type=Standing)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        standing.trusted()
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, LumarisError):
         return None
     return standing if (standing.url, standing.peer) == (url, peer) else None
 

@@ -51,6 +51,13 @@ JOB_COLUMNS: Final = (
 # Nobody took the wish for so long: its job has ended, or its program is gone.
 _CANCEL_KEPT_S: Final = 600
 
+# What a session's vouchers say beyond the costs of its other jobs: what the job at hand cost.
+_REST: Final = (
+    "MAX(0, IFNULL((SELECT total_nanos FROM session WHERE session.session = job.session), 0)"
+    " - IFNULL((SELECT SUM(cost_nanos) FROM job AS other WHERE other.session = job.session"
+    " AND other.job != job.job), 0))"
+)
+
 # What people see of a job; its owner is our own book-keeping.
 _SHOWN: Final = ", ".join(name for name in JOB_COLUMNS if name != "owner")
 
@@ -281,12 +288,39 @@ class Store:
             if not processes.alive(row["owner"] or ""):
                 await self._write(
                     "UPDATE job SET state = 'failed', reason = 'buyer_lost', ended_at = ?,"
-                    " cost_nanos = MAX(0, IFNULL((SELECT total_nanos FROM session"
-                    " WHERE session.session = job.session), 0) - IFNULL((SELECT SUM(cost_nanos)"
-                    " FROM job AS other WHERE other.session = job.session"
-                    " AND other.job != job.job), 0)) WHERE job = ? AND ended_at IS NULL",
+                    f" cost_nanos = {_REST} WHERE job = ? AND ended_at IS NULL",
                     (int(now), row["job"]),
                 )
+        await self._price_cut_off_jobs()
+
+    async def _price_cut_off_jobs(self) -> None:
+        """Jobs that we cut off get their cost once the money of their session has come to rest.
+
+        The oldest order ran and has what is left of the vouchers; one that never left cost nothing.
+        """
+        rows = await self._rows(
+            "SELECT job FROM job WHERE ended_at IS NOT NULL AND cost_nanos IS NULL AND (n IS NULL"
+            " OR session IN (SELECT session FROM session WHERE state = 'settled'))"
+            " ORDER BY n IS NULL, n, created_at",
+            (),
+        )
+        for row in rows:
+            await self._write(
+                f"UPDATE job SET cost_nanos = CASE WHEN n IS NULL THEN 0 ELSE {_REST} END"
+                " WHERE job = ? AND cost_nanos IS NULL",
+                (row["job"],),
+            )
+
+    async def spent_by_us(self) -> tuple[int, int] | None:
+        """What the sessions of this program have vouchered in nanos, and how many of them are not
+        settled; None when it has none."""
+        rows = await self._rows(
+            "SELECT SUM(total_nanos) AS nanos, SUM(state != 'settled') AS held FROM session"
+            " WHERE owner = ?",
+            (self._owner,),
+        )
+        nanos, held = rows[0]["nanos"], rows[0]["held"]
+        return None if nanos is None else (int(nanos), int(held))
 
     def close(self) -> None:
         """Close the file."""

@@ -19,10 +19,13 @@ async def test_a_dispute_on_every_store(market: Market) -> None:
     client, work = market.client, court.work
     shown = (work.order(), work.delivery())
     unpaid = await court.opened(court.seller, "unpaid_delivery", evidence=shown, amount=5_000)
+    put_down = (await court.show(unpaid))["bond_nanos"]
+    assert [await _disputed(court, one) for one in (court.seller, court.buyer)] == [put_down, 0]
     for party in (court.seller, court.buyer):
         body = split(court.contract, unpaid, party.key, award=7, refund=0, network=NETWORK)
         await client.post(f"/v1/disputes/{unpaid}/split", content=body)
     await court.settles(unpaid)
+    assert await _disputed(court, court.seller) == 0
     await court.claimed(PRICE)
     await market.party("sybil")
     checker = await market.party("checker", 5_000_000)
@@ -112,6 +115,13 @@ async def test_money_of_withdrawn_split_and_returned_claims(market: Market) -> N
     assert await other.money() == (buyer + 10_500, seller - 1_000_000, 1_000_000 - 11_000)
 
 
+async def _disputed(court: Court, party: Party) -> int:
+    headers = court.market.bearer(party)
+    found = (await court.market.client.get("/v1/accounts/me", headers=headers)).json()
+    assert found["wallets"][0]["disputed_nanos"] == found["disputed_nanos"]
+    return int(found["disputed_nanos"])
+
+
 async def test_claims_that_are_evidence_for_the_other_side(market: Market) -> None:
     """Neither claim reaches the other side's session: the coordinator shows it what it was sent."""
     court = await court_of(market)
@@ -140,8 +150,10 @@ async def test_claims_that_are_evidence_for_the_other_side(market: Market) -> No
     for party in (court.buyer, court.seller):
         answer = await market.client.get(path, headers=market.bearer(party))
         request = coordinator_api.escrow_claims(court.deal.session, "")
-        claims = request.read(answer.status_code, answer.content).claims
-        seen = {(one.by, one.taken): one.document for one in claims}
+        found = request.read(answer.status_code, answer.content)
+        assert (found.paid_nanos, found.buyer_bond_nanos, found.checkers) == (0, 0, 0)
+        assert found.seller_bond_nanos == (await court.money())[2]
+        seen = {(one.by, one.taken): one.document for one in found.claims}
         # Of what is refused the first is kept: nobody is made to write by sending more of it.
         assert seen == {(court.buyer.peer, True): low, (court.seller.peer, False): forged[0]}
     stale = (seen[court.buyer.peer, True], court.work.voucher(900))

@@ -14,7 +14,7 @@ from tests.sdk.cli.command import assert_one_message, call, json_of
 
 def made(tmp_path: Path) -> Path:
     state = tmp_path / "state"
-    assert call("coordinator", "init", "--state", state).exit_code == 0
+    assert call("coordinator", "init", "--network", "devnet", "--state", state).exit_code == 0
     return state
 
 
@@ -31,8 +31,14 @@ def test_the_life_of_a_key(tmp_path: Path) -> None:
     rotate = ("coordinator", "keys", "rotate", "--root", root, "--state", state)
     waiting = json_of(call(*rotate, "--json"))["peer"]
     assert listed(state) == [(first, "current"), (waiting, "waiting")]
+    shown = call("coordinator", "keys", "list", "--state", state)
+    assert f"{waiting}  waiting  from 20" in shown.stdout
+    twice = call(*rotate)
+    assert_one_message(twice.stderr, "usage")
+    assert f"{waiting} waits already" in twice.stderr
     found = call(*rotate, "--now")
     now = found.stdout.strip()
+    assert f"{waiting} was added before and takes over from it" in found.stderr
     assert listed(state) == [(first, "old"), (waiting, "waiting"), (now, "current")]
     revoke = ("coordinator", "keys", "revoke", first, "--root", root, "--state", state)
     assert call(*revoke).exit_code == 0
@@ -61,6 +67,22 @@ def test_wrong_roots_and_keys(tmp_path: Path) -> None:
         found = call("coordinator", "keys", *words, "--state", state)
         assert found.exit_code != 0
         assert_one_message(found.stderr, code)
+        assert "cached membership" not in found.stderr
+        assert "with the `ls` command" not in found.stderr
+
+
+def test_a_key_that_waits_can_be_replaced(tmp_path: Path) -> None:
+    state = made(tmp_path)
+    root = state / keys.FOLDER / keys.ROOT_KEY
+    rotate = ("coordinator", "keys", "rotate", "--root", root, "--json", "--state", state)
+    first = json_of(call(*rotate))
+    assert first["waiting"] == []
+    revoke = ("coordinator", "keys", "revoke", first["peer"], "--root", root, "--state", state)
+    assert call(*revoke).exit_code == 0
+    second = json_of(call(*rotate))
+    assert second["waiting"] == []
+    waiting = {"peer": second["peer"], "starts_at": second["starts_at"]}
+    assert json_of(call(*rotate, "--now"))["waiting"] == [waiting]
 
 
 def test_an_operator_is_made_with_a_key(tmp_path: Path) -> None:

@@ -16,12 +16,14 @@ import pytest
 import trio
 
 from lumaris_coordinator import Coordinator, Settings
+from lumaris_coordinator.identity import keys
 from lumaris_coordinator.peers.guest import Guest
 from lumaris_coordinator.peers.rounds import WitnessRounds
 from lumaris_coordinator.peers.service import OverlayPeer
+from lumaris_coordinator.receipts.witnesses import highest_seen
 from lumaris_node.witness import Witness
 from lumaris_overlay.ports import Notice, Overlay
-from lumaris_overlay.private_files import load_or_create_key
+from lumaris_overlay.private_files import load_or_create_key, read_key
 from lumaris_overlay.simulated import SimulatedOverlay, open_network
 from lumaris_overlay.supervisor import OverlayConfig, run_overlay
 from lumaris_protocol import codec
@@ -289,6 +291,44 @@ async def test_a_new_head_is_cosigned_by_connected_peers_and_told(market: Market
         async with host.notices() as notices:
             await ours.publish_notice(told[0])
             await heard(notices, "checkpoint_notice")
+
+
+async def test_the_head_is_cosigned_again_under_a_key_that_replaces_a_revoked_one(
+    market: Market, tmp_path: Path
+):
+    seller, buyer = await market.party("seller"), await market.party("buyer", 100_000_000)
+    deal = market.deal(buyer, seller)
+    grant = await market.grant(deal)
+    assert (await market.settle(deal.claim(seller, grant, 9, closed=True))).status_code == 200
+    coordinator = market.coordinator
+    async with town(market) as network:
+        host, ours = network.host(seller.key), network.host(key_of("the coordinator's overlay"))
+        await ours.connect([host.address])
+
+        async def call(work: Callable[[Overlay], Awaitable[Any]]) -> Any:
+            return await work(ours)
+
+        witness = Witness(
+            seller.key,
+            network=NETWORK,
+            folder=tmp_path,
+            coordinators=lambda: frozenset(coordinator.context.keys.peers()),
+            clock=market.clock,
+        )
+        rounds = WitnessRounds(coordinator.context, coordinator.witnesses, call)
+        async with host.serve(WITNESS, witness.serve):
+            assert (await rounds.round()).cosigned == [seller.peer]
+            state, old = coordinator.settings.state, market.peer
+            root = read_key(state / keys.FOLDER / keys.ROOT_KEY)
+            keys.rotate(state, root, network=NETWORK, now=market.now, after_s=0)
+            keys.revoke(state, root, old, network=NETWORK, now=market.now)
+            await coordinator.run_chores()
+            gathered = await rounds.round()
+            assert (gathered.cosigned, gathered.refused) == ([seller.peer], {})
+            found = await highest_seen(
+                ours.open_stream, [seller.peer], await coordinator.witnesses.memory()
+            )
+            assert found.answered == 1
 
 
 async def _count_peers(overlay: Overlay) -> int:

@@ -24,6 +24,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from lumaris_coordinator import Coordinator, Settings, create_app
 from lumaris_coordinator.authority import Authority, peer_of
 from lumaris_coordinator.bounds import SERVER_CERTIFICATE_LIFETIME_S
+from lumaris_coordinator.identity.commands import create_operator
 from lumaris_coordinator.server import Protocol, Server
 from lumaris_coordinator.tls import server_tls
 from lumaris_protocol import codec
@@ -183,6 +184,8 @@ def test_mutual_tls_binds_the_token_to_the_certificate(tmp_path: Path) -> None:
                 assert (await client.get("/v1/info")).status_code == 200
                 closed = await client.get("/v1/bootstrap")
                 assert (closed.status_code, closed.json()["code"]) == (401, "certificate_needed")
+                assert "coordinator-tls.pem" in closed.json()["hint"]
+                assert (await client.get("/metrics")).status_code == 200  # as its setting says
             ann_pem, ben_pem = await found.enrol(ann), await found.enrol(ben)
             async with found.client(ann_pem) as client:
                 token = await found.register(client, ann)
@@ -191,6 +194,13 @@ def test_mutual_tls_binds_the_token_to_the_certificate(tmp_path: Path) -> None:
             async with found.client(ben_pem) as client:
                 stolen = await client.get("/v1/accounts/me", headers=headers)
                 assert (stolen.status_code, stolen.json()["code"]) == (401, "unauthorized")
+                # An API key goes with the certificate of any peer, and not without one.
+                made = create_operator(found.coordinator.settings, "ada")
+                headers = {"authorization": f"Bearer {made['key']}"}
+                assert (await client.get("/v1/api-keys", headers=headers)).status_code == 200
+            async with found.client() as client:
+                bare = await client.get("/v1/api-keys", headers=headers)
+                assert bare.json()["code"] == "certificate_needed"
             await refused(found, foreign(found, tmp_path))
             await refused(found, outdated(found, tmp_path))
 

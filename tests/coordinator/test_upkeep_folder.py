@@ -45,7 +45,7 @@ def test_a_folder_of_a_server_is_not_used_without_its_address(
     state = tmp_path / "state"
     with postgres_server.database(empty=True) as dsn:
         monkeypatch.setenv(ENV, dsn)
-        made = call("coordinator", "init", "--state", state)
+        made = call("coordinator", "init", "--network", NETWORK, "--state", state)
         assert made.exit_code == 0, made.stderr
         assert "database: PostgreSQL" in made.stderr
         assert not (state / "coordinator.db").exists()
@@ -130,7 +130,7 @@ def test_a_wrong_folder_gets_no_keys(tmp_path: Path, command: str) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give a folder away")
 def test_another_users_folder_is_left_alone(tmp_path: Path, words: tuple[str, ...]) -> None:
     state = tmp_path / "state"
-    assert call("coordinator", "init", "--state", state).exit_code == 0
+    assert call("coordinator", "init", "--network", NETWORK, "--state", state).exit_code == 0
     os.chown(state, 65_534, 65_534)
     before = sorted(path.name for path in state.iterdir())
     refused = call("coordinator", *words, "--state", state)
@@ -144,10 +144,11 @@ def test_a_folder_that_others_can_enter(tmp_path: Path) -> None:
     state.mkdir()
     state.chmod(0o755)
     (state / "something").touch()
-    refused = call("coordinator", "init", "--state", state)
+    init = ("coordinator", "init", "--network", NETWORK, "--state", state)
+    refused = call(*init)
     assert_one_message(refused.stderr, "unsafe_key_file")
     (state / "something").unlink()
-    assert call("coordinator", "init", "--state", state).exit_code == 0
+    assert call(*init).exit_code == 0
     assert state.stat().st_mode & 0o777 == 0o700
     assert (state / "coordinator.db").stat().st_mode & 0o777 == 0o600
 
@@ -163,14 +164,15 @@ async def test_an_open_database_is_closed_to_others(tmp_path: Path) -> None:
 
 def test_no_password_on_the_command_line(tmp_path: Path) -> None:
     for address in ("postgresql://a:secret@/x", "postgresql://a@/x?password=secret"):
-        refused = call("coordinator", "init", "--state", tmp_path / "s", "--database", address)
+        init = ("coordinator", "init", "--network", NETWORK, "--state", tmp_path / "s")
+        refused = call(*init, "--database", address)
         assert_one_message(refused.stderr, "usage")
         assert "secret" not in refused.stderr
     assert not (tmp_path / "s").exists()
 
 
 def test_an_init_that_failed_can_be_repeated(tmp_path: Path) -> None:
-    init = ("coordinator", "init", "--state", tmp_path / "s")
+    init = ("coordinator", "init", "--network", NETWORK, "--state", tmp_path / "s")
     away = call(*init, "--database", f"postgresql://a@/x?host={tmp_path}")
     assert_one_message(away.stderr, "not_writable")
     assert call(*init).exit_code == 0

@@ -18,6 +18,7 @@ from lumaris_protocol import codec
 from lumaris_protocol.coordinator_api import Bootstrap, Info, Membership
 from lumaris_protocol.errors import LumarisError
 from lumaris_protocol.keys import KeyPair
+from lumaris_protocol.messages.advert import MembershipCertificate
 from lumaris_protocol.messages.notice import KeyList, SigningKey
 
 URL = "http://coordinator"
@@ -27,11 +28,18 @@ ELSEWHERE = ("/ip4/192.0.2.2/tcp/4001",)
 LIFE_S = 24 * 3600
 
 
+def named(name: str) -> KeyPair:
+    return KeyPair(hashlib.sha256(name.encode()).digest())
+
+
+NAMED = tuple(map(named, ("C1", "C2", "one", "two", "new")))
+
+
 class FakeLink:
     """A coordinator that counts what it is asked, and may be down."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock, self.down, self.coordinator = clock, "", "C1"
+        self.clock, self.down, self.coordinator = clock, "", named("C1").peer_id
         self.asked: list[str] = []
         self.key_list = b""
         self.registered: list[tuple[str, ...]] = []
@@ -49,7 +57,23 @@ class FakeLink:
         self._note("register")
         self.registered.append(addresses)
         number = len(self.registered)
-        return Membership(b"cert %d" % number, "acc", f"token {number}", int(clock()) + LIFE_S)
+        return Membership(
+            self._certificate(number), "acc", f"token {number}", int(clock()) + LIFE_S
+        )
+
+    def _certificate(self, serial: int) -> bytes:
+        now = int(self.clock())
+        message = MembershipCertificate(
+            peer=KEY.peer_id,
+            account="acc_" + "a" * 24,
+            roles=("seller",),
+            bond_band=0,
+            serial=serial,
+            issued_at=now,
+            expires_at=now + LIFE_S,
+        )
+        signer = next(key for key in NAMED if key.peer_id == self.coordinator)
+        return codec.sign(message, signer, "net").data
 
     async def call(self, request: Any) -> Bootstrap:
         if request.path.startswith("/.well-known/"):
@@ -152,7 +176,7 @@ async def test_a_cache_of_something_else_is_not_used(world: World, spoil: str) -
     elif spoil == "other key":
         key = KeyPair(b"n" * 32)
     else:
-        world.link.coordinator = "C2"
+        world.link.coordinator = named("C2").peer_id
     standing = await world.start(url=url, key=key).join()
     assert "register" in world.link.asked
     assert standing.token == "token 2"
@@ -163,7 +187,7 @@ async def test_another_coordinator_that_does_not_register_us_is_no_reason_to_go_
     world: World,
 ) -> None:
     await world.start().join()
-    world.link.coordinator = "C2"
+    world.link.coordinator = named("C2").peer_id
 
     async def refuse(*_: object, **__: object) -> Membership:
         raise LumarisError("busy")
@@ -241,17 +265,19 @@ async def test_advert_numbers_grow_over_restarts_and_a_clock_that_goes_back(
     assert numbers[-2] == 1_800_000_100
 
 
-def listed(root: str, seq: int, *names: str) -> bytes:
+def listed(root: str, seq: int, *names: str, revoked: str = "") -> bytes:
     keys = tuple(
-        SigningKey(peer=named(name).peer_id, not_before=0, not_after=1 << 39) for name in names
+        SigningKey(
+            peer=named(name).peer_id,
+            not_before=0,
+            not_after=1 << 39,
+            revoked_at=1_700_000_000 if name == revoked else 0,
+        )
+        for name in names
     )
     key = named(root)
     message = KeyList(root=key.peer_id, seq=seq, keys=keys, issued_at=1_700_000_000)
     return codec.sign(message, key, "net").data
-
-
-def named(name: str) -> KeyPair:
-    return KeyPair(hashlib.sha256(name.encode()).digest())
 
 
 async def test_a_rotated_coordinator_is_the_same_one(world: World) -> None:
@@ -318,3 +344,47 @@ async def test_a_renewal_takes_the_new_key_up(world: World, autojump_clock: Mock
         nursery.cancel_scope.cancel()
     assert renewed[-1].info.coordinator == named("two").peer_id
     assert named("two").peer_id in enrolment.trusted
+
+
+@pytest.mark.parametrize("restarts", [0, 2])
+async def test_a_certificate_of_a_revoked_key_is_replaced_at_the_next_start(
+    world: World, restarts: int
+) -> None:
+    world.link.coordinator, world.link.key_list = named("one").peer_id, listed("root", 1, "one")
+    before = await world.start().join()
+    world.link.coordinator = named("two").peer_id
+    world.link.key_list = listed("root", 2, "one", "two")
+    for _ in range(restarts):  # the terms of now name the new key, the certificate is of the old
+        assert (await world.start().join()).certificate == before.certificate
+    world.link.key_list = listed("root", 3, "one", "two", revoked="one")
+    enrolment = world.start()
+    assert (await enrolment.join()).token == "token 2"
+    assert enrolment.trusted.signed(enrolment.standing.certificate)
+
+
+async def test_a_running_node_registers_again_when_it_hears_of_a_revocation(
+    world: World, autojump_clock: MockClock
+) -> None:
+    world.link.coordinator, world.link.key_list = named("one").peer_id, listed("root", 1, "one")
+    enrolment = world.start()
+    await enrolment.join()
+    await enrolment.announce(HERE)
+    renewed: list[Standing] = []
+
+    async def here() -> tuple[str, ...]:
+        return HERE
+
+    async def changed(standing: Standing) -> None:
+        renewed.append(standing)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(enrolment.keep, here, changed)
+        await trio.sleep(600)
+        world.link.coordinator = named("two").peer_id
+        world.link.key_list = listed("root", 2, "one", "two", revoked="one")
+        enrolment.trusted.learn(world.link.key_list)
+        await trio.sleep(40)
+        assert [standing.token for standing in renewed] == ["token 3"]
+        await trio.sleep(600)  # once is enough
+        assert len(renewed) == 1
+        nursery.cancel_scope.cancel()

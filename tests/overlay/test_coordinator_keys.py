@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import time
 
+import pytest
 from msgspec.structs import replace
 
 from lumaris_overlay.coordinator_keys import CoordinatorKeys
 from lumaris_overlay.notices import NoticeBoard, NoticeGate
+from lumaris_overlay.supervisor import OverlayConfig, attach_or_spawn, end_shared
 from lumaris_overlay.validate import MembershipGate
 from lumaris_protocol import codec
-from lumaris_protocol.errors import EnvelopeError
+from lumaris_protocol.errors import EnvelopeError, LumarisError
 from lumaris_protocol.keys import KeyPair
 from lumaris_protocol.messages.advert import MembershipCertificate
 from lumaris_protocol.messages.notice import KeyList, SigningKey
+from tests.overlay.test_process import config_for
+from tests.overlay.world import NETWORK
 
 NET, NOW = "devnet", 1_800_000_000
 
@@ -33,17 +39,19 @@ LIST = KeyList(
 )
 
 
-def certificate(signer: KeyPair) -> bytes:
+def certificate(
+    signer: KeyPair, *, peer: str = PEER.peer_id, at: int = NOW, network: str = NET
+) -> bytes:
     message = MembershipCertificate(
-        peer=PEER.peer_id,
+        peer=peer,
         account="acc_" + "a" * 24,
         roles=("buyer",),
         bond_band=0,
         serial=1,
-        issued_at=NOW,
-        expires_at=NOW + 3_600,
+        issued_at=at,
+        expires_at=at + 3_600,
     )
-    return codec.sign(message, signer, NET).data
+    return codec.sign(message, signer, network).data
 
 
 def test_a_gate_takes_the_new_key_once_the_board_has_the_list() -> None:
@@ -75,3 +83,34 @@ def test_it_is_a_set() -> None:
     assert (list(keys), len(keys), OLD.peer_id in keys) == ([OLD.peer_id], 1, True)
     keys.learn(LIST)
     assert list(keys) == sorted((OLD.peer_id, NEW.peer_id))
+
+
+@pytest.mark.planet
+@pytest.mark.slow
+async def test_a_running_process_is_the_same_coordinators_after_a_key_was_revoked(tmp_path) -> None:
+    before = replace_config(config_for(tmp_path, "peer"), OLD)
+    after = replace_config(before, NEW)
+    old, new = LIST.keys
+    now = int(time.time())
+    keys = (replace(old, revoked_at=now), new)
+    listed = codec.sign(replace(LIST, keys=keys, issued_at=now), ROOT, NETWORK).data
+    async with attach_or_spawn(before) as overlay:
+        await overlay.present(certificate(OLD, peer=overlay.peer_id, at=now, network=NETWORK))
+        async with attach_or_spawn(after) as again:
+            fresh = certificate(NEW, peer=overlay.peer_id, at=now, network=NETWORK)
+            with pytest.raises(EnvelopeError):
+                await again.present(fresh)
+            await again.publish_notice(listed)
+            await again.present(fresh)
+        stranger = dataclasses.replace(after, roots=frozenset({PEER.peer_id}))
+        with pytest.raises(LumarisError) as caught:
+            async with attach_or_spawn(stranger):
+                pass
+        assert caught.value.code == "config_invalid"
+    await end_shared(before.state_dir)
+
+
+def replace_config(config: OverlayConfig, key: KeyPair) -> OverlayConfig:
+    return dataclasses.replace(
+        config, coordinator_keys=frozenset({key.peer_id}), roots=frozenset({ROOT.peer_id})
+    )

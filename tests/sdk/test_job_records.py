@@ -69,3 +69,31 @@ async def test_a_disk_that_takes_nothing_ends_no_session(
     logs.add(LogLine("job_1", "stdout", b"x"))
     await logs.flush()
     assert "log not kept" in caplog.text
+
+
+async def test_a_job_that_was_cut_off_costs_what_its_session_settled_for(tmp_path: Path):
+    store = Store(tmp_path / "buyer.db")
+    try:
+        assert await store.spent_by_us() is None
+        store._connection.execute(
+            "INSERT INTO session (session, seller, by_buyer, by_seller, state, started_at,"
+            " total_nanos, owner) VALUES ('ses_1', 'peer', x'', x'', 'ended', 1, 100, ?)",
+            (store._owner,),
+        )
+        common = {"session": "ses_1", "created_at": 1, "ended_at": 2, "state": "failed"}
+        sold = {**common, "job": "job_1", "n": 1, "cost_nanos": 30}
+        ran = {**common, "job": "job_2", "n": 2}
+        waited = {**common, "job": "job_3", "n": 3}
+        stayed = {**common, "job": "job_4"}
+        await store.put_jobs([stayed, waited, ran, sold])
+        await store.end_orphan_jobs(now=5)
+        costs = {row["job"]: row["cost_nanos"] for row in await store.jobs(9)}
+        assert costs == {"job_1": 30, "job_2": None, "job_3": None, "job_4": 0}
+        assert await store.spent_by_us() == (100, 1)
+        await store.keep_receipt("ses_1", "rcp_1", b"")
+        await store.end_orphan_jobs(now=5)
+        costs = {row["job"]: row["cost_nanos"] for row in await store.jobs(9)}
+        assert costs == {"job_1": 30, "job_2": 70, "job_3": 0, "job_4": 0}
+        assert await store.spent_by_us() == (100, 0)
+    finally:
+        store.close()

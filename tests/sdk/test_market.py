@@ -50,7 +50,7 @@ class Blind(SimulatedOverlay):
 
 def terms(key: KeyPair = BUYER) -> BuyerTerms:
     shown = certificate(key.peer_id, roles=("buyer",))
-    return BuyerTerms(NETWORK, COORDINATOR.peer_id, 0, lambda: shown, lambda: "")
+    return BuyerTerms(NETWORK, lambda: COORDINATOR.peer_id, 0, lambda: shown, lambda: "")
 
 
 @dataclass

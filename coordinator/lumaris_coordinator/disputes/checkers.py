@@ -63,7 +63,13 @@ def make_list(
 ) -> bool:
     """Sign and log among whom the next checker is drawn; whether there is anybody."""
     drawn = [checker for checker, _ in store.draws(connection, dispute.id)]
-    candidates = store.sellers_with_bond(connection, dispute, drawn=drawn, now=now)
+    candidates = store.sellers_with_bond(
+        connection,
+        parties=(dispute.buyer, dispute.seller),
+        currency=dispute.currency,
+        drawn=drawn,
+        now=now,
+    )
     agreement = papers.contract.agreement
     if len(candidates) < (_REPLICAS_MIN if agreement.verification == "repl" else 1):
         return False

@@ -127,6 +127,20 @@ def open_of(connection: Connection, opener: str) -> int:
     return int(row[0]) if row else 0
 
 
+def bonds_in(connection: Connection, openers: Sequence[str]) -> dict[str, int]:
+    """Nanos that these peers have put down in disputes that are open, by currency."""
+    if not openers:
+        return {}
+    marks = ", ".join("?" * len(openers))
+    rows = all_rows(
+        connection,
+        f"SELECT currency, sum(bond) FROM dispute WHERE opener IN ({marks}) AND {_IS_OPEN}"
+        " GROUP BY currency",
+        tuple(openers),
+    )
+    return {str(currency): int(held) for currency, held in rows}
+
+
 def asked_for(connection: Connection, agreement_hash: str) -> tuple[int, int]:
     """What the open disputes over an escrow's money ask together, and the highest voucher shown."""
     row = first(
@@ -334,11 +348,15 @@ def events(connection: Connection, dispute: str) -> list[dict[str, Any]]:
 
 
 def sellers_with_bond(
-    connection: Connection, dispute: Dispute, *, drawn: Sequence[str], now: int
+    connection: Connection,
+    *,
+    parties: tuple[str, str],
+    currency: str,
+    drawn: Sequence[str],
+    now: int,
 ) -> list[Candidate]:
     """The candidates of a draw: registered sellers with a bond, the largest first, that are no
     party, belong to no party's owner, and were not drawn before."""
-    parties = (dispute.buyer, dispute.seller)
     marks = ", ".join("?" * len(drawn)) or "''"
     rows = all_rows(
         connection,
@@ -348,7 +366,7 @@ def sellers_with_bond(
         f" AND peer NOT IN (?, ?) AND peer NOT IN ({marks}) AND coalesce(peer.owner, '') NOT IN"
         " (SELECT owner FROM peer WHERE peer IN (?, ?) AND owner IS NOT NULL)"
         " ORDER BY balance DESC, peer LIMIT ?",
-        (dispute.currency, now, *parties, *drawn, *parties, CHECKER_CANDIDATES_MAX),
+        (currency, now, *parties, *drawn, *parties, CHECKER_CANDIDATES_MAX),
     )
     return [
         Candidate(peer=peer, weight_nanos=min(int(balance), CHECKER_WEIGHT_NANOS_MAX))

@@ -83,8 +83,9 @@ async def show(request: Request) -> Response:
 
 @router.get("/v1/escrows/{session}/claims", openapi_extra=BEARER)
 async def claims(request: Request) -> Response:
-    """{claims}: of each party of a session the signed claims that may be evidence in a dispute: the
-    buyer's last, and the first that enclosed a forged voucher."""
+    """{claims, paid_nanos, buyer_bond_nanos, seller_bond_nanos, checkers}: of each party of a
+    session the signed claims that may be evidence in a dispute: the buyer's last, and the first
+    that enclosed a forged voucher; and what a dispute could win."""
     session = request.path_params["session"]
     caller = await caller_of(request)
     found = await views.claims(coordinator_of(request).context, session, caller)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 from typing import TYPE_CHECKING, Any
 
+from lumaris_coordinator.disputes.store import sellers_with_bond
 from lumaris_coordinator.escrow import store
 from lumaris_coordinator.escrow.claims import kept
 from lumaris_coordinator.escrow.store import Escrow
+from lumaris_coordinator.ledger import bonds
 from lumaris_coordinator.store.port import Connection, first
 from lumaris_protocol import codec, envelope
 from lumaris_protocol.errors import LumarisError
@@ -34,7 +36,8 @@ def _show(context: Context, connection: Connection, session: str, caller: Caller
 
 
 async def claims(context: Context, session: str, caller: Caller) -> dict[str, Any]:
-    """The claims on a session's money that may be evidence, each as it was signed, in base64.
+    """The claims on a session's money that may be evidence, each as it was signed, in base64, and
+    what a dispute could win: what was paid, both sides' bonds, and how many sellers could check.
 
     Raises LumarisError `not_found`.
     """
@@ -43,7 +46,18 @@ async def claims(context: Context, session: str, caller: Caller) -> dict[str, An
         escrow = store.find_of_parties(connection, session, sorted(caller.peers))
         if escrow is None:
             raise LumarisError("not_found", "There is no such session of yours.")
+        checkers = sellers_with_bond(
+            connection,
+            parties=(escrow.buyer, escrow.seller),
+            currency=escrow.currency,
+            drawn=(),
+            now=context.now(),
+        )
         return {
+            "paid_nanos": escrow.paid,
+            "buyer_bond_nanos": bonds.free(connection, escrow.buyer, escrow.currency),
+            "seller_bond_nanos": bonds.free(connection, escrow.seller, escrow.currency),
+            "checkers": len(checkers),
             "claims": [
                 {
                     "by": one.party,
@@ -52,7 +66,7 @@ async def claims(context: Context, session: str, caller: Caller) -> dict[str, An
                     "at": one.at,
                 }
                 for one in kept(connection, escrow.agreement_hash)
-            ]
+            ],
         }
 
     return await context.store.read(look)

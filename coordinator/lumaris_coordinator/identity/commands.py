@@ -26,6 +26,7 @@ from lumaris_coordinator.upkeep import folder
 from lumaris_overlay.private_files import read_key
 from lumaris_protocol import key_list
 from lumaris_protocol.errors import LumarisError
+from lumaris_protocol.keys import KeyPair
 from lumaris_protocol.messages.notice import SigningKey
 
 _OPERATOR: Final = Wanted("first", ("operator", "read", "write"), API_KEY_LIFETIME_S, 100)
@@ -85,7 +86,11 @@ def renew_operator(
 def _operator(connection: Connection, name: str) -> User:
     user = people.by_name(connection, name)
     if user is None or not user.operator:
-        raise LumarisError("not_found", f"There is no operator {name[:64]!r}.")
+        raise LumarisError(
+            "not_found",
+            f"There is no operator {name[:64]!r}.",
+            hint="`lumaris coordinator operator list` shows those that there are.",
+        )
     return user
 
 
@@ -118,7 +123,12 @@ def create_key(
     def work(connection: Connection) -> User:
         user = people.by_name(connection, name)
         if user is None or user.operator:
-            raise LumarisError("not_found", f"There is no user {name[:64]}.")
+            raise LumarisError(
+                "not_found",
+                f"There is no user {name[:64]}.",
+                hint="`lumaris coordinator user create` makes one; operators have a command of"
+                " their own, `operator renew`.",
+            )
         if len(people.keys_of(connection, user.id, now=now)) >= API_KEYS_PER_USER_MAX:
             raise LumarisError("limit_reached", f"{API_KEYS_PER_USER_MAX} keys exist.")
         return user
@@ -191,19 +201,37 @@ def show(settings: Settings) -> dict[str, Any]:
 
 
 def rotate(settings: Settings, root: Path, *, after_s: int = KEY_STARTS_AFTER_S) -> dict[str, Any]:
-    """Add a signing key; {peer, starts_at}. Raises LumarisError as `keys.rotate` and `read_key`."""
+    """Add a signing key; {peer, starts_at, waiting}: the last are other keys that sign later, as
+    {peer, starts_at}. Raises LumarisError as `keys.rotate` and `read_key`."""
     now = int(time.time())
     made = keys.rotate(
-        settings.state, read_key(root), network=settings.network, now=now, after_s=after_s
+        settings.state, _root_in(root), network=settings.network, now=now, after_s=after_s
     )
-    return {"peer": made.peer_id, "starts_at": now + after_s}
+    path = settings.state / keys.FOLDER / keys.LIST
+    listed = keys.read_list(path, settings.network).message
+    waiting = [key for key in keys.waiting_in(listed, now=now) if key.peer != made.peer_id]
+    return {
+        "peer": made.peer_id,
+        "starts_at": now + after_s,
+        "waiting": [{"peer": key.peer, "starts_at": key.not_before} for key in waiting],
+    }
 
 
 def revoke(settings: Settings, root: Path, peer: str) -> None:
     """Take a signing key back. Raises LumarisError as `keys.revoke` and `read_key`."""
     keys.revoke(
-        settings.state, read_key(root), peer, network=settings.network, now=int(time.time())
+        settings.state, _root_in(root), peer, network=settings.network, now=int(time.time())
     )
+
+
+def _root_in(file: Path) -> KeyPair:
+    try:
+        return read_key(file)
+    except LumarisError as error:
+        if error.code != "not_found":
+            raise
+        hint = "Name the root key's file: it was made as keys/root.key in the folder."
+        raise LumarisError("not_found", error.message, hint=hint) from None
 
 
 def _state(key: SigningKey, current: str | None, now: float) -> str:

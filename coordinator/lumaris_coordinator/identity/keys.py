@@ -1,8 +1,9 @@
 """The coordinator's own keys: a root that only signs the key list, and keys that sign the rest.
 
 In the state: `coordinator.key` is the first signing key, `keys/<peer id>.key` are later ones,
-`keys/list` is the list in force. `keys/root.key` is made with the first list and belongs offline:
-the coordinator itself never reads it again. Agreements name a key; what is signed for them is
+`keys/list` is the list in force and `keys/network` the network that it is signed for, which nothing
+in a signature tells. `keys/root.key` is made with the first list and belongs offline: the
+coordinator itself never reads it again. Agreements name a key; what is signed for them is
 signed with that key for as long as it is valid, and new registrations are given the newest.
 """
 
@@ -42,6 +43,8 @@ FIRST_KEY: Final = "coordinator.key"
 FOLDER: Final = "keys"
 ROOT_KEY: Final = "root.key"
 LIST: Final = "list"
+NETWORK: Final = "network"
+_NETWORK_BYTES_MAX: Final = 256
 
 
 @dataclass(frozen=True)
@@ -183,10 +186,14 @@ class KeyRing:
     def _read(self) -> _Held:
         folder = self._state / FOLDER
         path = folder / LIST
+        require_network(self._state, self._network)
         if not path.exists():
             make_private_folder(folder)
             _create(path, self._first_list(folder).data)
-        return self._hold(read_list(path, self._network))
+        held = self._hold(read_list(path, self._network))
+        if not network_of(self._state):
+            _create(folder / NETWORK, f"{self._network}\n".encode())
+        return held
 
     def _hold(self, found: Signed[KeyList]) -> _Held:
         files = [self._state / FOLDER / f"{key.peer}.key" for key in found.message.keys]
@@ -210,6 +217,32 @@ def is_whole(state: Path) -> bool:
     return (state / FIRST_KEY).exists() and (state / FOLDER / LIST).exists()
 
 
+def network_of(state: Path) -> str:
+    """The network that the keys of a folder sign for, fixed by the first start; "" before that.
+
+    Raises LumarisError `config_invalid`.
+    """
+    path = state / FOLDER / NETWORK
+    try:
+        with path.open("rb") as file:
+            return file.read(_NETWORK_BYTES_MAX).decode(errors="replace").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except OSError as error:
+        raise LumarisError("config_invalid", f"{path}: {error.strerror}") from None
+
+
+def require_network(state: Path, network: str) -> None:
+    """Whether the folder may be used for this network. Raises LumarisError `config_invalid`."""
+    known = network_of(state)
+    if known and known != network:
+        raise LumarisError(
+            "config_invalid",
+            f"{state} is of the network {known}, and {network} was named.",
+            hint="A network keeps its name: leave `network` out, or choose another folder.",
+        )
+
+
 def read_list(path: Path, network: str) -> Signed[KeyList]:
     """The key list in a file. Raises LumarisError `config_invalid`."""
     try:
@@ -231,7 +264,8 @@ def rotate(
 
     The wait is for the others: programs that fetch the list when they renew know the new key before
     it signs. A running coordinator takes the list up within a minute.
-    Raises LumarisError: `root_changed`, `limit_reached`, `config_invalid`, `not_writable`, `busy`.
+    Raises LumarisError: `root_changed`, `limit_reached`, `config_invalid`, `not_writable`, `busy`,
+    or `usage` while another key waits and this one would wait too.
     """
     with _changing(state):
         return _rotate(state, root, network, now, after_s)
@@ -242,6 +276,14 @@ def _rotate(state: Path, root: KeyPair, network: str, now: int, after_s: int) ->
     keys = tuple(key for key in held.keys if key.not_after > now)
     if len(keys) >= SIGNING_KEYS_MAX:
         raise LumarisError("limit_reached", f"{SIGNING_KEYS_MAX} keys have not ended yet.")
+    if after_s and (waiting := waiting_in(held, now=now)):
+        at = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(waiting[0].not_before))
+        raise LumarisError(
+            "usage",
+            f"{waiting[0].peer} waits already, and signs from {at}.",
+            hint="One rotation is enough. If that key shall not come, revoke it first; --now"
+            " adds a key that signs at once.",
+        )
     seed = os.urandom(32)
     peer = KeyPair(seed).peer_id
     start = now + after_s
@@ -253,6 +295,12 @@ def _rotate(state: Path, root: KeyPair, network: str, now: int, after_s: int) ->
         raise LumarisError("not_writable", f"{state / FOLDER}: {error.strerror}") from None
     _write(state, held, (*keys, fresh), root, network, now)
     return key
+
+
+def waiting_in(message: KeyList, *, now: float) -> list[SigningKey]:
+    """The keys that will sign and do not yet, the next one first."""
+    found = [key for key in message.keys if now < key.not_before and not key.revoked_at]
+    return sorted(found, key=lambda key: key.not_before)
 
 
 def revoke(state: Path, root: KeyPair, peer: str, *, network: str, now: int) -> None:
@@ -268,7 +316,11 @@ def revoke(state: Path, root: KeyPair, peer: str, *, network: str, now: int) -> 
 def _revoke(state: Path, root: KeyPair, peer: str, network: str, now: int) -> None:
     held = _list_of(state, root, network)
     if all(key.peer != peer for key in held.keys):
-        raise LumarisError("not_found", "The key list does not name that key.")
+        raise LumarisError(
+            "not_found",
+            "The key list does not name that key.",
+            hint="`lumaris coordinator keys list` shows the keys that it names.",
+        )
     keys = tuple(
         replace(key, revoked_at=now) if key.peer == peer and not key.revoked_at else key
         for key in held.keys
@@ -283,7 +335,11 @@ def _revoke(state: Path, root: KeyPair, peer: str, network: str, now: int) -> No
 def _list_of(state: Path, root: KeyPair, network: str) -> KeyList:
     held = read_list(state / FOLDER / LIST, network).message
     if held.root != root.peer_id:
-        raise LumarisError("root_changed", "The file does not hold the root key of this list.")
+        raise LumarisError(
+            "root_changed",
+            "The file does not hold the root key of this list.",
+            hint=f"Name the file of the root key {held.root}.",
+        )
     return held
 
 

@@ -30,8 +30,8 @@ async def give_credit(request: Request) -> Response:
 
 @router.get("/v1/accounts/me", openapi_extra=BEARER)
 async def account(request: Request) -> Response:
-    """{account, peer, currency, free_nanos, held_nanos, sessions_open, wallets}: `wallets` by
-    currency, the main one first and repeated before them."""
+    """{account, peer, currency, free_nanos, held_nanos, sessions_open, disputed_nanos, wallets}:
+    `wallets` by currency, the main one first and repeated before them."""
     return json_response(await coordinator_of(request).ledger.account(await caller_of(request)))
 
 

@@ -15,6 +15,7 @@ from lumaris_coordinator.bounds import (
     CREDITS_PER_ACCOUNT_MAX,
     REQUEST_CREDIT_LIFETIME_S,
 )
+from lumaris_coordinator.disputes.store import bonds_in
 from lumaris_coordinator.escrow.store import held_of_buyers
 from lumaris_coordinator.events.outbox import emit
 from lumaris_coordinator.identity.store import member
@@ -136,7 +137,8 @@ class Ledger:
         return txn
 
     async def account(self, caller: Caller) -> dict[str, Any]:
-        """The caller's money by currency: free, and held in open sessions."""
+        """The caller's money by currency: free, held in open sessions, and put down in
+        open disputes."""
         return await self._context.store.read(
             lambda connection: self._summary(connection, caller.account, caller.peer, caller.peers)
         )
@@ -145,13 +147,15 @@ class Ledger:
         self, connection: Connection, account: str, peer: str, peers: Collection[str]
     ) -> dict[str, Any]:
         main, held = self._context.settings.currency, held_of_buyers(connection, sorted(peers))
-        names = dict.fromkeys((main, *store.currencies_of(connection, account), *held))
+        disputed = bonds_in(connection, sorted(peers))
+        names = dict.fromkeys((main, *store.currencies_of(connection, account), *held, *disputed))
         wallets = [
             {
                 "currency": currency,
                 "free_nanos": store.balance(connection, store.wallet(account, currency)),
                 "held_nanos": held.get(currency, (0, 0))[0],
                 "sessions_open": held.get(currency, (0, 0))[1],
+                "disputed_nanos": disputed.get(currency, 0),
             }
             for currency in names
         ]

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_CERTIFY_CHECK_S: Final = 60.0
+# Often, since with a revoked key of ours in its certificate nobody listens to this peer.
+_CERTIFY_CHECK_S: Final = 5.0
 # The overlay forgets what nobody sought for five minutes.
 _SEEK_S: Final = 120.0
 _ANY_GPU: Final = (Gpu(model="", vram_bytes=0, count=1),)
@@ -90,8 +91,11 @@ class Guest:
                 renewed = 0 <= age_s < CERTIFICATE_LIFETIME_S / 2
                 if renewed and held.signer == self._context.peer:
                     continue
-                held = self._certificate()
-                await overlay.present(held.data)
+                # First, for it may name the key that signs the next certificate.
+                await overlay.publish_notice(self._context.keys.list.data)
+                fresh = self._certificate()
+                await overlay.present(fresh.data)
+                held = fresh
             except LumarisError as error:
                 log.warning("overlay certificate not renewed code=%s", error.code)
 

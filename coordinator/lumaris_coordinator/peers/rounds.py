@@ -110,9 +110,13 @@ class WitnessRounds:
         await self._witnesses.require_current(found)
 
     async def _head(self) -> str | None:
-        """The text of the newest head; None while the log is empty."""
+        """The text of the newest head and our key; None while the log is empty.
+
+        Under another key it is cosigned again: witnesses must not be left with a head whose
+        signature was revoked, which tells a later start nothing.
+        """
         text = (await self._witnesses.checkpoint()).partition("\n\n")[0]
-        return None if text.split("\n")[1:2] == ["0"] else text
+        return None if text.split("\n")[1:2] == ["0"] else f"{text}\n{self._context.peer}"
 
     async def _peers(self) -> tuple[str, ...]:
         """The witnesses of before, then whoever is connected: any peer may become one."""

@@ -109,7 +109,9 @@ def write(
             draft.unlink(missing_ok=True)
         _sync_folder(file.parent)
     except FileExistsError:
-        raise LumarisError("not_writable", f"{file} exists already.") from None
+        raise LumarisError(
+            "not_writable", f"{file} exists already.", hint="Name a new file: none is replaced."
+        ) from None
     except OSError as error:
         raise LumarisError("not_writable", f"{file}: {error.strerror}") from None
     return found

@@ -11,6 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from lumaris_coordinator.bounds import CONFIG_BYTES_MAX
 from lumaris_coordinator.config import Settings
+from lumaris_coordinator.identity.keys import network_of, require_network
 from lumaris_coordinator.upkeep.folder import require_private
 from lumaris_overlay.private_files import make_private_folder, write_private_file
 from lumaris_protocol.errors import LumarisError
@@ -102,10 +103,19 @@ def _require_no_password(address: str) -> None:
 
 
 def read(state: Path) -> dict[str, Any]:
-    """The settings of a folder's file; none without a file.
+    """What a folder keeps: its network since the first start, and the settings of its file.
 
-    Raises LumarisError `config_invalid` for one that cannot be read or names what there is not.
+    Raises LumarisError `config_invalid` for a file that cannot be read, names what there is not, or
+    is of another network than the folder's keys.
     """
+    found, known = _in_file(state), network_of(state)
+    if not known:
+        return found
+    require_network(state, found.setdefault("network", known))
+    return found
+
+
+def _in_file(state: Path) -> dict[str, Any]:
     path = state / NAME
     try:
         with path.open("rb") as file:

@@ -137,7 +137,7 @@ def keys_of(settings: Settings) -> KeyRing:
         raise LumarisError(
             "not_found",
             f"{settings.state} does not hold the keys of a coordinator.",
-            hint="Put its coordinator.key and its folder keys there first.",
+            hint="Is --state its folder? Then put its coordinator.key and its folder keys there.",
         )
     return KeyRing(settings.state, network=settings.network)
 
@@ -150,7 +150,11 @@ def existing(settings: Settings) -> Backend:
     backend = backend_of(settings.state, settings.database)
     require_database(settings.state, backend)
     if isinstance(backend, SqliteFile) and not backend.path.exists():
-        raise LumarisError("not_found", f"There is no {backend.path}.")
+        raise LumarisError(
+            "not_found",
+            f"There is no {backend.path}.",
+            hint="Is --state its folder? `lumaris coordinator init` makes a new one.",
+        )
     return backend
 
 

@@ -8,7 +8,7 @@ of ten thousand hosts would otherwise be nothing but signature checks.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -38,7 +38,7 @@ class _Known:
 class SharedGate(AdvertGate):
     """The gate of all hosts of one network: the same bytes are verified once."""
 
-    def __init__(self, network: str, coordinator_keys: frozenset[PeerId]) -> None:
+    def __init__(self, network: str, coordinator_keys: Set[PeerId]) -> None:
         super().__init__(network, coordinator_keys)
         self._known: dict[bytes, _Known] = {}
 

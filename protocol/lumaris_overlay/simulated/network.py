@@ -66,10 +66,10 @@ class SimulatedNetwork:
     ) -> None:
         self.nursery = nursery
         self.network = network
-        self.coordinator_keys = coordinator_keys
         self.notice_gate = NoticeGate(network, coordinator_keys, roots)
+        self.coordinator_keys = self.notice_gate.keys  # they follow the lists that anybody hears
         self.now = now
-        self.gate = SharedGate(network, coordinator_keys)
+        self.gate = SharedGate(network, self.coordinator_keys)
         self.members = ShardMembers()
         self._hosts: dict[PeerId, SimulatedOverlay] = {}
         self._ports = 0

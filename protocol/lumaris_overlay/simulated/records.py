@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 from lumaris_overlay import records
 from lumaris_overlay.records import EndpointSigner, PeerRecord, RecordGate
@@ -13,7 +13,7 @@ from lumaris_protocol.keys import KeyPair, PeerId
 class SimulatedRecords:
     """The newest record of each peer, and the signing of our own."""
 
-    def __init__(self, key: KeyPair, network: str, coordinator_keys: frozenset[PeerId]) -> None:
+    def __init__(self, key: KeyPair, network: str, coordinator_keys: Set[PeerId]) -> None:
         self._gate = RecordGate(network, coordinator_keys)
         self._signer = EndpointSigner(key, network)
         self._held: dict[str, PeerRecord] = {}

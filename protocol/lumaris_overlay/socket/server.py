@@ -48,6 +48,7 @@ async def serve_socket(
     *,
     network: str = "",
     coordinator_keys: tuple[str, ...] = (),
+    roots: tuple[str, ...] = (),
     shutdown: Callable[[], None] = lambda: None,
 ) -> AsyncGenerator[SocketServer]:
     """Serve until the context ends; the socket file is then gone.
@@ -57,8 +58,11 @@ async def serve_socket(
     """
     listener = await _listen(path)
     identity = os.stat(path).st_ino
+    who = Reply(
+        peer=overlay.peer_id, network=network, coordinator_keys=coordinator_keys, roots=roots
+    )
     async with background() as nursery:
-        server = SocketServer(overlay, nursery, network, coordinator_keys, shutdown)
+        server = SocketServer(overlay, nursery, who, shutdown)
         nursery.start_soon(server.run, listener)
         try:
             yield server
@@ -73,15 +77,12 @@ class SocketServer:
         self,
         overlay: Overlay,
         nursery: trio.Nursery,
-        network: str,
-        coordinator_keys: tuple[str, ...],
+        identity: Reply,
         shutdown: Callable[[], None],
     ) -> None:
         self._overlay = overlay
         self._nursery = nursery
-        self._identity = Reply(
-            peer=overlay.peer_id, network=network, coordinator_keys=coordinator_keys
-        )
+        self._identity = identity
         self._shutdown = shutdown
         self._pipes = _Pipes(nursery)
         self._waiting: dict[str, _Waiting] = {}

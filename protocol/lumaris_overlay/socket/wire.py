@@ -72,6 +72,7 @@ class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
     peer: str = ""
     network: str = ""
     coordinator_keys: tuple[str, ...] = ()
+    roots: tuple[str, ...] = ()
     token: str = ""
     id: int = 0
     clean: bool = False

@@ -8,9 +8,11 @@ draw      the checker of a result
 """
 
 from lumaris_protocol.rulings.case import (
+    REFUNDS,
     Case,
     Decision,
     Finding,
+    check_claim,
     check_opening,
     dispute_id,
     evidence_root,
@@ -34,12 +36,14 @@ from lumaris_protocol.rulings.rules import (
 
 __all__ = (
     "ADMITTED",
+    "REFUNDS",
     "Case",
     "Decision",
     "Dossier",
     "Finding",
     "Session",
     "check_candidates",
+    "check_claim",
     "check_opening",
     "decide",
     "dispute_id",

@@ -172,8 +172,7 @@ def penalty(amount_nanos: int, *, wrong: bool = False) -> int:
 def check_opening(opened: DisputeOpen, contract: Contract) -> None:
     """The parts of an opening that need no evidence. Raises RefusedError."""
     agreement = contract.agreement
-    side = side_of(agreement, opened.opener)
-    if side == "neither":
+    if side_of(agreement, opened.opener) == "neither":
         raise RefusedError("wrong_signer", "Only the agreement's parties can dispute it.")
     if opened.coordinator != agreement.coordinator:
         raise RefusedError("wrong_domain", "The dispute names another coordinator.")
@@ -182,11 +181,17 @@ def check_opening(opened: DisputeOpen, contract: Contract) -> None:
     )
     if opened.dispute != expected:
         raise RefusedError("malformed", "The dispute's id does not follow from its claim.")
-    if side != _ONLY.get(opened.claim, side):
-        raise RefusedError("not_disputable", f"The {side} cannot claim {opened.claim}.")
-    if (opened.order > 0) != (opened.claim == "wrong_result"):
+    check_claim(agreement, opened.claim, order=opened.order, opener=opened.opener)
+
+
+def check_claim(agreement: Agreement, claim: str, *, order: int, opener: str) -> None:
+    """Whether a party may make such a claim under an agreement. Raises RefusedError."""
+    side = side_of(agreement, opener)
+    if side != _ONLY.get(claim, side):
+        raise RefusedError("not_disputable", f"The {side} cannot claim {claim}.")
+    if (order > 0) != (claim == "wrong_result"):
         raise RefusedError("not_disputable", "An order is named by wrong_result, and only there.")
-    if opened.claim == "wrong_result" and (agreement.verification == "evid" or agreement.egress):
+    if claim == "wrong_result" and (agreement.verification == "evid" or agreement.egress):
         raise RefusedError(
             "not_disputable",
             "Results are not checkable under this agreement: only its signed evidence stands.",

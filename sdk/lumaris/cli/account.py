@@ -150,11 +150,11 @@ async def _with_coordinator(
         try:
             return await ask(link, key, standing)
         except LumarisError as error:
-            # A coordinator that was set up anew at the old address does not know our token.
-            if error.code not in ("unauthorized", "wrong_signer", "wrong_domain"):
+            # A coordinator that was set up anew at the old address does not know our token; one
+            # that took the key back which we name refuses it.
+            if error.code not in ("unauthorized", "wrong_signer", "wrong_domain", "revoked"):
                 raise
-        cache.unlink(missing_ok=True)
-        standing = await membership.join(link, key, cache, url=profile.coordinator)
+        standing = await membership.rejoin(link, key, cache, standing)
         return await ask(link, key, standing)
     finally:
         await link.aclose()

@@ -40,7 +40,9 @@ def terms_options(command: F) -> F:
             click.option(
                 "--port", type=click.IntRange(0, 65_535), help=f"[default: {_PORT}; 0: any]"
             ),
-            click.option("--network", help="Name of the network.  [default: devnet]"),
+            click.option(
+                "--network", help="Name of the network; a folder keeps that of its first start."
+            ),
             click.option(
                 "--fee-bps", type=click.IntRange(0, 10_000), help="Fee in hundredths of a per cent."
             ),
@@ -109,11 +111,18 @@ coordinator.add_command(user)
 def init(settings: Settings, /, state: Path | None, **terms: Any) -> None:
     """Make a folder with its configuration, keys and an empty database.
 
-    From then on the folder is used with that database only.
+    From then on the folder is used with that network and that database only.
     """
     folder = _folder(settings, state)
     initialise: Any = load(f"{_UPKEEP}.config_file:initialise", extra="coordinator")
-    file = initialise(folder, _chosen(terms))
+    chosen = _chosen(terms)
+    if (network := chosen.get("network") or _kept(folder).get("network")) is None:
+        raise LumarisError(
+            "usage",
+            "A new coordinator needs a name for its network: --network NAME.",
+            hint="It stands in everything that is signed, and can never be changed.",
+        )
+    file = initialise(folder, {**chosen, "network": network})
     try:
         peer = _command("prepare")(_told(_settings(folder, {})))
     except LumarisError:
@@ -123,6 +132,7 @@ def init(settings: Settings, /, state: Path | None, **terms: Any) -> None:
         emit({"state": str(folder), "config": str(file), "coordinator": peer})
         return
     click.echo(f"coordinator {peer} in {folder}")
+    note(f"network: {network}, for ever")
     note(f"settings: {file}")
     note(f"start it: lumaris coordinator up --state {folder}")
     if terms.get("tls_names"):
@@ -138,9 +148,12 @@ def init(settings: Settings, /, state: Path | None, **terms: Any) -> None:
 def up(settings: Settings, /, state: Path | None, **terms: Any) -> None:
     """Serve until Ctrl-C. Prints `ready PEER URL` once requests are answered.
 
-    Reads coordinator.toml in the folder; options win over it.
+    Reads coordinator.toml in the folder; options win over it. A folder is of the network that its
+    first start named, or of devnet.
     """
     folder = _folder(settings, state)
+    if terms["network"] is None and "network" not in _kept(folder):
+        note("no network was named: this folder is of devnet from now on")
     run: Any = load("lumaris_coordinator.cli:run", extra="coordinator")
     p2p = find_spec("libp2p") is not None
     chosen = _settings(folder, _chosen(terms), port=_PORT, overlay=p2p)
@@ -252,9 +265,15 @@ def _told(chosen: Any) -> Any:
 def _settings(folder: Path, chosen: dict[str, Any], **defaults: Any) -> Any:
     """The file's settings, under those of the environment and the command line."""
     kind: Any = load("lumaris_coordinator.config:Settings", extra="coordinator")
-    read: Any = load(f"{_UPKEEP}.config_file:read", extra="coordinator")
     database = {"database": address} if (address := os.environ.get(_DATABASE)) else {}
-    return kind(state=folder, **{**defaults, **read(folder), **database, **chosen})
+    return kind(state=folder, **{**defaults, **_kept(folder), **database, **chosen})
+
+
+def _kept(folder: Path) -> dict[str, Any]:
+    """The folder's network and the settings of its file."""
+    read: Any = load(f"{_UPKEEP}.config_file:read", extra="coordinator")
+    found: dict[str, Any] = read(folder)
+    return found
 
 
 def _chosen(terms: dict[str, Any]) -> dict[str, Any]:

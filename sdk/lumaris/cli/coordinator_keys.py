@@ -49,7 +49,8 @@ def list_keys(settings: Settings, state: Path | None) -> None:
         return
     for key in found["keys"]:
         until = time.strftime("%Y-%m-%d", time.gmtime(key["not_after"]))
-        click.echo(f"{key['peer']}  {key['state']:<8} until {until}")
+        since = f"from {_moment(key['not_before'])} " if key["state"] == "waiting" else ""
+        click.echo(f"{key['peer']}  {key['state']:<8} {since}until {until}")
     note(f"root {found['root']}, list number {found['seq']}")
     if found["root_here"]:
         note("the root key still lies in the folder: move keys/root.key to a place offline")
@@ -65,7 +66,10 @@ def list_keys(settings: Settings, state: Path | None) -> None:
 def rotate(
     settings: Settings, root: Path, after: int | None, now: bool, state: Path | None
 ) -> None:
-    """Add a signing key. Certificates are renewed within a day, so by then everybody knows it."""
+    """Add a signing key. Certificates are renewed within a day, so by then everybody knows it.
+
+    While a key waits to take over, another one is refused unless it signs at once.
+    """
     wait: dict[str, Any] = {} if after is None else {"after_s": after}
     if now:
         wait = {"after_s": 0}
@@ -74,7 +78,16 @@ def rotate(
         emit(found)
         return
     click.echo(found["peer"])
-    note(time.strftime("it signs from %Y-%m-%d %H:%M:%S UTC", time.gmtime(found["starts_at"])))
+    note(f"it signs from {_moment(found['starts_at'])}")
+    for key in found["waiting"]:
+        note(
+            f"{key['peer']} was added before and takes over from it at {_moment(key['starts_at'])};"
+        )
+        note("if somebody else may have read that key, revoke it as well")
+
+
+def _moment(seconds: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
 
 
 @keys.command("revoke")
@@ -84,12 +97,17 @@ def rotate(
 @plain_options
 @click.pass_obj
 def revoke(settings: Settings, peer: str, root: Path, state: Path | None) -> None:
-    """Take a signing key back: what it signed counts no more. Add another one first."""
+    """Take a signing key back: what it signed counts no more. Add another one first.
+
+    Everybody whose certificate it signed registers again, without anybody's hand, in some minutes.
+    """
     _command("revoke")(_chosen(settings, state, data=False), root, peer)
     if settings.json:
         emit({"revoked": peer})
         return
     note(f"{peer} is revoked; a running coordinator follows within a minute")
+    note("buyers and nodes register again by themselves within five minutes after that; until")
+    note("then purchases may fail with not_certified or no_sellers")
 
 
 @click.group("operator", context_settings=CONTEXT)

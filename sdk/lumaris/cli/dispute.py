@@ -14,6 +14,7 @@ from lumaris.cli.dispute_output import (
     detail_json,
     next_step,
     print_detail,
+    print_lost,
     print_state,
     summary_json,
 )
@@ -49,6 +50,11 @@ CLAIMS: Final = (
     "forged_voucher",
     "equivocation",
 )
+
+_REPLAY: Final = {
+    True: "anyone can replay it with",
+    False: "there is no ruling yet; what there is can be checked with",
+}
 
 
 @click.group("dispute", context_settings=CONTEXT)
@@ -162,7 +168,17 @@ def show(settings: Settings, dispute_id: str, save: Path | None) -> None:
         return
     print_detail(found, us)
     if save is not None:
-        note(f"saved to {save}; anyone can replay it with `lumaris verify dispute {save}`")
+        note(
+            f"saved to {save}; {_REPLAY[found.ruling is not None]} `lumaris verify dispute {save}`"
+        )
+
+
+@dispute.command("ls")
+@buyer_options
+@click.pass_obj
+def list_disputes(settings: Settings) -> None:
+    """List disputes, oldest first: their state, and who must act."""
+    _list(settings)
 
 
 @dispute.command("evidence")
@@ -214,18 +230,28 @@ def withdraw(settings: Settings, dispute_id: str, yes: bool) -> None:
     async def work(desk: DisputeDesk) -> Dispute:
         found = await desk.show(dispute_id)
         answered = any(shown.n > 0 and shown.by != found.opener for shown in found.evidence)
+        if found.state not in OPEN:
+            raise LumarisError("dispute_closed", f"The dispute is over: {clean(found.state)}.")
         if not settings.json:
             least = credits_of(min(found.bond_nanos, DISPUTE_BOND_NANOS_MIN))
-            lost = "all of it: the other side has answered" if answered else f"at most {least}"
-            note(f"bond     {credits_of(found.bond_nanos)} {clean(found.currency)}; lost is {lost}")
+            lost = "all of it, for the other side has answered" if answered else least
+            note(
+                f"bond     {credits_of(found.bond_nanos)} {clean(found.currency)}; lost is {lost},"
+                " half of that to the other side"
+            )
         await _confirm(settings, yes=yes)
-        return await desk.withdraw(dispute_id)
+        gone = await desk.withdraw(dispute_id)
+        try:
+            return await desk.show(dispute_id)
+        except LumarisError:  # it is withdrawn all the same
+            return gone
 
     found = _with_desk(settings, work)
     if settings.json:
         emit(summary_json(found))
         return
     print_state(found)
+    print_lost(found)
 
 
 @dispute.command("check")
@@ -342,6 +368,8 @@ async def _agree(settings: Settings, draft: Draft, *, yes: bool) -> None:
         about = f"order {draft.order} of {agreement.session}" if draft.order else agreement.session
         note(f"claim    {draft.claim} about {about}, against {peer_of(draft.respondent)}")
         note(f"asked    {credits_of(draft.amount_nanos)} {currency}")
+        for line in _prospects(draft):
+            note(line)
         note(
             f"bond     {credits_of(draft.bond_nanos)} {currency} is taken from your account now; it"
             " returns unless the claim is refuted, withdrawn, or left without a check"
@@ -349,6 +377,23 @@ async def _agree(settings: Settings, draft: Draft, *, yes: bool) -> None:
         note(f"evidence {len(draft.evidence)} signed documents are shown to the other side")
         note(f"then     {_AFTER[draft.claim]}")
     await _confirm(settings, yes=yes)
+
+
+def _prospects(draft: Draft) -> list[str]:
+    """What can be won by it, as things stand now."""
+    lines = []
+    if draft.opener == draft.contract.agreement.buyer:
+        there = credits_of(draft.their_bond_nanos)
+        less = draft.their_bond_nanos < draft.amount_nanos
+        most = "; no more can be won unless it puts more down" if less else ""
+        lines.append(f"against  the seller's bond has {there} for this now{most}")
+    if draft.claim == "wrong_result":
+        least = 2 if draft.contract.agreement.verification == "repl" else 1
+        few = "too few" if draft.checkers else "nobody"
+        none = f"{few} could be drawn to check now; without a check everything goes back"
+        many = f"{draft.checkers} with a bond could be drawn now"
+        lines.append(f"checkers {many if draft.checkers >= least else none}")
+    return lines
 
 
 async def _confirm(settings: Settings, *, yes: bool) -> None:
@@ -407,12 +452,20 @@ def _with_desk(settings: Settings, work: Callable[[DisputeDesk], Awaitable[T]]) 
 
     from lumaris import disputes
     from lumaris.cli.account import profile_of
+    from lumaris.cli.errors import cause_of
 
     async def main() -> T:
         async with disputes.open_desk(profile_of(settings)) as desk:
             return await work(desk)
 
-    return trio.run(main)
+    try:
+        return trio.run(main)
+    except BaseException as error:
+        if not isinstance(cause_of(error), KeyboardInterrupt):
+            raise
+        raise LumarisError(
+            "interrupted", hint="`lumaris dispute show` says what was done."
+        ) from None
 
 
 def _check_id(name: str, what: str, *prefixes: str) -> None:
@@ -420,7 +473,7 @@ def _check_id(name: str, what: str, *prefixes: str) -> None:
         raise LumarisError(
             "not_found",
             f"{clean(name[:80])!r} is no {what}.",
-            hint="`lumaris dispute show` lists disputes, `lumaris job ls` jobs.",
+            hint="`lumaris dispute ls` lists disputes, `lumaris job ls` jobs.",
         )
 
 

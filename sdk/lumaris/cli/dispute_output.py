@@ -90,6 +90,21 @@ def print_state(found: Dispute) -> None:
     )
 
 
+def print_lost(found: Dispute) -> None:
+    """What a claim that was taken back has cost, where the ruling is known."""
+    ruling = getattr(found, "ruling", None)
+    if ruling is None:
+        return
+    lost, victim = ruling.collected_nanos, ruling.victim_nanos
+    shares = f", {credits_of(victim)} of it to the other side" if lost else ""
+    fields(
+        [
+            ("lost", f"{credits_of(lost)} {found.currency}{shares}"),
+            ("returned", f"{credits_of(found.bond_nanos - lost)} {found.currency}"),
+        ]
+    )
+
+
 def print_detail(found: DisputeDetail, us: str) -> None:
     shown = [
         ("dispute", found.dispute),

@@ -7,7 +7,7 @@ import sys
 import click
 
 from lumaris.cli.options import Settings
-from lumaris.cli.output import clean, emit, note, paint
+from lumaris.cli.output import clean, credits_of, emit, note, paint
 from lumaris_protocol.errors import LumarisError
 
 _LOGGERS = ("lumaris", "lumaris_overlay", "lumaris_protocol", "httpx", "httpcore")
@@ -19,12 +19,11 @@ def report(error: BaseException, settings: Settings) -> int:
         import traceback
 
         traceback.print_exception(error, file=sys.stderr)
-    cause = _cause(error)
+    cause = cause_of(error)
     if isinstance(cause, LumarisError):
         return show(cause, settings)
     if isinstance(cause, KeyboardInterrupt | click.Abort):
-        stopped = LumarisError("interrupted", hint="`lumaris job ls` shows what was done and paid.")
-        return show(stopped, settings, money=False)
+        return show(_interrupted(settings), settings, money=False)
     if isinstance(cause, click.exceptions.NoArgsIsHelpError):
         click.echo(cause.format_message(), err=True)
         return cause.exit_code
@@ -48,7 +47,7 @@ def say(error: LumarisError, *, money: bool = True) -> None:
     """The message on stderr."""
     text = clean(error.message).rstrip()
     text += "" if text.endswith((".", "!", "?", ")")) else "."
-    if money and error.code != "busy":  # then it is not known
+    if money and error.code not in ("busy", "interrupted"):  # then it is not known, or said
         text += " Money moved." if error.money_moved else " No money moved."
     note(paint(f"error[{error.code}]", "red") + f" {text}")
     if error.hint:
@@ -72,11 +71,11 @@ def set_up_logs(settings: Settings) -> None:
         )
 
 
-def _cause(error: BaseException) -> BaseException:
+def cause_of(error: BaseException) -> BaseException:
     """The one failure in a group that says most: an interrupt, then ours, then the first."""
     if not isinstance(error, BaseExceptionGroup):
         return error
-    leaves = [_cause(part) for part in error.exceptions]
+    leaves = [cause_of(part) for part in error.exceptions]
     for kind in (KeyboardInterrupt, LumarisError):
         for leaf in leaves:
             if isinstance(leaf, kind):
@@ -84,7 +83,29 @@ def _cause(error: BaseException) -> BaseException:
     return leaves[0]
 
 
+def _interrupted(settings: Settings) -> LumarisError:
+    """What was spent by this program until somebody stopped it."""
+    hint = "`lumaris job ls` shows what was done and paid."
+    import sqlite3
+
+    try:
+        from lumaris.cli.local import read_store, state_folder
+
+        found = read_store(state_folder(settings), lambda store: store.spent_by_us())
+    except (LumarisError, OSError, sqlite3.Error, KeyboardInterrupt):
+        found = None
+    if found is None:
+        return LumarisError("interrupted", hint=hint)
+    spent, held = found
+    moved = f"Money moved: {credits_of(spent)}." if spent else "No money moved."
+    rest = " What else is held returns when its session is settled." if held else ""
+    return LumarisError(
+        "interrupted", f"Interrupted. {moved}{rest}", hint=hint, money_moved=spent > 0
+    )
+
+
 def _usage(error: click.ClickException) -> LumarisError:
     context = getattr(error, "ctx", None)
     hint = f"See `{context.command_path} --help`." if context is not None else ""
-    return LumarisError("usage", error.format_message(), hint=hint)
+    text = " ".join(error.format_message().split())  # choices are a line each
+    return LumarisError("usage", text, hint=hint)

@@ -51,7 +51,7 @@ def ls(settings: Settings, state: Path | None) -> None:
     if rows:
         table(("image", "size", "layers", "shared", "from"), rows)
     else:
-        note("no images; `lumaris node image import FILE` takes one in")
+        note("no container images; `lumaris node image import FILE` takes one in")
 
 
 @image.command("import")

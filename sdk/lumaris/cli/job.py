@@ -78,7 +78,7 @@ def list_jobs(settings: Settings, count: int) -> None:
                 time_of((row["wall_ms"] or 0) / 1000),
                 time_of((row["cpu_ms"] or 0) / 1000),
                 size_of(row["memory_peak_bytes"] or 0),
-                credits_of(row["cost_nanos"] or 0),
+                _cost(row) or "-",
                 date_of(row["created_at"]),
                 _short(_command(row)),
             )
@@ -113,7 +113,7 @@ def show(settings: Settings, job_id: str) -> None:
         ("wall", time_of((row["wall_ms"] or 0) / 1000)),
         ("cpu", time_of((row["cpu_ms"] or 0) / 1000)),
         ("memory", size_of(row["memory_peak_bytes"] or 0)),
-        ("cost", credits_of(row["cost_nanos"] or 0)),
+        ("cost", _cost(row) or "- (known when its session is settled)"),
         ("files", _folder(settings, row["job"])),
     ]
     fields([(name, value) for name, value in shown if value not in ("", None)])
@@ -167,7 +167,11 @@ def _find(settings: Settings, job_id: str) -> dict[str, Any]:
     if re.match(ID_PATTERN, job_id) and job_id.startswith("job_"):
         row = read_store(state_folder(settings), read)
     if row is None:
-        raise LumarisError("not_found", f"There is no job {clean(job_id[:80])!r} here.")
+        raise LumarisError(
+            "not_found",
+            f"There is no job {clean(job_id[:80])!r} here.",
+            hint="`lumaris job ls` lists jobs; --state names another folder.",
+        )
     return row
 
 
@@ -192,7 +196,12 @@ def _command(row: dict[str, Any]) -> list[str]:
 
 
 def _job_json(row: dict[str, Any]) -> dict[str, Any]:
-    return {**row, "command": _command(row), "cost": credits_of(row["cost_nanos"] or 0)}
+    return {**row, "command": _command(row), "cost": _cost(row)}
+
+
+def _cost(row: dict[str, Any]) -> str | None:
+    """What a job cost in credits; None while that is not known."""
+    return None if row["cost_nanos"] is None else credits_of(row["cost_nanos"])
 
 
 def _short(command: list[str]) -> str:

@@ -65,7 +65,11 @@ class opened:  # noqa: N801 - used as a function
 
         path = self._folder / "buyer.db"
         if not path.exists():
-            raise LumarisError("not_found", f"There are no jobs in {self._folder}.")
+            raise LumarisError(
+                "not_found",
+                f"There are no jobs in {self._folder}.",
+                hint="--state names another folder.",
+            )
         self._store = Store(path)
         return self._store
 
@@ -336,12 +340,14 @@ def cancel(settings: Settings, job_id: str, grace: int) -> None:
             return await live.cancel(store, job_id, grace_s=grace)
 
     row = trio.run(main)
-    cost = credits_of(row.get("cost_nanos") or 0)
+    nanos = row.get("cost_nanos")
+    cost = None if nanos is None else credits_of(nanos)
     if settings.json:
         names = ("job", "state", "reason", "cost_nanos")
         emit({**{name: row.get(name) for name in names}, "cost": cost})
     else:
-        click.echo(f"{job_id} ended: {row.get('reason') or row.get('state')}; cost {cost}")
+        reason = row.get("reason") or row.get("state")
+        click.echo(f"{job_id} ended: {reason}; cost {cost or 'known when its session is settled'}")
 
 
 # --- the log ---

@@ -285,7 +285,9 @@ def read_named(path: Path, bytes_max: int) -> bytes:
         with path.open("rb") as file:
             return file.read(bytes_max + 1)
     except OSError as error:
-        raise LumarisError("not_found", f"{clean(str(path))}: {error.strerror}.") from None
+        raise LumarisError(
+            "not_found", f"{clean(str(path))}: {error.strerror}.", hint="Check the path."
+        ) from None
 
 
 def _read(settings: Settings, name: str) -> bytes:
@@ -299,7 +301,9 @@ def _read(settings: Settings, name: str) -> bytes:
     except (FileNotFoundError, ValueError):
         data = None
     except OSError as error:
-        raise LumarisError("not_found", f"{clean(name)}: {error.strerror}.") from None
+        raise LumarisError(
+            "not_found", f"{clean(name)}: {error.strerror}.", hint="Check the path."
+        ) from None
     if re.match(ID_PATTERN, name):
         data = read_store(state_folder(settings), lambda store: store.receipt(name))
     if data is None:

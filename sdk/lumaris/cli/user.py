@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -12,7 +14,16 @@ from lumaris.cli.output import emit, fields
 from lumaris_protocol.errors import LumarisError
 
 if TYPE_CHECKING:
+    from lumaris.profile import Profile
     from lumaris_protocol.coordinator_api import User
+
+# What the codes' own hints say is for peers.
+_HINTS: Final = {
+    "unauthorized": "The key in LUMARIS_API_KEY has ended, or is of another coordinator; its"
+    " operator makes another one: `lumaris coordinator user key`.",
+    "forbidden": "The key in LUMARIS_API_KEY may only read; this needs one with the scope write:"
+    " `lumaris coordinator user key NAME --scope read --scope write`.",
+}
 
 
 @click.group("user", context_settings=CONTEXT)
@@ -31,7 +42,9 @@ def show(settings: Settings) -> None:
     """Show the user of the key and its peers."""
     from lumaris.cli import account
 
-    _print(settings, account.user_of(account.profile_of(settings), _api_key()))
+    with _key_refused():
+        found = account.user_of(account.profile_of(settings), _api_key())
+    _print(settings, found)
 
 
 @user.command("link")
@@ -40,11 +53,14 @@ def show(settings: Settings) -> None:
 def link(settings: Settings) -> None:
     """Let the user of the key own the peer of the state folder, a buyer's or a node's.
 
-    From then on the user sees its sessions, money and events; it cannot spend.
+    From then on the user sees its sessions, money and events; it cannot spend. The key needs the
+    scope write.
     """
     from lumaris.cli import account
 
-    _print(settings, account.link_to_user(account.profile_of(settings), _api_key()))
+    with _key_refused():
+        found = account.link_to_user(_peer_of(settings), _api_key())
+    _print(settings, found)
 
 
 @user.command("unlink")
@@ -54,7 +70,38 @@ def unlink(settings: Settings) -> None:
     """Take the peer of the state folder from the user of the key."""
     from lumaris.cli import account
 
-    _print(settings, account.unlink_from_user(account.profile_of(settings), _api_key()))
+    with _key_refused():
+        found = account.unlink_from_user(_peer_of(settings), _api_key())
+    _print(settings, found)
+
+
+def _peer_of(settings: Settings) -> Profile:
+    """A folder with a key: a mistyped one must not become a peer of its own."""
+    from lumaris.cli import account
+    from lumaris.disputes import NODE_KEY
+
+    folder = settings.state
+    if folder is None or folder.exists():
+        profile = account.profile_of(settings)
+        if profile.key_file.exists() or (profile.state / NODE_KEY).exists():
+            return profile
+        folder = profile.state
+    raise LumarisError(
+        "not_found",
+        f"{folder} holds no peer's key.",
+        hint="Name the folder of a buyer or a node: --state DIR.",
+    )
+
+
+@contextmanager
+def _key_refused() -> Iterator[None]:
+    """Say what a refusal means for the API key."""
+    try:
+        yield
+    except LumarisError as error:
+        if error.code not in _HINTS:
+            raise
+        raise LumarisError(error.code, error.message, hint=_HINTS[error.code]) from None
 
 
 def _api_key() -> str:

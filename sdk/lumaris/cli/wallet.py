@@ -22,7 +22,7 @@ def wallet() -> None:
 @buyer_options
 @click.pass_obj
 def show(settings: Settings) -> None:
-    """Show the free and the held balance."""
+    """Show what is free, held in sessions, and put down in disputes."""
     from lumaris.cli import account
 
     _print(settings, account.balances(account.profile_of(settings)))
@@ -86,6 +86,8 @@ def _print(settings: Settings, found: Account) -> None:
                 "held_nanos": found.held_nanos,
                 "free": credits_of(found.free_nanos),
                 "held": credits_of(found.held_nanos),
+                "disputed_nanos": found.disputed_nanos,
+                "disputed": credits_of(found.disputed_nanos),
             }
         )
         return
@@ -93,6 +95,7 @@ def _print(settings: Settings, found: Account) -> None:
         [
             ("free", f"{credits_of(found.free_nanos)} {found.currency}"),
             ("held", f"{credits_of(found.held_nanos)} {found.currency}"),
+            ("in disputes", f"{credits_of(found.disputed_nanos)} {found.currency}"),
             ("account", found.account),
             ("peer", found.peer),
         ]

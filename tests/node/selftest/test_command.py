@@ -86,6 +86,18 @@ def test_a_tier_that_is_not_there_is_said(
     assert "container: not tested: No container engine answers." in capsys.readouterr().err
     assert call(*words, "--json") == 1
     assert json.loads(capsys.readouterr().out)["held"] is False
+    held = {"tier": "wasm", "held": True, "version": "1", "assurance": "wasm-sandbox", "rows": []}
+    held |= {"suite": 1, "seconds": 1.0}
+    absent: dict[str, Any] = {
+        "tier": "container",
+        "held": None,
+        "code": "tier_unavailable",
+        "why": "",
+        "rows": [],
+    }
+    for found, code in (([held, absent], 0), ([absent], 1), ([absent, {**held, "held": False}], 1)):
+        monkeypatch.setattr(command, "run", lambda *_, found=found, **__: [{**x} for x in found])
+        assert call(*words[:-2]) == code
 
 
 def test_a_node_that_offers_something_else_is_asked_to_look_again(

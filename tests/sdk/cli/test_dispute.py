@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import httpx
 import pytest
@@ -18,6 +19,7 @@ from click.testing import Result
 from lumaris import checking
 from lumaris.buyer import Buyer
 from lumaris.cli.dispute_output import RULES
+from lumaris.coordinator import CoordinatorLink
 from lumaris.jobs import JobResult
 from lumaris_protocol import codec, codes, notes
 from lumaris_protocol.coordinator_api import DisputeDetail
@@ -65,14 +67,18 @@ _DETAIL = {
 class Bridge(httpx.AsyncBaseTransport):
     """Carries what a command asks, in its own loop, into the loop that the market lives in."""
 
-    def __init__(self, line: httpx.AsyncBaseTransport) -> None:
-        self._line, self._token = line, trio.lowlevel.current_trio_token()
+    def __init__(self, line: httpx.AsyncBaseTransport, *, lossy: bool) -> None:
+        self._line, self._lossy = line, lossy
+        self._token = trio.lowlevel.current_trio_token()
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         ask = partial(
             trio.from_thread.run, self._line.handle_async_request, request, trio_token=self._token
         )
-        return await trio.to_thread.run_sync(ask)
+        answer = await trio.to_thread.run_sync(ask)
+        if self._lossy and request.method == "POST":
+            raise httpx.ReadError("the answer was lost")
+        return answer
 
 
 _NAME = re.compile(r"`(\w+)`")
@@ -85,12 +91,20 @@ class Counter:
     market: Market
     buyer: Buyer
     sold: JobResult
+    lossy: bool = False  # answers to what changes something are lost
 
     async def type(self, *words: str | Path, state: Path | None = None) -> Result:
         """Run a command with the buyer's folder, or another's."""
         arguments = ("--coordinator", m.URL, *words)
         run = partial(call, *arguments, state=state or self.buyer.profile.state)
-        with lines(Bridge(self.market.line)):
+        bridge = Bridge(self.market.line, lossy=self.lossy)
+        with (
+            lines(bridge),
+            mock.patch(
+                "lumaris.cli.account.open_link",
+                return_value=CoordinatorLink(m.URL, transport=bridge),
+            ),
+        ):
             return await trio.to_thread.run_sync(run)
 
     async def reads(self, *words: str | Path, state: Path | None = None) -> Any:
@@ -137,12 +151,20 @@ async def test_from_the_opening_to_the_replay(counter: Counter, tmp_path: Path):
     asked = await counter.fails("declined", *claim)
     assert f"asked    {cost} TEST" in asked.stderr
     assert "bond     0.001000000 TEST is taken from your account now" in asked.stderr
-    assert (await counter.reads("dispute", "show")) == {"items": []}
+    assert "against  the seller's bond has " in asked.stderr
+    assert (await counter.reads("dispute", "ls")) == {"items": []}
+    seller_only = await counter.fails(
+        "not_disputable", "dispute", "open", counter.sold.session, "--claim", "stale_voucher"
+    )
+    assert "bond " not in seller_only.stderr, "what cannot be claimed has no plan"
     opened = await counter.type(*claim, "--yes")
     assert "next: the other side: show evidence until" in opened.stderr
     counter.market.clock.ahead_s += 1
     twice = await counter.fails("dispute_open", *claim, "--yes")
     assert "No money moved." in twice.stderr
+    assert f"in the dispute {(await counter.reads('dispute', 'ls'))['items'][0]['dispute']}" in (
+        twice.stderr
+    )
     (listed,) = (await counter.reads("dispute", "show"))["items"]
     assert shape_of(listed) == {**_SUMMARY, "next": "str"}
     name = listed["dispute"]
@@ -152,7 +174,8 @@ async def test_from_the_opening_to_the_replay(counter: Counter, tmp_path: Path):
     assert (shown["you"], shown["state"]) == ("buyer", "opened")
 
     file = tmp_path / "dispute.json"
-    assert (await counter.type("dispute", "show", name, "--save", file)).exit_code == 0
+    saved = await counter.type("dispute", "show", name, "--save", file)
+    assert "there is no ruling yet" in saved.stderr
     early = await counter.type("verify", "dispute", file)
     assert (early.exit_code, "cannot tell" in early.stdout) == (2, True)
     await counter.fails("not_writable", "dispute", "show", name, "--save", "/dev/null/x")
@@ -238,8 +261,10 @@ async def test_stray_documents_and_withdrawing(counter: Counter, tmp_path: Path)
     before = (await counter.buyer.account()).free_nanos
     name = await counter.open("--claim", "wrong_result")
     assert (await counter.buyer.account()).free_nanos == before - 1_000_000
+    wallet = await counter.type("wallet", "show")
+    assert "in disputes  0.001000000 TEST" in wallet.stdout
     declined = await counter.fails("declined", "dispute", "withdraw", name)
-    assert "0.001000000 TEST; lost is at most 0.001000000" in declined.stderr
+    assert "lost is 0.001000000, half of that to the other side" in declined.stderr
     nothing = await counter.fails("evidence_insufficient", "dispute", "evidence", name)
     assert "--done says so" in nothing.stderr
     early = await counter.fails("evidence_insufficient", "dispute", "evidence", name, "--done")
@@ -253,6 +278,11 @@ async def test_stray_documents_and_withdrawing(counter: Counter, tmp_path: Path)
         await counter.fails(code, "dispute", "evidence", name, "--document", stray)
     gone = await counter.type("dispute", "withdraw", name, "--yes")
     assert "withdrawn" in gone.stdout
+    assert "lost      0.001000000 TEST, 0.000500000 of it to the other side" in gone.stdout
+    assert (await counter.reads("wallet", "show"))["disputed_nanos"] == 0
+    for again in (("withdraw", name, "--yes"), ("evidence", name)):
+        over = await counter.fails("dispute_closed", "dispute", *again)
+        assert "The dispute is over: withdrawn." in over.stderr
     assert before - 1_000_000 <= (await counter.buyer.account()).free_nanos <= before
 
 
@@ -265,6 +295,11 @@ async def test_a_seller_without_a_bond_has_nothing_to_lose(market: Market):
         await buyer.pool.close_all()
         await buyer.flush_rows()
         counter = Counter(market, buyer, sold)
+        plan = await counter.fails(
+            "declined", "dispute", "open", sold.job, "--claim", "wrong_result"
+        )
+        assert "has 0.000000000 for this now; no more can be won unless" in plan.stderr
+        assert "checkers nobody could be drawn to check now" in plan.stderr
         opened = await counter.type("dispute", "open", sold.job, "--claim", "wrong_result", "--yes")
         assert "the seller's bond has 0.000000000 for this now" in opened.stderr
 
@@ -286,12 +321,12 @@ async def test_a_token_that_is_not_taken(counter: Counter):
 @pytest.mark.planet
 async def test_a_lost_answer_opens_no_second_dispute(counter: Counter):
     before = (await counter.buyer.account()).free_nanos
-    counter.market.line.lose_answers = True
+    counter.lossy = True
     lost = await counter.fails(
         "busy", "dispute", "open", counter.sold.job, "--claim", "wrong_result", "--yes"
     )
     assert "oney moved" not in lost.stderr, "nobody knows"
-    counter.market.line.lose_answers = False
+    counter.lossy = False
     (listed,) = (await counter.reads("dispute", "show"))["items"]
     assert (await counter.buyer.account()).free_nanos == before - listed["bond_nanos"]
 
@@ -414,6 +449,21 @@ def test_wrong_turn(words: list[str], code: str, tmp_path: Path) -> None:
     assert_one_message(found.stderr, code)
     assert found.exit_code == codes.CODES[code].exit_code
     assert not found.stdout
+
+
+def test_an_interrupt_names_the_disputes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trio.run", stop)
+    found = call("dispute", "show", DISPUTE, state=tmp_path)
+    assert_one_message(found.stderr, "interrupted")
+    assert "`lumaris dispute show`" in found.stderr
+
+
+def test_choices_are_one_line_of_text(tmp_path: Path) -> None:
+    found = call("dispute", "open", JOB, state=tmp_path)
+    assert "Choose from: not_delivered, wrong_result" in found.stderr
 
 
 def test_every_rule_has_words() -> None:

@@ -56,6 +56,7 @@ def test_the_commands() -> None:
         "receipt verify",
         "dispute open",
         "dispute show",
+        "dispute ls",
         "dispute evidence",
         "dispute withdraw",
         "dispute check",

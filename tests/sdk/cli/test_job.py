@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import trio
 
+from lumaris.cli import errors
+from lumaris.cli.options import Settings
 from lumaris.store import Store
 from tests.sdk.cli.command import call, json_of, shape_of
 
@@ -80,6 +82,45 @@ def test_show(state: Path) -> None:
     assert "reason    exit_nonzero" in found.stdout
     assert "\x1b" not in found.stdout
     assert call("job", "show", _RUNNING, state=state).exit_code == 0
+
+
+def test_a_cost_that_is_not_known_yet_is_no_zero(state: Path) -> None:
+    async def cut_off() -> None:
+        store = Store(state / "buyer.db")
+        row = {"job": _RUNNING, "session": "ses_1", "n": 1, "created_at": 1, "ended_at": 2}
+        await store.put_jobs([row])
+        store.close()
+
+    trio.run(cut_off)
+    report = json_of(call("job", "show", _RUNNING, "--json", state=state))
+    assert (report["cost"], report["cost_nanos"]) == (None, None)
+    assert (
+        "- (known when its session is settled)" in call("job", "show", _RUNNING, state=state).stdout
+    )
+    assert "0.000000000" not in call("job", "ls", state=state).stdout
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        ((8_281, 0), "Interrupted. Money moved: 0.000008281.\n"),
+        ((0, 0), "Interrupted. No money moved.\n"),
+        (
+            (1, 1),
+            "Money moved: 0.000000001. What else is held returns when its session is settled.",
+        ),
+        (None, "Interrupted.\n"),
+    ],
+)
+def test_an_interrupt_says_what_was_spent(
+    found: tuple[int, int] | None,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("lumaris.cli.local.read_store", lambda *_: found)
+    assert errors.report(KeyboardInterrupt(), Settings()) == 130
+    assert says in capsys.readouterr().err
 
 
 def test_logs(state: Path) -> None:

@@ -28,6 +28,8 @@ _WALLET = {
     "held_nanos": "int",
     "free": "str",
     "held": "str",
+    "disputed_nanos": "int",
+    "disputed": "str",
 }
 
 
@@ -143,6 +145,9 @@ def test_ctrl_c_cancels_and_returns_the_money(net: dict[str, Any]) -> None:
     newest = json_of(call("job", "ls", "-n", "1", "--json", state=state))["items"][0]
     assert (newest["state"], newest["reason"]) == ("failed", "cancelled")
     _wait_for_nothing_held(net, state)
+    paid = json_of(call("receipt", "show", newest["job"], "--json", state=state))["paid_nanos"]
+    assert newest["cost_nanos"] == paid
+    assert ("Money moved: " if paid else "No money moved.") in stderr
 
 
 def _wait_for_nothing_held(net: dict[str, Any], state: Path) -> None:

@@ -32,6 +32,11 @@ def test_a_user_owns_the_peers_that_say_so(tmp_path: Path, monkeypatch: pytest.M
         assert_one_message(again, "name_taken")
 
         monkeypatch.setenv("LUMARIS_API_KEY", key)
+        typo = tmp_path / "typo"
+        elsewhere = failing("user", "link", "--coordinator", served.url, "--state", typo)
+        assert_one_message(elsewhere, "not_found")
+        assert not typo.exists()
+        assert call("user", "show", *here).exit_code == 0
         assert_one_message(failing("user", "link", *here), "not_certified")
         peer = json_of(call("wallet", "deposit", "1", "--json", *here))["peer"]
         shown = json_of(call("user", "link", "--json", *here))
@@ -47,18 +52,22 @@ def test_a_user_owns_the_peers_that_say_so(tmp_path: Path, monkeypatch: pytest.M
         assert reads["scopes"] == ["read"]
         monkeypatch.setenv("LUMARIS_API_KEY", reads["key"])
         assert json_of(call("user", "show", "--json", *here))["peers"] == [peer]
-        assert_one_message(failing("user", "unlink", *here), "forbidden")
+        refused = failing("user", "unlink", *here)
+        assert_one_message(refused, "forbidden")
+        assert "--scope write" in refused
         monkeypatch.setenv("LUMARIS_API_KEY", key)
         assert json_of(call("user", "unlink", "--json", *here))["peers"] == []
         monkeypatch.setenv("LUMARIS_API_KEY", key + "x")
-        assert_one_message(failing("user", "show", *here), "unauthorized")
+        refused = failing("user", "show", *here)
+        assert_one_message(refused, "unauthorized")
+        assert "its operator makes another one" in refused
 
 
 def test_keys_are_for_users_that_exist_and_have_an_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = tmp_path / "state"
-    call("coordinator", "init", "--state", state)
+    call("coordinator", "init", "--network", "devnet", "--state", state)
     call("coordinator", "operator", "create", "root", "--state", state)
     for name in ("nobody", "root"):  # an operator's key is no user's
         found = call("coordinator", "user", "key", name, "--state", state)

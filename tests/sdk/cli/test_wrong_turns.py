@@ -112,6 +112,24 @@ def test_wrong_turn_as_json(words: list[str], code: str, tmp_path: Path) -> None
     assert found.exit_code == codes.CODES[code].exit_code
 
 
+def test_a_slip_in_a_catalog_name_is_no_registrys_image(tmp_path: Path) -> None:
+    found = call("run", "pyton:3.12-wasi", "python", state=tmp_path)
+    assert_one_message(found.stderr, "bad_image")
+    assert "Did you mean python:3.12-wasi?" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["job", "show", _JOB], "`lumaris job ls` lists jobs"),
+        (["job", "cancel", _JOB], "--state names another folder."),
+        (["verify", "dispute", "nope.json"], "Check the path."),
+    ],
+)
+def test_a_hint_leads_somewhere(words: list[str], hint: str, tmp_path: Path) -> None:
+    assert hint in call(*words, state=tmp_path).stderr
+
+
 def test_json_after_the_command_counts_for_errors_too(tmp_path: Path) -> None:
     found = call("job", "show", "--json", _JOB, state=tmp_path)
     assert json.loads(found.stdout)["error"]["code"] == "not_found"
