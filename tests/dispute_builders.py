@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lumaris_protocol import codec, merkle, rulings
+from lumaris_protocol import codec, envelope, merkle, rulings
 from lumaris_protocol.agreements import Contract
 from lumaris_protocol.ids import derive_id, digest
 from lumaris_protocol.keys import KeyPair
@@ -178,6 +178,13 @@ def bundle(
         "issued_at": contract.agreement.issued_at,
     }
     return codec.sign(DisputeEvidence(**(fields | changes)), key, network).data
+
+
+def padded(data: bytes, key: KeyPair, blanks: int, *, network: str) -> bytes:
+    """The same message, signed again with so many blanks that mean nothing."""
+    found = envelope.decode(data, size_max=MIB)
+    payload = found.payload[:-1] + b" " * blanks + b"}"
+    return envelope.seal(key, network, found.payload_type, payload)
 
 
 def withdrawal(contract: Contract, dispute: str, key: KeyPair, *, network: str) -> bytes:

@@ -167,16 +167,20 @@ class Disputes:
         if contract.hash != dispute.agreement_hash:
             raise EnvelopeError("wrong_domain", "The dispute file is another dispute's.")
         kept = await self._kept(contract.agreement.session)
-        fresh = [document for document in kept if document not in set(before.documents)]
+        shown = set(before.documents)
+        wanted = pleading.choose(kept, order=dispute.order)
+        fresh = [document for document in wanted if document not in shown]
         room = pleading.Room().less(before.documents)
         chosen = pleading.choose(fresh, order=dispute.order, room=room)
+        if before.bundles and not chosen:
+            return None
         for bundle in pleading.bundles(
             dispute.dispute,
             contract.hash,
             self._key,
             chosen,
             n=before.bundles,
-            done=True,
+            done=dispute.claim != "wrong_result",  # the owner may have to show a second run
             network=self._network,
             now=now,
         ):

@@ -11,7 +11,7 @@ from lumaris_protocol.codec import Signed
 from lumaris_protocol.errors import EnvelopeError, RefusedError
 from lumaris_protocol.ids import derive_id, digest
 from lumaris_protocol.limits import CERTIFICATE_LIFETIME_S_MAX, SESSION_KEY_LIFETIME_S_MAX
-from lumaris_protocol.messages.advert import MembershipCertificate
+from lumaris_protocol.messages.advert import MembershipCertificate, Tier, Verification
 from lumaris_protocol.messages.budget import BudgetGrant
 from lumaris_protocol.messages.negotiation import Agreement, Quote, QuoteRequest
 from lumaris_protocol.messages.payment import Amendment
@@ -64,6 +64,14 @@ def payload_hash(data: bytes) -> str:
 def session_id(request: Signed[QuoteRequest], quote: Signed[Quote]) -> str:
     """The session's id follows from its quote, so neither side can pick a used one."""
     return derive_id("session", f"{request.hash}{quote.hash}".encode())
+
+
+def is_repeatable(tier: Tier, verification: Verification) -> bool:
+    """Whether an agreement on this tier may promise that results can be checked by a second run.
+
+    Only there does the same order come to the same result: guests elsewhere read clocks and dice.
+    """
+    return tier == "wasm" or verification == "evid"
 
 
 def draft(

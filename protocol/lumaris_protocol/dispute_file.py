@@ -95,7 +95,10 @@ class Report:
 
 @dataclass(frozen=True)
 class _Opened:
-    """A file's content after the signatures of its parties were checked."""
+    """A file's content after the signatures of its parties were checked.
+
+    `price_nanos` is that of the disputed result, by the opening alone.
+    """
 
     file: DisputeFile
     opened: Signed[DisputeOpen]
@@ -103,6 +106,7 @@ class _Opened:
     dossier: Dossier
     done: frozenset[str]
     answered: bool
+    price_nanos: int
 
 
 def encode(file: DisputeFile) -> bytes:
@@ -183,6 +187,7 @@ def _open(report: Report, file: DisputeFile, trust: _Trust) -> _Opened:
     message = opened.message
     if opened.signer != message.opener:
         raise RefusedError("wrong_signer", "The opening is not signed by its opener.")
+    rulings.check_frame(opened)
     _note(report, "opening", f"{message.claim} by {message.opener}")
     contract = agreements.join(
         message.agreement_by_buyer, message.agreement_by_seller, network=file.network
@@ -197,10 +202,11 @@ def _open(report: Report, file: DisputeFile, trust: _Trust) -> _Opened:
     _note(report, "agreement", f"{contract.hash}, held by its coordinator")
     dossier = Dossier(contract, network=file.network)
     dossier.add(message.evidence, party=message.opener)
+    price = rulings.price_of(dossier.main, message)
     done, parties = _add_bundles(file, opened, contract, dossier)
     _note(report, "evidence", f"{len(file.evidence) + 1} bundles, every document verified")
     answered = bool(parties - {message.opener})
-    return _Opened(file, opened, contract, dossier, done, answered)
+    return _Opened(file, opened, contract, dossier, done, answered, price)
 
 
 def _add_bundles(
@@ -224,6 +230,7 @@ def check_bundle(
 ) -> None:
     """A bundle is a party's next one in this dispute. Raises RefusedError."""
     message, agreement = bundle.message, contract.agreement
+    rulings.check_frame(bundle)
     if bundle.signer != message.party or message.party not in (agreement.buyer, agreement.seller):
         raise RefusedError("wrong_signer", "Evidence comes from the dispute's parties.")
     if message.dispute != opened.dispute or message.agreement_hash != contract.hash:
@@ -309,7 +316,9 @@ def _check_decision(report: Report, found: _Opened, case: Case, ruling: Ruling) 
     facts, opened = ruling.facts, found.opened.message
     if facts.bond_nanos != rulings.opener_bond(opened.amount_nanos):
         raise RefusedError("dispute_invalid", "The opener's bond is not the one that is due.")
-    staked_max = rulings.stake_max(opened, case.agreement, refundable=facts.paid_nanos)
+    # What came in later may say of the order what the opening did not.
+    price = max(found.price_nanos, rulings.price_of(case.session, opened))
+    staked_max = rulings.stake_max(opened, case.agreement, refundable=facts.paid_nanos, price=price)
     if facts.stake_nanos > staked_max:
         raise RefusedError("dispute_invalid", "More was at stake than can be lost.")
     if facts.ends_at < case.agreement.ends_at or facts.claimed_nanos > facts.paid_nanos:
@@ -353,7 +362,8 @@ def _ended_so(found: _Opened, case: Case, ruling: Ruling) -> bool:
     if facts.ended == "evidence":
         return rulings.proven(case)
     if facts.ended == "done":
-        return found.done == {case.agreement.buyer, case.agreement.seller}
+        done = found.done == {case.agreement.buyer, case.agreement.seller}
+        return done and not rulings.check_due(case)
     if facts.ended == "deadline":
         return ruling.issued_at > facts.evidence_until >= facts.opened_at
     return bool(found.file.agreed)

@@ -94,6 +94,9 @@ SESSION_DOCUMENT_BYTES_MAX = 4 * ENVELOPE_BYTES_MAX - KIB
 # One opening or evidence bundle: the largest session document in base64, its agreement and a few
 # more. It arrives in one request.
 DISPUTE_DOCUMENT_BYTES_MAX = 8 * ENVELOPE_BYTES_MAX
+# What such a message is beyond its documents in base64: 1 kB with 64 of them. More would be blanks
+# that nobody counts, of which a dispute file had no room for the other side's evidence.
+DISPUTE_FRAME_BYTES_MAX = 4 * KIB
 # Each side has half of what a dispute may hold, so that neither can use up the other's room.
 EVIDENCE_BYTES_MAX = 1 * MIB
 # Each is a signature to verify, again whenever the dispute goes on: 128 are 10 ms.
@@ -117,7 +120,8 @@ PENALTY_WRONG_BPS = 10_000
 CHECKER_WEIGHT_NANOS_MAX = 100_000_000_000
 # An order may run this much over its wall limit before its delivery is late: the kill takes time.
 LATE_BPS = 11_000
-# A dispute file: all evidence in base64, three draws and a ruling.
+# A dispute file: two sides' evidence in base64 twice is 1.9 MiB, three draws with their lists and a
+# ruling at their largest 0.9 MiB.
 DISPUTE_FILE_BYTES_MAX = 4 * MIB
 
 # --- the receipts log ----------------------------------------------------------------------------

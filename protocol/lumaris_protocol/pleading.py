@@ -2,7 +2,8 @@
 
 A session of ten thousand orders leaves far more than one side may show, so what decides comes
 first: contradictions, the disputed order, the last word on what is owed, the highest voucher and
-the ends; then the newest orders, each with all that was said of it or not at all.
+the ends; then the newest orders, each with all that decides about it or not at all. What a side
+said again and again is shown once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from lumaris_protocol import codec, envelope, rulings
+from lumaris_protocol import codec, ends, envelope, rulings
 from lumaris_protocol.agreements import Contract
 from lumaris_protocol.dispute_file import DisputeFile
 from lumaris_protocol.errors import EnvelopeError, RefusedError
@@ -41,7 +42,7 @@ from lumaris_protocol.messages.execution import (
     WorkOrder,
 )
 from lumaris_protocol.messages.negotiation import Agreement
-from lumaris_protocol.messages.payment import Close, Voucher
+from lumaris_protocol.messages.payment import BUYER_CLOSES, Close, Voucher
 from lumaris_protocol.rulings import Session, work
 
 # Evidence travels in base64, and the agreement's copies and the grant travel beside it; the largest
@@ -50,7 +51,6 @@ _BUNDLE_BYTES: Final = 272 * KIB
 _KINDS: Final[dict[str, type[SessionMessage]]] = {
     kind.TYPE: kind for kind in (WorkOrder, JobEvent, Delivery, Acceptance, Cancel, Voucher, Close)
 }
-_ENDED: Final = frozenset(("failed", "killed"))
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,10 @@ class Room:
 
 @dataclass(frozen=True)
 class Shown:
-    """What one side has shown: its documents, how many bundles, and whether it is done."""
+    """What one side has shown: its documents, how many bundles, and whether it is done.
+
+    About a result that is run again nobody is: the run can be shown until it decides.
+    """
 
     documents: tuple[bytes, ...]
     bundles: int
@@ -86,6 +89,7 @@ class Shown:
 @dataclass(frozen=True)
 class _Kept:
     data: bytes
+    hash: str
     signer: str
     message: SessionMessage
 
@@ -112,15 +116,13 @@ def choose(
 
 def only(documents: Iterable[bytes], n: int) -> tuple[bytes, ...]:
     """What shows how order `n` came out: the order, and the seller's word of its end."""
-    kept = [found for found in map(_open, documents) if found is not None]
-    return tuple(
+    kept = [found for found in map(_open, dict.fromkeys(documents)) if found is not None]
+    chosen = {
         one.data
-        for one in kept
-        if (isinstance(one.message, WorkOrder | Delivery) and one.message.n == n)
-        or (
-            isinstance(one.message, JobEvent) and one.message.n == n and one.message.state in _ENDED
-        )
-    )
+        for one in _telling([one for one in kept if getattr(one.message, "n", 0) == n])
+        if isinstance(one.message, WorkOrder) or ends.is_end(one.message)
+    }
+    return tuple(one.data for one in kept if one.data in chosen)
 
 
 def shows_another_run(documents: Iterable[bytes]) -> bool:
@@ -139,32 +141,67 @@ def _groups(kept: Sequence[_Kept], order: int) -> list[list[_Kept]]:
     """What belongs together, the most telling first."""
     by_order: dict[int, list[_Kept]] = defaultdict(list)
     for one in kept:
-        if isinstance(one.message, WorkOrder | JobEvent | Delivery | Acceptance | Cancel) and not (
-            isinstance(one.message, JobEvent) and one.message.state not in _ENDED
-        ):
+        if isinstance(one.message, WorkOrder | JobEvent | Delivery | Acceptance | Cancel):
             by_order[one.message.n].append(one)
-    disputed = by_order.pop(order, [])
-    newest = [by_order[n] for n in sorted(by_order, reverse=True)]
+    disputed = _telling(by_order.pop(order, []))
+    # What nobody ordered or accepted counts for nothing.
+    known = {one.message.n for one in kept if isinstance(one.message, WorkOrder | Acceptance)}
+    by_age = sorted(by_order, key=lambda n: (n in known, n), reverse=True)
+    newest = [_telling(by_order[n]) for n in by_age]
     return [*_contradictions(kept), disputed, *([one] for one in _last_words(kept)), *newest]
 
 
+def _telling(said: Sequence[_Kept]) -> list[_Kept]:
+    """Of all that was said of one order, what a ruling may look at: whoever repeats itself must not
+    crowd out the rest."""
+    orders = [one for one in said if isinstance(one.message, WorkOrder)]
+    ended = [one for one in said if ends.is_end(one.message)]
+    named = {_order_hash(one) for one in ended}
+    order = next((one for one in orders if one.hash in named), orders[0] if orders else None)
+    if order is not None:
+        ended = [one for one in ended if _order_hash(one) == order.hash]
+    kinds = (
+        (order,) if order is not None else (),
+        [one for one in ended if isinstance(one.message, JobEvent)],
+        [one for one in ended if isinstance(one.message, Delivery)],
+        [one for one in said if _is_word(one, accepted=True)],
+        [one for one in said if _is_word(one, accepted=False)],
+        [one for one in said if isinstance(one.message, Cancel)],
+    )
+    return [min(found, key=lambda one: one.message.seq) for found in kinds if found]
+
+
+def _order_hash(one: _Kept) -> str:
+    assert isinstance(one.message, JobEvent | Delivery)
+    return one.message.order_hash
+
+
+def _is_word(one: _Kept, *, accepted: bool) -> bool:
+    return isinstance(one.message, Acceptance) and one.message.accepted is accepted
+
+
 def _contradictions(kept: Sequence[_Kept]) -> list[list[_Kept]]:
-    """Pairs that one signer should not have signed both."""
+    """Pairs that one signer should not have signed both: of each kind one, which is enough."""
     first: dict[tuple[object, ...], _Kept] = {}
-    pairs = []
+    pairs: dict[tuple[str, str], list[_Kept]] = {}
     for one in kept:
-        places: list[tuple[object, ...]] = [(one.signer, "seq", one.message.seq)]
-        if isinstance(one.message, WorkOrder | Delivery):
-            places.append((one.signer, one.message.TYPE, one.message.n))
+        message = one.message
+        places: list[tuple[str, str, int]] = [(one.signer, "seq", message.seq)]
+        if isinstance(message, WorkOrder | Delivery):
+            places.append((one.signer, message.TYPE, message.n))
+        if ends.is_end(message):
+            assert isinstance(message, JobEvent | Delivery)
+            places.append((one.signer, "end", message.n))
         for place in places:
             other = first.setdefault(place, one)
             if other.data != one.data:
-                pairs.append([other, one])
-    return pairs
+                pairs.setdefault(place[:2], [other, one])
+    return list(pairs.values())
 
 
 def _last_words(kept: Sequence[_Kept]) -> list[_Kept]:
-    """The last acceptance, the highest voucher, and both sides' ends."""
+    """The last acceptance, the highest voucher, and the end of each side: of several the one that
+    it is held to, the buyer to the most that it closed with and the seller to the least."""
     words = [
         (one.message.total_nanos, one.message.n, at)
         for at, one in enumerate(kept)
@@ -177,7 +214,19 @@ def _last_words(kept: Sequence[_Kept]) -> list[_Kept]:
     ]
     found = [kept[max(words)[-1]]] if words else []
     found += [kept[max(vouchers)[-1]]] if vouchers else []
-    return found + [one for one in kept if isinstance(one.message, Close)]
+    buyers = {
+        one.signer for one in kept if isinstance(one.message, WorkOrder | Acceptance | Voucher)
+    }
+    closes: dict[str, tuple[bool, int, _Kept]] = {}
+    for one in kept:
+        if isinstance(one.message, Close):
+            total = one.message.total_nanos
+            by_buyer = one.signer in buyers
+            own = by_buyer and one.message.reason == BUYER_CLOSES
+            rank = own, total if by_buyer else -total
+            if one.signer not in closes or rank > closes[one.signer][:2]:
+                closes[one.signer] = (*rank, one)
+    return found + [one for *_, one in closes.values()]
 
 
 def _open(data: bytes) -> _Kept | None:
@@ -186,7 +235,7 @@ def _open(data: bytes) -> _Kept | None:
         kind = _KINDS.get(found.payload_type)
         if kind is None:
             return None
-        return _Kept(data, found.signer, codec.decode_payload(found.payload, kind))
+        return _Kept(data, found.hash, found.signer, codec.decode_payload(found.payload, kind))
     except (EnvelopeError, msgspec.MsgspecError):
         return None
 
@@ -201,7 +250,7 @@ def shown_by(file: DisputeFile, party: str) -> Shown:
         if bundle.signer == party:
             documents += bundle.message.evidence
             bundles, done = bundles + 1, done or bundle.message.done
-    return Shown(tuple(documents), bundles, done)
+    return Shown(tuple(documents), bundles, done and opened.message.claim != "wrong_result")
 
 
 def asked(session: Session, claim: DisputeClaim, *, order: int, paid_nanos: int) -> int:

@@ -279,11 +279,11 @@ class DisputeDesk:
         return found, len(documents)
 
     def _check_proven(self, shown: Iterable[bytes]) -> None:
-        """After its last word an opener can file no second run, without which nothing is proven."""
+        """Without a second run nothing is proven, and an opener's last word ends nothing."""
         if not pleading.shows_another_run(shown):
             raise LumarisError(
                 "evidence_insufficient",
-                "No second run of the order is shown, and after your last word none could be.",
+                "No second run of the order is shown, and the ruling waits for one.",
                 hint="Have it checked first, or withdraw: `lumaris dispute check`.",
             )
 

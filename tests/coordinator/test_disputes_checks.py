@@ -162,8 +162,28 @@ async def test_drawn_replicas_settle_a_result(
     assert (await court.add(dispute, court.buyer, *shown, done=True)).status_code == 200
     if len(outputs) < CHECKERS_MAX:  # with all their results nothing can change
         await court.add(dispute, court.seller, done=True)
+    if len(outputs) < 2:  # the second may still come, from either side
+        assert (await court.show(dispute))["state"] == "checking"
+        await court.passes(72 * HOUR + 1)
     ruling = await court.settles(dispute)
     assert (ruling["rule"], ruling["bond_returned"]) == (rule, returned)
+
+
+@pytest.mark.slow
+async def test_nobodys_last_word_ends_a_result_before_its_check(market: Market) -> None:
+    """The seller had said all that it had, and the buyer keeps back a run that shows it right."""
+    court = await result_court(market, checkers=1)
+    dispute = await disputed(court)
+    await court.add(dispute, court.seller, done=True)
+    await court.add(dispute, court.buyer, done=True)
+    await court.passes(1)
+    found = await court.show(dispute)
+    assert found["state"] == "checking"
+    (peer,) = found["checkers"]
+    seller = replace(court, buyer=court.seller)  # which buys there now
+    shown = run_elsewhere(seller, by_peer(court, peer), "a")
+    assert (await court.add(dispute, court.seller, *shown, n=1)).status_code == 200
+    assert (await court.settles(dispute))["rule"] == "result_equal"
 
 
 async def test_replicas_that_were_not_drawn_decide_nothing(market: Market) -> None:

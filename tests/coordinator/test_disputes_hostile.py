@@ -26,7 +26,7 @@ from tests.coordinator.court import (
 )
 from tests.coordinator.test_disputes_checks import by_peer, disputed, result_court, run_elsewhere
 from tests.coordinator.test_keys import rotate
-from tests.dispute_builders import Work, split, withdrawal
+from tests.dispute_builders import Work, bundle, padded, split, withdrawal
 
 CAP = 50_000_000
 
@@ -105,14 +105,15 @@ async def test_a_split_does_not_bring_a_bond_away(market: Market) -> None:
     """Two accomplices would have it in three requests, where its release takes days."""
     court = await court_of(market)
     await court.claimed(10_000_000)
-    before = await court.money()
+    before, cost = await court.money(), DISPUTE_BOND_NANOS_MIN
     dispute = await court.opened(court.buyer, "not_delivered", amount=10_000_000)
     assert code(await split_by_both(court, dispute, refund=BOND)) == "over_cap"
     assert (await split_by_both(court, dispute, refund=9_000_000)).json()["state"] == "settled"
     ruling = await court.settles(dispute)
-    assert (ruling["refund_nanos"], ruling["collected_nanos"]) == (9_000_000, 0)
+    assert (ruling["refund_nanos"], ruling["collected_nanos"]) == (9_000_000, cost)
     buyer, seller, bond = before
-    assert await court.money() == (buyer + 9_000_000, seller - 9_000_000, bond)
+    paid = 9_000_000 - cost
+    assert await court.money() == (buyer + paid, seller - 9_000_000 + cost // 2, bond)
 
 
 async def test_a_split_that_the_seller_cannot_pay(market: Market) -> None:
@@ -140,6 +141,48 @@ async def test_a_bond_parked_elsewhere_answers_at_the_ruling(market: Market) -> 
     ruling = await court.settles(dispute)
     assert (ruling["refund_nanos"], ruling["collected_nanos"]) == (PRICE, 2 * PRICE)
     assert await bond_of(market, court.seller) == BOND - 2 * PRICE
+
+
+async def test_a_result_holds_no_more_than_its_orders_price(market: Market) -> None:
+    """Sixteen orders of a puppet would park a bond of 32 times what was paid."""
+    court = await court_of(market)
+    await court.claimed(PAID)
+    work, stakes = court.work, []
+    for n in range(1, 5):
+        wall_ms = 1_000 if n < 3 else 60_000
+        shown = (work.order(n), work.delivery(n, wall_ms=wall_ms))
+        name = await court.opened(court.buyer, "wrong_result", order=n, evidence=shown, amount=PAID)
+        stakes.append((await court.show(name))["stake_nanos"])
+    minute = PRICE + 59_000
+    assert stakes[:3] == [2 * PRICE, 2 * PRICE, 2 * minute]
+    assert sum(stakes) == 2 * PAID
+    name = await court.opened(court.buyer, "not_delivered", amount=PAID)
+    assert (await court.show(name))["stake_nanos"] == 0, "it is held by the others"
+    assert await bond_of(market, court.seller) == BOND - 2 * PAID
+    await court.passes(72 * HOUR + 1)
+    buyer = await market.free(court.buyer)
+    assert (await court.settles(name))["rule"] == "not_delivered"
+    assert buyer == await market.free(court.buyer)
+
+
+async def test_blanks_are_no_evidence(market: Market) -> None:
+    """Of eight padded bundles a dispute file had no room for the other side's answer."""
+    court = await court_of(market)
+    await court.claimed()
+    body = padded(
+        court.opening(court.buyer, "not_delivered"), court.buyer.key, 5_000, network=NETWORK
+    )
+    assert code(await court.open(court.buyer, "not_delivered", body=body)) == "oversize"
+    dispute = await court.opened(court.buyer, "not_delivered")
+    body = padded(
+        bundle(court.contract, dispute, court.buyer.key, network=NETWORK),
+        court.buyer.key,
+        5_000,
+        network=NETWORK,
+    )
+    path = f"/v1/disputes/{dispute}/evidence"
+    assert code(await market.client.post(path, content=body)) == "oversize"
+    assert len((await court.show(dispute))["evidence"]) == 1
 
 
 # --- what can be disputed ---

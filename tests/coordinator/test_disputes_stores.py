@@ -102,7 +102,7 @@ async def test_money_of_withdrawn_split_and_returned_claims(market: Market) -> N
         body = split(court.contract, dispute, party.key, award=0, refund=600, network=NETWORK)
         await market.client.post(f"/v1/disputes/{dispute}/split", content=body)
     await court.settles(dispute)
-    buyer, seller = buyer - lost + 600, seller + lost // 2 - 600
+    buyer, seller = buyer - 2 * lost + 600, seller + lost - 600
     assert (await court.money())[:2] == (buyer, seller)
     other = await another(court)
     await other.claimed(10_000)

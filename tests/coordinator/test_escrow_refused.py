@@ -61,6 +61,7 @@ def refused_grants(deal: Deal) -> dict[str, tuple[bytes, int, str]]:
         "another coordinator": (changed(coordinator=eve.peer), 400, "wrong_domain"),
         "another fee": (changed(fee_bps=0), 422, "terms_refused"),
         "another currency": (changed(currency="EUR"), 422, "terms_refused"),
+        "a check that cannot be": (changed(tier="container"), 422, "terms_refused"),
         "a cap of nothing": (changed(cap=0), 422, "terms_refused"),
         "a cap below the least": (changed(cap=CAP_NANOS_MIN - 1), 422, "terms_refused"),
         "with oneself": (

@@ -43,6 +43,13 @@ async def test_a_dispute_against_the_node_is_answered(market: Market):
         await disputes.look()
         assert disputes.status()["open"] == 0
         assert disputes._after == ruled.number, "what is over is not read again"
+        # Nobody is drawn yet: the owner may have to show what the checker comes to.
+        opened = await desk.open(await desk.draft(result.job, "wrong_result"))
+        for _ in range(2):
+            await disputes.look()
+            shown = await desk.show(opened.dispute)
+            assert [(one.by, one.done) for one in shown.evidence[1:]] == [(seller.peer, False)]
+            disputes._answered.clear()  # as after a restart
         await market.assert_balanced(buyer)
 
 

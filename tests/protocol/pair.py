@@ -174,7 +174,8 @@ class Pair:
             self.running = 0
         elif n in self.queue:
             self.queue.remove(n)
-        self.by_seller(self.seller.failed(n, state, reason, now=self.now))
+        usage = Usage(wall_ms=self.wall_ms.get(n, 0))
+        self.by_seller(self.seller.failed(n, state, reason, now=self.now, usage=usage))
 
     def run_one(self, ms: int = 100) -> int:
         """Order, run and deliver one order with the wire quiet between; its number."""

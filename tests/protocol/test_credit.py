@@ -167,7 +167,7 @@ def test_a_seller_that_forgives_what_crosses_its_end_changes_the_cost() -> None:
         pair.pass_time(1000)
         while pair.to_buyer:
             pair.pump_to_buyer()
-    pair.by_seller(pair.seller.end("shutting_down"))
+    pair.by_seller(pair.seller.end("lease_ended"))
     pair.pump()
     assert ends(pair) == [before, before]
     assert pair.buyer.tab.strike(n) == before < pair.stored()[0]

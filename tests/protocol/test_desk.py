@@ -14,7 +14,7 @@ from lumaris_protocol.codec import Signed
 from lumaris_protocol.errors import RefusedError, ViolationError
 from lumaris_protocol.keys import KeyPair
 from lumaris_protocol.machines.desk import GRANT_WAIT_S, Hold, QuoteDesk
-from lumaris_protocol.messages.advert import Gpu, Resources
+from lumaris_protocol.messages.advert import Gpu, Resources, Runtime
 from lumaris_protocol.messages.negotiation import Quote, QuoteRequest
 from tests.protocol import parties as p
 
@@ -183,6 +183,23 @@ def test_an_agreement_repeats_its_quote(changes: dict[str, Any]) -> None:
     text = msgspec.structs.replace(p.agreement(hold.request, hold.quote), **changes)
     with pytest.raises(RefusedError, match="terms_changed"):
         desk.find_quote(text, now=p.NOW)
+
+
+@pytest.mark.parametrize("verification", ["det", "repl"])
+def test_results_that_no_second_run_can_check_are_not_promised(verification: str) -> None:
+    """A guest outside of wasm reads clocks and dice: its honest seller would lose every check."""
+    desk = QuoteDesk(p.RESOURCES)
+    runtime = Runtime(tier="container", version="x", assurance="sandbox")
+    needs = p.requirements(tier="container")
+    for wish in (verification, "evid"):
+        asked = p.request(wish, requirements=needs, verification=wish)
+        advert = p.advert(runtimes=(runtime,))
+        key = p.SELLER_SESSION.peer_id
+        if wish == "evid":
+            desk.offer(asked, advert, seller_session_key=key, now=p.NOW)
+        else:
+            with pytest.raises(RefusedError, match="not_disputable"):
+                desk.offer(asked, advert, seller_session_key=key, now=p.NOW)
 
 
 def test_a_request_is_answered_once() -> None:

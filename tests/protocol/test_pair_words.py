@@ -10,13 +10,14 @@ from lumaris_protocol import codec, envelope, pleading, rulings
 from lumaris_protocol import effects as fx
 from lumaris_protocol.errors import ViolationError
 from lumaris_protocol.ids import digest
-from lumaris_protocol.limits import EVIDENCE_BYTES_MAX, EVIDENCE_DOCUMENTS_MAX
+from lumaris_protocol.limits import EVIDENCE_BYTES_MAX, EVIDENCE_DOCUMENTS_MAX, PAY_WAIT_S
 from lumaris_protocol.machines.chain import SendChain
 from lumaris_protocol.machines.words import Words
 from lumaris_protocol.messages.base import SessionMessage
 from lumaris_protocol.messages.dispute import DisputeOpen, Facts
 from lumaris_protocol.messages.execution import (
     Acceptance,
+    Cancel,
     Delivery,
     JobEvent,
     SessionReady,
@@ -204,10 +205,11 @@ def test_a_seller_takes_no_more_than_it_asked_for() -> None:
     for extra, taken in ((0, PRICE), (1, 0)):
         for late in (False, True):
             pair = Pair(accepts=False).open()
-            run(pair)
+            spoken = word(pair, run(pair), PRICE)
             data = pair.buyer._chain.sign(Voucher, total_nanos=PRICE + extra).data
             if late:
                 pair.by_seller(pair.seller.end("idle"))
+            pair.by_seller(pair.seller.receive(spoken, now=pair.now))
             if extra and not late:
                 with pytest.raises(ViolationError, match="unasked"):
                     pair.seller.receive(data, now=pair.now)
@@ -231,6 +233,155 @@ def test_a_seller_that_ignores_a_cancel_is_paid_once() -> None:
     assert pair.buyer.reject(n, "cancelled")
     assert pair.stored() == (paid, paid)
     pair.check()
+
+
+# --- what is said twice ---
+
+
+def test_a_seller_hears_one_cancel_of_an_order_and_no_late_ends() -> None:
+    """Seventy of them would fill what the seller may show, and hide the order itself."""
+    pair = Pair(accepts=False).open()
+    n, _ = half_done(pair)
+    pair.by_buyer(pair.buyer.cancel(n, grace_s=1))
+    pair.pump()
+    assert pair.buyer.cancel(n) == [], "an honest buyer asks once"
+    again = pair.buyer._chain.sign(Cancel, n=n, grace_s=5).data
+    with pytest.raises(ViolationError, match="cancelled before"):
+        pair.seller.receive(again, now=pair.now)
+    fields = {"total_nanos": 0, "orders_accepted": 0, "reason": "idle"}
+    pair.by_seller(pair.seller.end("idle"))
+    for refused in (False, False, True):
+        close = pair.buyer._chain.sign(Close, **fields).data
+        if refused:
+            with pytest.raises(ViolationError, match="ended the session before"):
+                pair.seller.receive(close, now=pair.now)
+        else:
+            pair.by_seller(pair.seller.receive(close, now=pair.now))
+    cancel = pair.buyer._chain.sign(Cancel, n=n).data
+    with pytest.raises(ViolationError, match="cancelled before"):
+        pair.seller.receive(cancel, now=pair.now)
+
+
+def test_a_buyer_hears_one_end_of_an_order_and_one_of_the_session() -> None:
+    pair = Pair()
+    chain = rogue(pair)
+    n = pair.order()
+    order_hash = digest(said(pair.buyer_did, WorkOrder)[0])
+    fields: dict[str, Any] = {"n": n, "order_hash": order_hash, "at": p.NOW}
+    ends = [chain.sign(JobEvent, state=state, **fields).data for state in ("failed", "killed")]
+    pair.by_buyer(pair.buyer.receive(ends[0], now=pair.now))
+    with pytest.raises(ViolationError, match="has ended before"):
+        pair.buyer.receive(ends[1], now=pair.now)
+    closing: dict[str, Any] = {"total_nanos": 0, "orders_accepted": 0, "reason": "idle"}
+    pair.by_buyer(pair.buyer.receive(chain.sign(Close, **closing).data, now=pair.now))
+    with pytest.raises(ViolationError, match="ended the session before"):
+        pair.buyer.receive(chain.sign(Close, **closing).data, now=pair.now)
+
+
+def test_a_delivery_is_paid_only_with_a_word_on_it() -> None:
+    """Paid without one it could be denied later, with more others than a side may show."""
+    pair = Pair(accepts=False).open()
+    run(pair)
+    data = pair.buyer._chain.sign(Voucher, total_nanos=PRICE).data
+    with pytest.raises(ViolationError, match="unasked"):
+        pair.seller.receive(data, now=pair.now)
+    assert pair.stored()[1] == 0
+
+
+def test_a_seller_waits_for_answers_while_it_can_still_show_what_was_paid() -> None:
+    """Metered and paid while they run, then delivered, and no word on any of them."""
+    pair = Pair(accepts=False).open()
+    waiting = []
+    while pair.gate_open and pair.jobs < EVIDENCE_DOCUMENTS_MAX:
+        n, _ = half_done(pair)
+        waiting.append(n)
+        pair.deliver()
+        pair.pump()
+    assert len(waiting) == EVIDENCE_DOCUMENTS_MAX // 4
+    paid = pair.stored()[1]
+    kinds = (WorkOrder, Delivery, Voucher)
+    by_both = [data for kind in kinds for data in said(pair.buyer_did + pair.seller_did, kind)]
+    assert _refund(pair, paid, pleading.choose(by_both)) == 0
+    pair.by_seller(pair.seller.tick(now=pair.now + PAY_WAIT_S + 1))
+    assert not pair.seller.machine.done, "all that was asked for is paid"
+    pair.by_buyer(pair.buyer.accept(waiting[-1], now=pair.now))
+    pair.by_buyer(pair.buyer.accept(waiting[0], now=pair.now))
+    pair.pump()
+    assert pair.gate_open
+
+
+@pytest.mark.parametrize("why", ["lease_ended", "buyer_lost", "malformed", "revoked", "unpaid"])
+def test_what_a_session_leaves_to_its_seller_stands_in_a_dispute(why: str) -> None:
+    """The buyer drops the line, breaks a rule, or lets the lease run out in the middle."""
+    pair = Pair(accepts=False).open()
+    n, paid = half_done(pair)
+    if why == "lease_ended":
+        pair.now = float(pair.contract.agreement.ends_at + 1)
+        pair.by_seller(pair.seller.tick(now=pair.now))
+    elif why == "unpaid":
+        while pair.gate_open:  # its meters reach nobody
+            pair.pass_time(1_000)
+        pair.now += PAY_WAIT_S + 1
+        pair.by_seller(pair.seller.tick(now=pair.now))
+    else:
+        pair.by_seller(pair.seller.end(why))
+    assert pair.over()[1] == why
+    assert pair.seller.failed(n, "killed", why, now=pair.now) == [], "it was said at once"
+    kinds = (WorkOrder, JobEvent, Voucher, Close)
+    by_both = [data for kind in kinds for data in said(pair.buyer_did + pair.seller_did, kind)]
+    shown = pleading.choose(by_both)
+    assert _refund(pair, pair.stored()[1], shown) == 0
+    assert pair.seller.tab.paid_nanos(n) == 0
+    assert pair.seller.tab.due_nanos == paid
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "cancelled",
+        "killed_deadline",
+        "killed_fuel",
+        "budget_exceeded",
+        "killed_owner",
+        "lease_ended",
+        "buyer_lost",
+        "unpaid",
+    ],
+)
+def test_an_end_that_only_the_seller_says_costs_nothing(reason: str) -> None:
+    """In the middle of a session, with figures that show no limit: both tabs give it back."""
+    pair = Pair().open()
+    n, paid = half_done(pair)
+    pair.fail(n, "killed", reason)
+    pair.pump()
+    assert pair.buyer.costs[n] == 0 == pair.seller.tab.due_nanos
+    pair.run_one(ms=1_000)
+    (last,) = said(pair.buyer_did, Acceptance)
+    message = codec.open_signed(last, Acceptance, network=p.NETWORK).message
+    assert message.total_nanos == PRICE
+    pair.by_buyer(pair.buyer.close())
+    pair.pump()
+    assert pair.over() == ("closed", "closed")
+    (close,) = said(pair.buyer_did, Close)
+    assert _refund(pair, paid, (close, last)) == paid - PRICE
+
+
+def test_a_cancelled_order_costs_what_it_used() -> None:
+    pair = Pair().open()
+    n, paid = half_done(pair)
+    pair.by_buyer(pair.buyer.cancel(n))
+    pair.pump()
+    pair.pump()
+    assert pair.buyer.costs[n] == paid == pair.seller.tab.due_nanos
+
+
+def test_a_seller_says_one_end_of_an_order() -> None:
+    pair = Pair(accepts=False).open()
+    n = run(pair)
+    assert pair.seller.failed(n, "error", "platform_error", now=pair.now) == []
+    pair.by_buyer(pair.buyer.accept(n, now=pair.now))
+    pair.pump()
+    assert pair.stored() == (PRICE, PRICE)
 
 
 # --- another order's results ---

@@ -208,6 +208,45 @@ def test_two_documents_under_one_number() -> None:
     assert rulings.proven(case(made, "equivocation", buyer=twice))
 
 
+@pytest.mark.parametrize("state", ["failed", "killed", "error"])
+def test_two_ends_of_one_order(state: str) -> None:
+    made = work()
+    ends = (made.event(state=state), made.delivery())
+    assert rulings.proven(case(made, "equivocation", buyer=ends))
+    running = (made.event(2, state="running"), made.event(2, state="paused"), made.delivery(2))
+    assert not rulings.proven(case(made, "equivocation", buyer=running))
+
+
+@pytest.mark.parametrize("state", ["failed", "error"])
+def test_a_delivery_beside_another_end_of_its_order_is_worth_nothing(state: str) -> None:
+    """The seller said that the order failed, and shows a Delivery that it never sent."""
+    made = work()
+    shown = (made.order(), made.event(state=state, reason="platform_error"))
+    found = ruled(made, "not_delivered", buyer=shown, seller=(made.delivery(),), paid_nanos=PRICE)
+    assert (found.fault, found.rule, found.refund_nanos) == ("seller", "not_delivered", PRICE)
+
+
+def test_a_seller_with_two_results_of_the_disputed_order_is_refuted_by_them() -> None:
+    """Whatever a second run comes to, one of the two would be equal."""
+    made, theirs = work(), other_work(CHECKER, CHECKER_SESSION)
+    shown = (made.order(), made.event(reason="exit_nonzero", exit_status=1))
+    late = made.delivery(output="right")
+    for checked in ((), (*theirs.agreements, theirs.order(), theirs.delivery(output="right"))):
+        found = case(
+            made,
+            "wrong_result",
+            buyer=(*shown, *checked),
+            seller=(late,),
+            order=1,
+            checkers=(CHECKER.peer_id,),
+            paid_nanos=PRICE,
+        )
+        assert rulings.proven(found)
+        decision = rulings.rule(found)
+        assert (decision.fault, decision.rule) == ("seller", "equivocation")
+        assert decision.refund_nanos == PRICE
+
+
 def test_two_deliveries_of_one_order() -> None:
     made = work()
     assert rulings.proven(case(made, "equivocation", buyer=(made.delivery(), made.delivery())))

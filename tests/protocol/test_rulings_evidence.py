@@ -10,15 +10,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace as changed
 
-from lumaris_protocol import codec, rulings
+from lumaris_protocol import codec, dispute_file, rulings
 from lumaris_protocol.agreements import Contract
+from lumaris_protocol.coordinator_api import ANSWER_BYTES_MAX
+from lumaris_protocol.dispute_file import DisputeFile, DrawEntry, RulingEntry
 from lumaris_protocol.errors import EnvelopeError, LumarisError, RefusedError
 from lumaris_protocol.keys import KeyPair
-from lumaris_protocol.limits import EVIDENCE_BYTES_MAX, EVIDENCE_DOCUMENTS_MAX, OTHER_SESSIONS_MAX
-from lumaris_protocol.messages.dispute import Candidate, DisputeOpen
+from lumaris_protocol.limits import (
+    AGREEMENT_BYTES_MAX,
+    CHECKERS_MAX,
+    CHECKPOINT_CHARS_MAX,
+    DISPUTE_DOCUMENT_BYTES_MAX,
+    DISPUTE_FILE_BYTES_MAX,
+    DISPUTE_FRAME_BYTES_MAX,
+    ENVELOPE_BYTES_MAX,
+    EVIDENCE_BUNDLES_MAX,
+    EVIDENCE_BYTES_MAX,
+    EVIDENCE_DOCUMENTS_MAX,
+    OTHER_SESSIONS_MAX,
+)
+from lumaris_protocol.messages.dispute import Candidate, DisputeEvidence, DisputeOpen
 from lumaris_protocol.messages.negotiation import Agreement
+from lumaris_protocol.messages.receipt import LogProof
 from lumaris_protocol.rulings import Dossier, Finding
-from tests.dispute_builders import opening
+from tests.dispute_builders import bundle, opening, padded
 from tests.protocol import parties as p
 from tests.protocol.cases import (
     CAP,
@@ -48,11 +63,14 @@ from tests.protocol.cases import (
         ({"order": 1}, "not_disputable"),
         ({"claim": "wrong_result"}, "not_disputable"),
         ({"claim": "wrong_result", "order": 1, "verification": "evid"}, "not_disputable"),
+        ({"claim": "wrong_result", "order": 1, "tier": "container"}, "not_disputable"),
         ({"claim": "wrong_result", "order": 1, "egress": ("a.example:443",)}, "not_disputable"),
     ],
 )
 def test_openings_that_do_not_fit(changes: dict[str, Any], code: str) -> None:
-    terms = {name: changes.pop(name) for name in ("verification", "egress") if name in changes}
+    terms = {
+        name: changes.pop(name) for name in ("verification", "tier", "egress") if name in changes
+    }
     agreed, key = contract(**terms), changes.pop("by", p.BUYER)
     claim = changes.pop("claim", "not_delivered")
     data = opening(agreed, p.grant(agreed).data, key, claim, network=p.NETWORK, **changes)
@@ -271,9 +289,10 @@ def test_a_split_and_a_withdrawal() -> None:
         work(), "not_delivered", remainder_nanos=50, stake_nanos=40, paid_nanos=90, amount=CAP
     )
     found = rulings.split(held, award_nanos=20, refund_nanos=70)
-    assert (found.award_nanos, found.refund_nanos, found.bond_returned) == (20, 70, True)
-    # The seller itself pays it: nothing is collected.
-    assert found.collected_nanos == found.victim_nanos == found.fees_nanos == 0
+    assert (found.award_nanos, found.refund_nanos, found.bond_returned) == (20, 70, False)
+    # The seller itself pays that; the opener pays for what was held meanwhile.
+    assert (found.collected_nanos, found.victim_nanos) == (1_000_000, 500_000)
+    assert (found.slash_nanos, found.fees_nanos) == (1_000_000, 500_000)
     assert rulings.split(held, award_nanos=51, refund_nanos=91).refund_nanos == 90
     large = case(work(), "not_delivered", bond_nanos=5_000_000)
     early = rulings.withdrawn(large, answered=False)
@@ -295,13 +314,59 @@ def test_what_can_be_given_back() -> None:
 def test_no_more_is_staked_than_can_be_lost() -> None:
     held = case(work(), "not_delivered", amount=CAP)
     agreement = held.agreement
-    assert rulings.stake_max(held.opened, agreement, refundable=100) == 110
+    assert rulings.stake_max(held.opened, agreement, refundable=100, price=0) == 110
     wrong = case(work(), "wrong_result", amount=CAP, order=1).opened
-    assert rulings.stake_max(wrong, agreement, refundable=100) == 200
+    assert rulings.stake_max(wrong, agreement, refundable=100, price=100) == 200
+    assert rulings.stake_max(wrong, agreement, refundable=100, price=30) == 60
+    assert rulings.stake_max(wrong, agreement, refundable=-1, price=30) == 0
     unpaid = case(work(), "unpaid_delivery", by=p.SELLER, amount=CAP).opened
-    assert rulings.stake_max(unpaid, agreement, refundable=0) == EXPOSURE // 10
+    assert rulings.stake_max(unpaid, agreement, refundable=0, price=0) == EXPOSURE // 10
     fraud = case(work(), "equivocation", amount=0).opened
-    assert rulings.stake_max(fraud, agreement, refundable=0) == CAP
+    assert rulings.stake_max(fraud, agreement, refundable=0, price=0) == CAP
+
+
+def test_the_largest_dispute_fits_its_file() -> None:
+    """Or the coordinator's own file could not be read, and an honest side could not answer."""
+    agreed = contract()
+    side, each = EVIDENCE_BYTES_MAX // 2, EVIDENCE_BYTES_MAX // 2 // EVIDENCE_BUNDLES_MAX
+    key, dispute = p.BUYER, p.id_of("dispute", "x")
+    signed = bundle(agreed, dispute, key, bytes(each), network=p.NETWORK)
+    large = padded(signed, key, DISPUTE_FRAME_BYTES_MAX - 1_000, network=p.NETWORK)
+    rulings.check_frame(codec.open_signed(large, DisputeEvidence, network=p.NETWORK))
+    first = 4 * (side + 2 * AGREEMENT_BYTES_MAX + ENVELOPE_BYTES_MAX) // 3
+    proof = LogProof(index=0, size=1, hashes=("sha256:" + "0" * 64,) * 64)
+    paper, salt, note = bytes(ENVELOPE_BYTES_MAX), bytes(32), "x" * CHECKPOINT_CHARS_MAX
+    file = DisputeFile(
+        format="lumaris-dispute/1",
+        network=p.NETWORK,
+        opened=bytes(min(DISPUTE_DOCUMENT_BYTES_MAX, first)),
+        # What of the opener's room its opening does not use is shown in its bundles.
+        evidence=(large, *([bytes(len(large) + 1_000)] * (2 * EVIDENCE_BUNDLES_MAX - 1))),
+        draws=(DrawEntry(candidates=paper, salt=salt, draw=paper, proof=proof),) * CHECKERS_MAX,
+        agreed=(paper, paper),
+        ruling=RulingEntry(ruling=paper, salt=salt, proof=proof, checkpoint=note),
+    )
+    data = dispute_file.encode(file)
+    assert len(data) <= min(DISPUTE_FILE_BYTES_MAX, ANSWER_BYTES_MAX)
+    assert dispute_file.decode(data) == file
+
+
+def test_what_is_mostly_blanks_is_no_bundle() -> None:
+    agreed = contract()
+    shown = bundle(agreed, p.id_of("dispute", "x"), p.BUYER, network=p.NETWORK)
+    opened = opening(agreed, p.grant(agreed).data, p.SELLER, "equivocation", network=p.NETWORK)
+
+    def check_bundle(data: bytes) -> None:
+        rulings.check_frame(codec.open_signed(data, DisputeEvidence, network=p.NETWORK))
+
+    def check_opening(data: bytes) -> None:
+        rulings.check_frame(codec.open_signed(data, DisputeOpen, network=p.NETWORK))
+
+    for check, key, data in ((check_bundle, p.BUYER, shown), (check_opening, p.SELLER, opened)):
+        check(data)
+        with pytest.raises(RefusedError) as caught:
+            check(padded(data, key, DISPUTE_FRAME_BYTES_MAX, network=p.NETWORK))
+        assert caught.value.code == "oversize"
 
 
 def test_the_room_for_other_sessions_is_each_sides_own() -> None:

@@ -11,13 +11,27 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from lumaris_protocol import codec, envelope, pricing
 from lumaris_protocol import effects as fx
-from lumaris_protocol import pricing
 from lumaris_protocol.errors import LumarisError
+from lumaris_protocol.messages.base import SessionMessage
+from lumaris_protocol.messages.execution import (
+    Acceptance,
+    Cancel,
+    Delivery,
+    JobEvent,
+    WorkOrder,
+)
+from lumaris_protocol.messages.payment import Close, Voucher
+from lumaris_protocol.rulings import Session, work
 from tests.protocol import parties as p
 from tests.protocol.pair import Pair
 
 TIGHT = msgspec.structs.replace(p.TERMS, cap_nanos=60_000, exposure_nanos=6_000)
+
+
+_KINDS = (WorkOrder, JobEvent, Delivery, Acceptance, Cancel, Voucher, Close)
+_SHOWN: dict[str, type[SessionMessage]] = {kind.TYPE: kind for kind in _KINDS}
 
 
 class Walk(RuleBasedStateMachine):
@@ -156,6 +170,17 @@ class Walk(RuleBasedStateMachine):
         for kept in sides[0] + sides[1]:
             assert owed <= kept.total_nanos <= pair.stored()[1]
             assert kept.total_nanos <= sum(prices) + pair.terms.exposure_nanos
+        self.check_defence()
+
+    def check_defence(self) -> None:
+        """What the seller keeps by its tab it keeps in a dispute, by what both have signed."""
+        pair = self.pair
+        shown = Session(pair.contract)
+        for effect in pair.buyer_did + pair.seller_did:
+            if isinstance(effect, fx.Send) and envelope.type_of(effect.data) in _SHOWN:
+                kind = _SHOWN[envelope.type_of(effect.data)]
+                shown.add(codec.open_signed(effect.data, kind, network=p.NETWORK))
+        assert work.against_refund(shown) >= pair.seller.tab.due_nanos
 
 
 TestWalk = Walk.TestCase

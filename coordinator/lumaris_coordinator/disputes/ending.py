@@ -190,7 +190,7 @@ def _pay(
             now=now,
         )
     opener, respondent = dispute.opener, dispute.respondent
-    if decision.refund_nanos > decision.collected_nanos:  # a split: the seller signed to pay it
+    if decision.rule == "split" and decision.refund_nanos:  # the seller signed to pay it
         seller = _wallet_of(connection, dispute, dispute.seller)
         bonds.take(connection, source=seller, ref=dispute.id, amount=decision.refund_nanos, now=now)
     back_to_bond = bonds.account_of_bond(respondent, dispute.currency)

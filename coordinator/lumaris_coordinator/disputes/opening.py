@@ -51,6 +51,7 @@ def open_papers(signed: Signed[DisputeOpen], *, network: str) -> Opening:
         message.agreement_by_buyer, message.agreement_by_seller, network=network
     )
     rulings.check_opening(message, contract)
+    rulings.check_frame(signed)
     agreements.open_grant(
         message.grant,
         contract,
@@ -191,7 +192,10 @@ def _drafted(
     now: int,
 ) -> Dispute:
     message, agreement = opening.signed.message, opening.papers.contract.agreement
-    stake = rulings.stake_max(message, agreement, refundable=refundable)
+    # What earlier disputes may give back cannot be given back once more.
+    left = refundable - store.refunds_asked(connection, opening.papers.contract.hash)
+    price = rulings.price_of(opening.papers.dossier.main, message)
+    stake = rulings.stake_max(message, agreement, refundable=left, price=price)
     evidence_until = now + context.settings.dispute_evidence_s
     other = agreement.seller if message.opener == agreement.buyer else agreement.buyer
     free = bonds.free(connection, other, escrow.currency)
@@ -209,6 +213,7 @@ def _drafted(
         amount=message.amount_nanos,
         bond=rulings.opener_bond(message.amount_nanos),
         stake=min(free, stake),
+        refund_max=rulings.refund_max(message, refundable=left, price=price),
         vouchered=voucher_top(opening.papers.dossier.main),
         frozen=int(message.claim in FREEZES),
         state=DISPUTE.initial,
@@ -232,7 +237,7 @@ def _check_funds(connection: Connection, opener: str, currency: str, amount: int
         raise LumarisError(
             "no_funds",
             f"Opening this takes a bond of {format_credits(bond)}.",
-            hint="It is returned unless the claim is refuted, withdrawn or left unchecked.",
+            hint="It is returned unless the claim is refuted, withdrawn, split or left unchecked.",
         )
 
 

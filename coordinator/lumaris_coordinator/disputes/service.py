@@ -308,7 +308,7 @@ class Disputes:
         case = case_of(connection, dispute, papers, escrow, ended="evidence")
         if rulings.proven(case):
             return ending.rule(context, connection, dispute, papers, ended="evidence", now=now)
-        if papers.done == {dispute.buyer, dispute.seller}:
+        if papers.done == {dispute.buyer, dispute.seller} and not rulings.check_due(case):
             return ending.rule(context, connection, dispute, papers, ended="done", now=now)
         checked = dispute.claim == "wrong_result"
         if checked and (dispute.check_until is None or now > dispute.check_until):
@@ -372,7 +372,9 @@ def _check_turn(
     if not dispute.open or now > dispute.deadline:
         raise LumarisError("dispute_closed", "The time for evidence is over.")
     own = [entry for entry in entries[1:] if entry.party == signed.signer]
-    if len(own) >= EVIDENCE_BUNDLES_MAX or any(entry.done for entry in own):
+    # Where a second run is awaited, a last word that came before it is none.
+    done = dispute.claim != "wrong_result" and any(entry.done for entry in own)
+    if done or len(own) >= EVIDENCE_BUNDLES_MAX:
         raise LumarisError("dispute_closed", "This party has no more to show.")
     if signed.message.n != len(own):
         raise LumarisError("out_of_sequence", f"The next bundle has the number {len(own)}.")

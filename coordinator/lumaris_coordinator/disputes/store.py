@@ -21,8 +21,8 @@ class Dispute:
     """One row. `number` counts disputes; amounts are nanos; documents are kept as signed.
 
     `opened` is the hash of the opening, which stands in the log; `due_at` is when time is next
-    asked what follows, `vouchered` the highest voucher that was shown, and `refunded` what the
-    ruling gave back to the buyer.
+    asked what follows, `refund_max` what of the payment it holds a stake for, `vouchered` the
+    highest voucher that was shown, and `refunded` what the ruling gave back to the buyer.
     """
 
     id: str
@@ -38,6 +38,7 @@ class Dispute:
     amount: int
     bond: int
     stake: int
+    refund_max: int
     vouchered: int
     frozen: int
     state: str
@@ -185,6 +186,17 @@ def add_stake(connection: Connection, dispute: Dispute, nanos: int) -> Dispute:
         (nanos, dispute.id),
     )
     return replace(dispute, stake=dispute.stake + nanos)
+
+
+def refunds_asked(connection: Connection, agreement_hash: str) -> int:
+    """What of a payment the open disputes about it may give back together."""
+    row = first(
+        connection,
+        "SELECT CAST(coalesce(sum(refund_max), 0) AS BIGINT) FROM dispute"
+        f" WHERE agreement_hash = ? AND {_IS_OPEN}",
+        (agreement_hash,),
+    )
+    return int(row[0]) if row else 0
 
 
 def refunded(connection: Connection, agreement_hash: str) -> int:

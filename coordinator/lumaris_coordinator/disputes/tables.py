@@ -24,6 +24,7 @@ MIGRATIONS: Final = (
                 amount INTEGER NOT NULL CHECK (amount >= 0),
                 bond INTEGER NOT NULL CHECK (bond >= 0),
                 stake INTEGER NOT NULL CHECK (stake >= 0),
+                refund_max INTEGER NOT NULL CHECK (refund_max >= 0),
                 vouchered INTEGER NOT NULL CHECK (vouchered >= 0),
                 frozen INTEGER NOT NULL CHECK (frozen IN (0, 1)),
                 state TEXT NOT NULL,

@@ -108,6 +108,8 @@ class Grants:
         if agreement.terms.currency not in settings.currencies:
             known = ", ".join(settings.currencies)
             raise LumarisError("terms_refused", f"The currencies here are: {known}.")
+        if not agreements.is_repeatable(agreement.tier, agreement.verification):
+            raise LumarisError("terms_refused", "Results of this tier cannot be run again: evid.")
         if agreement.terms.cap_nanos < CAP_NANOS_MIN:
             raise LumarisError(
                 "terms_refused", f"The smallest cap held here is {CAP_NANOS_MIN} nanos."

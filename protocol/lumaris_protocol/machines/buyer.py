@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Final
 
-from lumaris_protocol import merkle
+from lumaris_protocol import ends, merkle
 from lumaris_protocol.agreements import Contract
 from lumaris_protocol.effects import (
     Delivered,
@@ -118,6 +118,7 @@ class _Order:
     claimed_nanos: int = 0  # the most the seller asked for it
     metered_nanos: int = 0  # the part of that on the tab
     given_up: bool = False
+    cancelled: bool = False
 
     def note_state(self, state: str, now: float) -> None:
         """The seller says that it is in this state."""
@@ -167,6 +168,7 @@ class BuyerSession:
         self._ran_s, self._ran_until = 0.0, now
         self._accepted_nanos = 0
         self._our_close, self._our_total = b"", 0
+        self._closes_heard = 0
 
     @property
     def live(self) -> int:
@@ -255,8 +257,9 @@ class BuyerSession:
 
     def cancel(self, n: int, *, grace_s: int = 0) -> list[Effect]:
         """Ask the seller to stop an order; its guest may end by itself within the grace."""
-        if n not in self._live or self.machine.state != "open":
-            return []
+        if n not in self._live or self.machine.state != "open" or self._live[n].cancelled:
+            return []  # it was asked for: what is said twice is refused
+        self._live[n].cancelled = True
         return [Send(self._chain.sign(Cancel, n=n, grace_s=grace_s).data)]
 
     def give_up(self, n: int) -> int:
@@ -317,6 +320,10 @@ class BuyerSession:
     def _take(self, message: SessionMessage, data: bytes, now: float) -> list[Effect]:
         state, over = self.machine.state, self.machine.done
         self.machine.take(message.TYPE)
+        if isinstance(message, Close):
+            self._closes_heard += 1
+            if self._closes_heard > 1:
+                raise ViolationError("replayed", "The seller has ended the session before.")
         if over:
             return []
         if isinstance(message, SessionReady):
@@ -335,7 +342,10 @@ class BuyerSession:
     def _on_event(self, message: JobEvent, now: float) -> list[Effect]:
         order = self._live.get(message.n)
         if order is None:
-            return []  # an order we gave up on: its end was on the way
+            if ends.is_end(message) and message.n <= self._orders_sent:
+                # Where few can be shown, another one would hide the first.
+                raise ViolationError("replayed", f"Order {message.n} has ended before.")
+            return []
         _check_order(order, message)
         repeated = message.state == order.state and not message.missing
         order.state = message.state
@@ -349,9 +359,18 @@ class BuyerSession:
         if message.state in _TERMINAL:
             self._count_ended(order, now)
             del self._live[message.n]
-            kept = 0 if message.state == "error" else NANOS_MAX
+            kept = NANOS_MAX if self._is_kept(order, message) else 0
             self.costs[message.n] = self.tab.strike(message.n, metered_nanos=kept)
         return [OrderChanged(message)]
+
+    def _is_kept(self, order: _Order, end: JobEvent) -> bool:
+        """Whether what was vouchered stays with the seller; else it is credit."""
+        if end.state == "error" or end.reason == "cancelled":
+            return end.state != "error" and order.cancelled
+        vouchered = self.tab.vouchered_nanos
+        return ends.is_kept(
+            self.terms, order.limits, end.reason, end.usage, vouchered_nanos=vouchered
+        )
 
     def _on_log(self, message: LogChunk) -> list[Effect]:
         order = self._live.get(message.n)

@@ -117,7 +117,7 @@ class QuoteDesk:
         """The quote for a request; `hold` it once it is signed.
 
         Raises RefusedError with the constraint that fails, or `no_capacity`, `too_many_holds`,
-        `not_accepting`, `replayed`.
+        `not_accepting`, `replayed`, `not_disputable`.
         """
         self._lapse(now)
         message = request.message
@@ -144,6 +144,8 @@ class QuoteDesk:
         failures = matching.explain(message.requirements, current, lease_s=message.lease_s)
         if failures:
             raise RefusedError(failures[0])
+        if not agreements.is_repeatable(message.requirements.tier, message.verification):
+            raise RefusedError("not_disputable", "Results of this tier cannot be run again.")
         return Quote(
             quote=derive_id("quote", request.data),
             request_hash=request.hash,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any, Final
 
-from lumaris_protocol import agreements, merkle, pricing
+from lumaris_protocol import agreements, ends, merkle, pricing
 from lumaris_protocol.agreements import Contract
 from lumaris_protocol.codec import Signed
 from lumaris_protocol.effects import (
@@ -30,7 +30,6 @@ from lumaris_protocol.limits import (
     IDLE_S_MAX,
     INPUT_BYTES_MAX,
     KEEPALIVE_S,
-    NANOS_MAX,
     ORDERS_QUEUED_MAX,
     PAY_WAIT_S,
 )
@@ -83,6 +82,8 @@ SELLER_SESSION: Final = Table(
 
 # Retries come soon after; the hash chain already refuses a replayed order of any age.
 _KEYS_REMEMBERED: Final = 4096
+# A buyer's own end and ours may cross; then it signs ours as well.
+_CLOSES_MAX: Final = 2
 
 
 class SellerSession:
@@ -105,15 +106,19 @@ class SellerSession:
         )
         self._last_n = 0
         self._live: dict[int, WorkOrder] = {}
+        self._cancelled: set[int] = set()  # of these, by the buyer's own word
         # Of orders that something may still be said of: the hash, and what showing it takes.
         self._papers: dict[int, tuple[str, int]] = {}
         self._delivered: dict[int, tuple[int, Kept]] = {}  # waiting for the buyer's word
         self._words = Words()
+        self._orders = self._cancels = self._closes = 0
         self._keys_seen: deque[str] = deque(maxlen=_KEYS_REMEMBERED)
         self._metered: dict[int, int] = {}  # what the buyer was told of orders without an end
         self._asked_nanos = 0  # by meters and deliveries, since the session began
+        self._used: dict[int, Usage] = {}  # by live orders that run
+        self._now = 0.0
         self._gate_open = True
-        self._gate_shut_at = 0.0
+        self._unpaid, self._unpaid_at = False, 0.0
         self._metered_at = 0.0
         self._states: dict[int, WorkState] = {}  # the last said of each live order
         self._said_at = self._busy_at = 0.0
@@ -136,7 +141,8 @@ class SellerSession:
             self._check_grant(message, now)  # before the state moves: a bad one opens nothing
         over = self.machine.done
         self.machine.take(message.TYPE)
-        self._busy_at = now
+        self._busy_at = self._now = now
+        self._count(message)
         if over:
             return self._on_late(message, signed)
         if isinstance(message, SessionOpen):
@@ -148,15 +154,36 @@ class SellerSession:
         if isinstance(message, Voucher):
             return self._on_voucher(message, signed, now)
         if isinstance(message, Cancel):
-            stop = StopOrder(message.n, "cancelled", message.grace_s)
-            return [stop] if message.n in self._live else []
+            return self._on_cancel(message)
         assert isinstance(message, Close)
         return self._on_close(message, data)
+
+    def _count(self, message: SessionMessage) -> None:
+        """Of what decides a dispute little can be shown, so nothing of it is said in vain."""
+        if isinstance(message, WorkOrder):
+            self._orders += 1  # also a late one, that its buyer may cancel
+        elif isinstance(message, Cancel):
+            self._cancels += 1
+            if message.n in self._cancelled or self._cancels > self._orders:
+                raise ViolationError("replayed", f"Order {message.n} was cancelled before.")
+        elif isinstance(message, Close):
+            self._closes += 1
+            if self._closes > _CLOSES_MAX:
+                raise ViolationError("replayed", "The buyer has ended the session before.")
+
+    def _on_cancel(self, message: Cancel) -> list[Effect]:
+        if message.n not in self._live:
+            return []
+        self._cancelled.add(message.n)
+        return [StopOrder(message.n, "cancelled", message.grace_s)]
 
     def _on_late(self, message: SessionMessage, signed: Signed[SessionMessage]) -> list[Effect]:
         """A voucher that crossed our own end still counts, until the buyer signs that end too."""
         if self._co_signed:
             return []
+        if isinstance(message, Acceptance) and message.accepted:
+            amount, _ = self._delivered.pop(message.n, (0, Kept()))
+            self._ask(message.n, amount)
         taken = self.tab.vouchered_nanos
         if isinstance(message, Voucher) and taken < message.total_nanos <= self._asked_nanos:
             self.tab.voucher(message.total_nanos)
@@ -231,6 +258,7 @@ class SellerSession:
             )
             self._words.accept(amount, message.total_nanos - before, kept=kept)
             self.orders_accepted += 1
+            self._ask(message.n, amount)
             self.tab.finish(message.n, amount)
         else:
             self._strike(message.n)
@@ -242,7 +270,8 @@ class SellerSession:
         self, message: Voucher, signed: Signed[SessionMessage], now: float
     ) -> list[Effect]:
         if message.total_nanos > self._asked_nanos:
-            # A gift that is claimed with the rest, and then denied as never delivered.
+            # A gift that is claimed with the rest, and then denied: a delivery is paid only with
+            # the word on it, and no word could be held against this.
             raise ViolationError("unasked")
         self.tab.voucher(message.total_nanos)
         return [KeepVoucher(signed.data, message.total_nanos), *self._gate(now)]
@@ -286,6 +315,7 @@ class SellerSession:
         """The order has run this long; meter it when due, freeze it at the exposure."""
         amount = pricing.order_nanos(self.terms, usage.wall_ms)
         self.tab.accrue(n, amount)
+        self._now, self._used[n] = now, usage
         if self._spent > self.terms.cap_nanos or self.over_limit(n, usage):
             return [StopOrder(n, "budget_exceeded")]
         effects: list[Effect] = []
@@ -312,6 +342,8 @@ class SellerSession:
 
         More or longer file names than a delivery can carry make it `killed_output` instead.
         """
+        if n not in self._papers:
+            return []  # its end was said with that of the session
         amount = pricing.order_nanos(self.terms, usage.wall_ms)
         if self.over_limit(n, usage):
             return self.failed(n, "killed", "budget_exceeded", now=now, usage=usage)
@@ -335,7 +367,7 @@ class SellerSession:
         self.tab.accrue(n, amount)
         del self._live[n]
         self._states.pop(n, None)
-        self._ask(n, amount)
+        self._used.pop(n, None)
         self._delivered[n] = amount, self._words.kept
         self._papers[n] = name, size + len(delivery.data)
         return [Send(delivery.data), *self._gate(now)]
@@ -353,10 +385,15 @@ class SellerSession:
     ) -> list[Effect]:
         """The order ended without a delivery: its unpaid part is struck off.
 
-        In the state `error` this platform failed it: what was vouchered for it is credit again.
+        Unless the guest or the buyer ended it, what was vouchered for it is credit again. Of an
+        order that was delivered nothing is said any more: two ends of one order are a fraud.
         """
+        if n not in self._live:
+            return []
+        kept = state != "error" and self._is_kept(n, reason, usage or Usage())
         self._live.pop(n, None)
-        self._strike(n, kept_nanos=0 if state == "error" else NANOS_MAX)
+        self._strike(n, kept=kept)
+        self._cancelled.discard(n)
         self._busy_at = now
         event = self._last_event(
             n,
@@ -367,7 +404,13 @@ class SellerSession:
             exit_status=exit_status,
             detail=detail,
         )
-        return [*event, *self._gate(now), *self._bad_debt(state)]
+        return [*event, *self._gate(now), *self._bad_debt(by_us=not kept)]
+
+    def _is_kept(self, n: int, reason: str, usage: Usage) -> bool:
+        if reason == "cancelled":
+            return n in self._cancelled
+        limits, vouchered = self._live[n].limits, self.tab.vouchered_nanos
+        return ends.is_kept(self.terms, limits, reason, usage, vouchered_nanos=vouchered)
 
     def state(self, n: int, state: WorkState, *, now: float) -> list[Effect]:
         """Tell the buyer a state that changes no money (paused, collecting)."""
@@ -377,9 +420,10 @@ class SellerSession:
         """Time passed: unpaid, idle and finished sessions end; busy ones give a sign of life."""
         if self.machine.state != "open":
             return []
+        self._now = now
         if self._live or self._delivered:
             self._busy_at = now
-        if not self._gate_open and now - self._gate_shut_at > PAY_WAIT_S:
+        if self._unpaid and now - self._unpaid_at > PAY_WAIT_S:
             return self.end("unpaid")
         if now > self.contract.agreement.ends_at:
             return self.end("lease_ended")
@@ -390,15 +434,26 @@ class SellerSession:
             return self._event(n, self._states.get(n, "accepted"), now=now)
         return []
 
-    def end(self, reason: str) -> list[Effect]:
-        """End the session from this side; live orders are stopped and told why."""
+    def end(self, reason: str, *, told: str = "") -> list[Effect]:
+        """End the session from this side; live orders are stopped and told why: `told`, or what
+        follows from the reason."""
         if self.machine.done:
             return []
         self.machine.take("over")
-        stops: list[Effect] = [StopOrder(n, reason) for n in self._live]
+        told = told or ends.session_end(reason)
+        stops: list[Effect] = [StopOrder(n, told) for n in self._live]
         for n in self._live:
-            self._strike(n)
-        return [*stops, Send(self._close(reason, self.tab.due_nanos)), SessionOver(reason)]
+            self._strike(n, kept=told in ends.BY_SESSION)
+        close = Send(self._close(reason, self.tab.due_nanos))
+        # Said here and now: nobody may be left to say it when the order has stopped.
+        state: WorkState = "error" if told == "platform_error" else "killed"
+        running = [(n, self._used[n]) for n in self._live if n in self._used]
+        said = [
+            effect
+            for n, usage in running
+            for effect in self._last_event(n, state, now=self._now, reason=told, usage=usage)
+        ]
+        return [*stops, close, *said, SessionOver(reason)]
 
     def over_limit(self, n: int, usage: Usage) -> bool:
         """Whether the order costs more than it may: asking for that would break a rule."""
@@ -421,20 +476,30 @@ class SellerSession:
     def _ask(self, n: int, amount_nanos: int) -> None:
         self._asked_nanos += max(0, amount_nanos - self._metered.get(n, 0))
 
-    def _strike(self, n: int, *, kept_nanos: int = NANOS_MAX) -> None:
-        amount = self.tab.amount_nanos(n)
-        kept = self.tab.strike(n, metered_nanos=min(kept_nanos, self._metered.pop(n, 0)))
-        self._words.keep(kept, size_bytes=self._papers.get(n, ("", 0))[1])
-        self._written_off_nanos += max(0, amount - kept)
+    def _strike(self, n: int, *, kept: bool = True) -> None:
+        amount, metered = self.tab.amount_nanos(n), self._metered.pop(n, 0)
+        paid = self.tab.strike(n, metered_nanos=metered if kept else 0)
+        self._words.keep(paid, size_bytes=self._papers.get(n, ("", 0))[1])
+        self._written_off_nanos += max(0, amount - paid)
 
-    def _bad_debt(self, state: WorkState = "failed") -> list[Effect]:
+    def _bad_debt(self, *, by_us: bool = False) -> list[Effect]:
         """Work given away is bounded like work unpaid: by the exposure and what was vouchered."""
         if self._words.too_few:
-            return self.end("lease_ended")  # orders without an end run on under another one
+            # Orders without an end run on under another lease; for these the buyer is gone.
+            return self.end("lease_ended", told="buyer_lost")
         bound = self.terms.exposure_nanos + self.tab.vouchered_nanos
         if self.terms.exposure_nanos == 0 or self._written_off_nanos < bound:
             return []
-        return self.end("platform_error" if state == "error" else "unpaid")
+        if by_us:
+            return self.end("platform_error")
+        return self.end("unpaid", told="buyer_lost")  # what runs may well be paid
+
+    @property
+    def _unanswered(self) -> Kept:
+        """Of delivered orders without the buyer's word: what was paid for them while they ran."""
+        paid = {n: min(self.tab.paid_nanos(n), self._metered.get(n, 0)) for n in self._delivered}
+        sizes = [self._papers[n][1] for n, nanos in paid.items() if nanos]
+        return Kept(sum(paid.values()), len(sizes), sum(sizes))
 
     @property
     def _spent(self) -> int:
@@ -455,6 +520,7 @@ class SellerSession:
         effects = self._event(n, state, now=now, **fields)
         self._papers.pop(n, None)
         self._states.pop(n, None)
+        self._used.pop(n, None)
         return effects
 
     def _event(
@@ -491,12 +557,15 @@ class SellerSession:
         return [Send(event.data)]
 
     def _gate(self, now: float) -> list[Effect]:
-        should_open = self.tab.unpaid_nanos < self.terms.exposure_nanos
+        unpaid = self.tab.unpaid_nanos >= self.terms.exposure_nanos
         if self.terms.exposure_nanos == 0:
-            should_open = True  # a free session has no exposure to reach
+            unpaid = False  # a free session has no exposure to reach
+        if unpaid and not self._unpaid:
+            self._unpaid_at = now
+        self._unpaid = unpaid
+        # Too much is paid and not answered: that can wait, all of it is paid.
+        should_open = not unpaid and not self._words.is_full(self._unanswered)
         if should_open == self._gate_open:
             return []
         self._gate_open = should_open
-        if not should_open:
-            self._gate_shut_at = now
         return [SetGate(should_open)]

@@ -55,6 +55,14 @@ class Words:
         if kept.orders > self._spoken.orders:
             self._spoken = kept
 
+    def is_full(self, unanswered: Kept) -> bool:
+        """Whether work should wait for an answer: another paid order without one may be too many
+        to show. `unanswered` are those delivered."""
+        return unanswered.orders > 0 and (
+            self.kept.orders - self._spoken.orders + unanswered.orders >= _ORDERS_MAX
+            or self.kept.size_bytes - self._spoken.size_bytes + unanswered.size_bytes >= _BYTES_MAX
+        )
+
     @property
     def too_few(self) -> bool:
         """Whether more was paid without a word of the buyer than could be shown."""

@@ -176,8 +176,8 @@ class Ruling(Message, frozen=True, forbid_unknown_fields=True, kw_only=True):
     `slash_nanos` is what the loser owes of its stake or bond and `collected_nanos` what was there;
     of that `refund_nanos` make the buyer whole and `victim_nanos` (at most half of what is left)
     go to the other side, the rest to the fees. In a split the seller's account pays `refund_nanos`
-    and nothing is collected. `evidence_root` is the RFC 6962 root over the
-    opening and every evidence bundle, in the order of their arrival.
+    and what is collected comes out of the opener's bond. `evidence_root` is the RFC 6962 root over
+    the opening and every evidence bundle, in the order of their arrival.
     """
 
     TYPE: ClassVar[str] = "ruling"

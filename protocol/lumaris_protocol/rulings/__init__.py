@@ -18,16 +18,19 @@ from lumaris_protocol.rulings.case import (
     evidence_root,
     opener_bond,
     other_side,
+    refund_max,
     refundable,
     side_of,
     stake_max,
 )
 from lumaris_protocol.rulings.draw import check_candidates, draw
-from lumaris_protocol.rulings.evidence import ADMITTED, Dossier, Session
+from lumaris_protocol.rulings.evidence import ADMITTED, Dossier, Session, check_frame
 from lumaris_protocol.rulings.rules import (
+    check_due,
     decide,
     disputed_result,
     is_forged,
+    price_of,
     proven,
     rule,
     split,
@@ -44,6 +47,8 @@ __all__ = (
     "Session",
     "check_candidates",
     "check_claim",
+    "check_due",
+    "check_frame",
     "check_opening",
     "decide",
     "dispute_id",
@@ -53,7 +58,9 @@ __all__ = (
     "is_forged",
     "opener_bond",
     "other_side",
+    "price_of",
     "proven",
+    "refund_max",
     "refundable",
     "rule",
     "side_of",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from lumaris_protocol import merkle
-from lumaris_protocol.agreements import Contract
+from lumaris_protocol.agreements import Contract, is_repeatable
 from lumaris_protocol.errors import RefusedError
 from lumaris_protocol.ids import derive_id
 from lumaris_protocol.limits import (
@@ -151,8 +151,11 @@ def refundable(*, paid: int, claimed: int, refunded: int, fee_bps: int) -> int:
     return max(0, claimed + unclaimed - refunded)
 
 
-def stake_max(opened: DisputeOpen, agreement: Agreement, *, refundable: int) -> int:
-    """The most that the respondent can lose, which is what of its bond the dispute holds."""
+def stake_max(opened: DisputeOpen, agreement: Agreement, *, refundable: int, price: int) -> int:
+    """The most that the respondent can lose, which is what of its bond the dispute holds.
+
+    `price` is what the disputed result costs by its papers, 0 where none is disputed.
+    """
     terms, amount = agreement.terms, opened.amount_nanos
     if opened.claim in FRAUD:
         return terms.cap_nanos
@@ -160,8 +163,16 @@ def stake_max(opened: DisputeOpen, agreement: Agreement, *, refundable: int) -> 
         return penalty(min(amount, terms.exposure_nanos))
     if opened.claim == "stale_voucher":
         return penalty(amount)
-    amount = min(amount, refundable)
-    return amount + penalty(amount, wrong=opened.claim == "wrong_result")
+    part = refund_max(opened, refundable=refundable, price=price)
+    return part + penalty(part, wrong=opened.claim == "wrong_result")
+
+
+def refund_max(opened: DisputeOpen, *, refundable: int, price: int) -> int:
+    """The most of a payment that a dispute can give back. Parameters as of `stake_max`."""
+    if opened.claim not in REFUNDS:
+        return 0
+    most = min(opened.amount_nanos, max(0, refundable))
+    return min(most, price) if opened.claim == "wrong_result" else most
 
 
 def penalty(amount_nanos: int, *, wrong: bool = False) -> int:
@@ -191,7 +202,9 @@ def check_claim(agreement: Agreement, claim: str, *, order: int, opener: str) ->
         raise RefusedError("not_disputable", f"The {side} cannot claim {claim}.")
     if (order > 0) != (claim == "wrong_result"):
         raise RefusedError("not_disputable", "An order is named by wrong_result, and only there.")
-    if claim == "wrong_result" and (agreement.verification == "evid" or agreement.egress):
+    checkable = agreement.verification != "evid" and not agreement.egress
+    checkable = checkable and is_repeatable(agreement.tier, agreement.verification)
+    if claim == "wrong_result" and not checkable:
         raise RefusedError(
             "not_disputable",
             "Results are not checkable under this agreement: only its signed evidence stands.",

@@ -18,12 +18,14 @@ from lumaris_protocol.agreements import Contract
 from lumaris_protocol.codec import Signed
 from lumaris_protocol.errors import RefusedError
 from lumaris_protocol.limits import (
+    DISPUTE_FRAME_BYTES_MAX,
     EVIDENCE_BYTES_MAX,
     EVIDENCE_DOCUMENTS_MAX,
     OTHER_SESSIONS_MAX,
     SESSION_DOCUMENT_BYTES_MAX,
 )
 from lumaris_protocol.messages.base import Message, SessionMessage
+from lumaris_protocol.messages.dispute import DisputeEvidence, DisputeOpen
 from lumaris_protocol.messages.execution import Acceptance, Cancel, Delivery, JobEvent, WorkOrder
 from lumaris_protocol.messages.negotiation import Agreement
 from lumaris_protocol.messages.payment import Close, Settle, Voucher
@@ -153,6 +155,20 @@ class Dossier:
                 return session
         raise RefusedError(
             "evidence_foreign", f"The {message.TYPE} is not signed by its side of a shown session."
+        )
+
+
+def check_frame(signed: Signed[DisputeOpen] | Signed[DisputeEvidence]) -> None:
+    """An opening or a bundle is little more than its documents. Raises RefusedError `oversize`."""
+    message, documents = signed.message, list(signed.message.evidence)
+    if isinstance(message, DisputeOpen):
+        documents += [message.agreement_by_buyer, message.agreement_by_seller, message.grant]
+    encoded = sum(-(-len(data) // 3) * 4 for data in documents)
+    if len(signed.data) > encoded + DISPUTE_FRAME_BYTES_MAX:
+        raise RefusedError(
+            "oversize",
+            f"A {message.TYPE} is at most its documents in base64 and"
+            f" {DISPUTE_FRAME_BYTES_MAX} bytes.",
         )
 
 

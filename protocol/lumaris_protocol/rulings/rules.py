@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
-from lumaris_protocol import codec, envelope
+from lumaris_protocol import codec, ends, envelope
 from lumaris_protocol.codec import Signed
 from lumaris_protocol.errors import EnvelopeError
 from lumaris_protocol.limits import DISPUTE_BOND_NANOS_MIN
 from lumaris_protocol.messages.base import SessionMessage
-from lumaris_protocol.messages.execution import Delivery, WorkOrder
+from lumaris_protocol.messages.dispute import DisputeOpen
+from lumaris_protocol.messages.execution import Delivery, JobEvent, WorkOrder
 from lumaris_protocol.messages.negotiation import Agreement
 from lumaris_protocol.messages.payment import Voucher
 from lumaris_protocol.rulings import work
@@ -42,8 +44,18 @@ def proven(case: Case) -> bool:
     claim = case.opened.claim
     if claim == "wrong_result":
         # Without a result for the disputed order nothing was disputed.
-        return disputed_result(case) is not None and _enough_checked(case)
+        disputed = disputed_result(case)
+        return disputed is not None and (_contradicted(case) or _enough_checked(case))
     return claim in _INSTANT_RULES and _RULES[claim](case).fault == case.respondent
+
+
+def check_due(case: Case) -> bool:
+    """Whether a disputed result still waits for second runs: until then nobody's last word counts,
+    or the run that one side keeps back could not be shown by the other."""
+    if case.opened.claim != "wrong_result":
+        return False
+    enough = _REPLICAS_MIN if case.agreement.verification == "repl" else 1
+    return len(_checked(case)) < enough
 
 
 def disputed_result(case: Case) -> Result | None:
@@ -51,21 +63,23 @@ def disputed_result(case: Case) -> Result | None:
     return work.result_of(case.session, case.opened.order)
 
 
+def price_of(session: Session, opened: DisputeOpen) -> int:
+    """What the result costs that an opening disputes, in nanos; 0 where it disputes none."""
+    result = work.result_of(session, opened.order) if opened.order else None
+    return result.price_nanos if result is not None else 0
+
+
 def split(case: Case, *, award_nanos: int, refund_nanos: int) -> Decision:
-    """What both parties agreed to, as far as there is money for it. Bonds go back.
+    """What both parties agreed to, as far as there is money for it. It costs the opener the least
+    bond: accomplices could hold a bond for nothing, while others wait for it.
 
     The seller itself pays the refund: a bond that its owner can send away answers for nothing.
     """
-    return Decision(
-        fault="neither",
-        rule="split",
+    cost = decide(case, _undecided("split", cost=DISPUTE_BOND_NANOS_MIN))
+    return replace(
+        cost,
         award_nanos=min(award_nanos, case.facts.remainder_nanos),
         refund_nanos=min(refund_nanos, case.refundable),
-        slash_nanos=0,
-        collected_nanos=0,
-        victim_nanos=0,
-        fees_nanos=0,
-        bond_returned=True,
     )
 
 
@@ -115,7 +129,7 @@ def decide(case: Case, finding: Finding) -> Decision:
 
 
 def _equivocation(case: Case) -> Finding:
-    """Two documents of one signer under one number, or two orders or deliveries of one number."""
+    """Two documents of one signer under one number, or two orders or two ends of one number."""
     agreement = case.agreement
     buyer = case.respondent == "buyer"
     key = agreement.buyer_session_key if buyer else agreement.seller_session_key
@@ -130,8 +144,10 @@ def _equivocation(case: Case) -> Finding:
 def _exclusive(signed: Signed[SessionMessage]) -> list[object]:
     message = signed.message
     names: list[object] = [("seq", message.seq)]
-    if isinstance(message, WorkOrder | Delivery):
+    if isinstance(message, WorkOrder):
         names.append((message.TYPE, message.n))
+    if isinstance(message, JobEvent | Delivery) and ends.is_end(message):
+        names.append(("end", message.n))
     return names
 
 
@@ -242,9 +258,11 @@ def _wrong_result(case: Case) -> Finding:
     disputed = disputed_result(case)
     if disputed is None:
         return _unproven(case)
+    if _contradicted(case):
+        return _differs(case, disputed, "equivocation")
     repl = case.agreement.verification == "repl"
     if len(case.facts.checkers) < (_REPLICAS_MIN if repl else 1):
-        return _undecided("no_checker")
+        return _undecided("no_checker", cost=DISPUTE_BOND_NANOS_MIN)
     checked = _checked(case)
     if repl:
         return _by_replicas(case, disputed, checked)
@@ -268,9 +286,18 @@ def _by_replicas(case: Case, disputed: Result, checked: list[Result]) -> Finding
 def _compared(case: Case, disputed: Result, *, equal: bool, by: str) -> Finding:
     if equal:
         return Finding(case.opener, f"{by}_equal")
+    return _differs(case, disputed, f"{by}_differs")
+
+
+def _contradicted(case: Case) -> bool:
+    """Whether the seller itself says two ends of the disputed order."""
+    return work.ended_twice(case.session, case.opened.order)
+
+
+def _differs(case: Case, disputed: Result, name: str) -> Finding:
     asked = min(disputed.price_nanos, case.opened.amount_nanos, case.facts.claimed_nanos)
     fine = penalty(asked, wrong=True)
-    return Finding("seller", f"{by}_differs", refund=_lost(case, disputed), penalty=fine)
+    return Finding("seller", name, refund=_lost(case, disputed), penalty=fine)
 
 
 def _lost(case: Case, disputed: Result) -> int:

@@ -5,13 +5,15 @@ the seller says of an order names that WorkOrder by its hash, and counts for no 
 
 - *delivered*: a Delivery with exit status 0, in time or accepted by the buyer. What the buyer
   accepted counts without its papers as well, but then only for its start;
-- *kept*: it ended by the buyer's own Cancel, by a limit both agreed to, or by the guest itself:
-  what was vouchered for it stays with the seller, but nothing beyond is owed;
+- *kept*: it ended by the buyer's own Cancel, by a limit both agreed to, by the guest itself, or
+  with a session that the buyer left, did not pay or used to its end: what was vouchered for it
+  stays with the seller, but nothing beyond is owed;
 - *rejected*: delivered, and refused by the buyer's signed word.
 
-Anything else is worth nothing. An Acceptance says what the buyer owes for the session up to its
-order, so one of them stands for all orders before it: a long session needs no long evidence. The
-Close with which the buyer itself ends the session says so of all of it.
+Anything else is worth nothing, and so is an order of which the seller says two ends. An Acceptance
+says what the buyer owes for the session up to its order, so one of them stands for all orders
+before it: a long session needs no long evidence. The Close with which the buyer itself ends the
+session says so of all of it.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Final
 
 from msgspec.structs import replace as replace_field
 
-from lumaris_protocol import pricing
+from lumaris_protocol import ends, pricing
 from lumaris_protocol.limits import CLOCK_SKEW_S, FEE_BPS_MAX, LATE_BPS
 from lumaris_protocol.messages.execution import (
     Acceptance,
@@ -37,24 +39,6 @@ from lumaris_protocol.messages.payment import BUYER_CLOSES, Close, Voucher
 from lumaris_protocol.rulings.evidence import Session
 
 _MS_PER_S: Final = 1000
-_GUEST_ENDS: Final = frozenset(
-    (
-        "exit_nonzero",
-        "killed_deadline",
-        "killed_memory",
-        "killed_inodes",
-        "killed_pids",
-        "killed_disk",
-        "killed_output",
-        "killed_log",
-        "killed_fuel",
-        "killed_trap",
-        "budget_exceeded",
-        "unpaid",
-        "cancelled",
-    )
-)
-_ENDED: Final = frozenset(("failed", "killed"))
 
 
 @dataclass(frozen=True)
@@ -150,9 +134,17 @@ def result_of(session: Session, n: int) -> Result | None:
         price = min(delivery.amount_nanos, _price(agreement, order, delivery.usage))
         return Result(delivery.exit_status, delivery.output_root, delivery.stdout.sha256, price)
     event = _end(session, n, ordered.hash)
-    if event is None or not event.exit_status or event.reason != "exit_nonzero":
+    if event is None or event.state == "error" or event.reason != "exit_nonzero":
+        return None
+    if not event.exit_status:
         return None
     return Result(event.exit_status, "", "", _price(agreement, order, event.usage))
+
+
+def ended_twice(session: Session, n: int) -> bool:
+    """Whether the seller says two ends of order `n`: at most one of them is true."""
+    ordered = _ordered(session).get(n)
+    return ordered is not None and len(_ends(session, n, ordered.hash)) > 1
 
 
 def same_order(first: WorkOrder, second: WorkOrder) -> bool:
@@ -190,8 +182,7 @@ def _ordered(session: Session) -> dict[int, _Ordered]:
     ended = {
         signed.message.order_hash
         for signed in session.documents
-        if isinstance(signed.message, Delivery)
-        or (isinstance(signed.message, JobEvent) and signed.message.state in _ENDED)
+        if isinstance(signed.message, JobEvent | Delivery) and ends.is_end(signed.message)
     }
     found: dict[int, _Ordered] = {}
     for signed in session.documents:
@@ -228,6 +219,8 @@ def _parts(session: Session, ends_at: int | None) -> dict[int, Worth]:
 def _worth_of(session: Session, ordered: _Ordered, ends_at: int) -> Worth:
     agreement, order, n = session.contract.agreement, ordered.message, ordered.message.n
     delivery, word = _delivery(session, n, ordered.hash), _acceptance(session, n)
+    if len(_ends(session, n, ordered.hash)) > 1:
+        return Worth()
     if delivery is not None and delivery.exit_status == 0:
         amount = min(delivery.amount_nanos, _price(agreement, order, delivery.usage))
         if word is not None and not word.accepted:
@@ -236,24 +229,29 @@ def _worth_of(session: Session, ordered: _Ordered, ends_at: int) -> Worth:
             return Worth(delivered=amount)
         return Worth()
     event = _end(session, n, ordered.hash)
+    if event is not None and event.state == "error":
+        return Worth()
     cancelled = any(isinstance(s.message, Cancel) and s.message.n == n for s in session.documents)
     if cancelled:
         whole = Usage(wall_ms=order.limits.wall_s * _MS_PER_S)
         return Worth(kept=_price(agreement, order, event.usage if event else whole))
-    if event is not None and _by_agreed_limit(order, event):
-        return Worth(kept=_price(agreement, order, event.usage))
-    return Worth()
+    return Worth(kept=_kept(session, order, event) if event is not None else 0)
 
 
-def _by_agreed_limit(order: WorkOrder, event: JobEvent) -> bool:
-    """Whether the seller's word of the end agrees with the figures it signed beside it."""
-    if event.reason == "killed_deadline":
-        return event.usage.wall_ms >= order.limits.wall_s * _MS_PER_S
-    if event.reason == "killed_fuel":
-        return event.usage.fuel >= order.limits.fuel > 0
-    if event.reason == "cancelled":
-        return False  # the buyer's own Cancel says so, or nobody
-    return event.reason in _GUEST_ENDS
+def _kept(session: Session, order: WorkOrder, event: JobEvent) -> int:
+    """What the seller may keep of an order that ended like this, by the figures beside it."""
+    agreement, usage = session.contract.agreement, event.usage
+    price = _price(agreement, order, usage)
+    if event.reason in ends.BY_SESSION:
+        if not usage.wall_ms or (event.reason == "lease_ended" and event.at < agreement.ends_at):
+            return 0
+        # A session ends unpaid only when this much of its order was not paid.
+        unpaid = agreement.terms.exposure_nanos if event.reason == "unpaid" else 0
+        return max(0, price - unpaid)
+    kept = ends.is_kept(
+        agreement.terms, order.limits, event.reason, usage, vouchered_nanos=voucher_top(session)
+    )
+    return price if kept else 0
 
 
 def _price(agreement: Agreement, order: WorkOrder, usage: Usage) -> int:
@@ -297,9 +295,17 @@ def _acceptance(session: Session, n: int) -> Acceptance | None:
     return max(words, key=lambda word: word.accepted, default=None)
 
 
+def _ends(session: Session, n: int, name: str) -> dict[str, JobEvent | Delivery]:
+    """The seller's last words on an order, by their hashes; an honest one signs one."""
+    return {
+        signed.hash: signed.message
+        for signed in session.documents
+        if isinstance(signed.message, JobEvent | Delivery)
+        and ends.is_end(signed.message)
+        and (signed.message.n, signed.message.order_hash) == (n, name)
+    }
+
+
 def _end(session: Session, n: int, name: str) -> JobEvent | None:
-    events = (s.message for s in session.documents if isinstance(s.message, JobEvent))
-    for event in events:
-        if event.n == n and event.order_hash == name and event.state in _ENDED:
-            return event
-    return None
+    found = _ends(session, n, name).values()
+    return next((end for end in found if isinstance(end, JobEvent)), None)

@@ -25,11 +25,11 @@ RULES: Final = {
     "majority_differs": "most sellers came to another result; the order's price is refunded",
     "majority_equal": "most sellers came to the same result; the claim is refuted",
     "no_majority": "no result has a majority; half of the price is refunded",
-    "no_checker": "no seller could be drawn to check; everything goes back",
+    "no_checker": "no seller could be drawn to check; the least bond is lost",
     "check_missing": "no result of a drawn checker was shown; the least bond is lost",
     "replicas_missing": "fewer than two drawn sellers' results were shown; the least bond is lost",
     "unproven": "what was shown does not prove the claim",
-    "split": "both sides signed this end",
+    "split": "both sides signed this end; the least bond is lost",
     "withdrawn": "the opener took its claim back",
 }
 OPEN: Final = ("opened", "evidence", "checking")
