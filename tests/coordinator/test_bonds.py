@@ -157,9 +157,9 @@ async def test_a_bond_waits_for_the_disputes_of_others(market: Market) -> None:
     def open_one(connection: Connection) -> None:
         connection.execute(
             "INSERT INTO dispute (id, number, agreement_hash, buyer, seller, opener, opened, claim,"
-            " order_n, currency, amount, bond, stake, vouchered, frozen, state, opened_at,"
-            " evidence_until, due_at) VALUES ('dsp_1', 1, ?, ?, ?, ?, '', 'not_delivered', 0,"
-            " 'TEST', 0, 0, 0, 0, 0, 'opened', 0, 0, 0)",
+            " order_n, currency, amount, bond, stake, refund_max, vouchered, frozen, state,"
+            " opened_at, evidence_until, due_at) VALUES ('dsp_1', 1, ?, ?, ?, ?, '',"
+            " 'not_delivered', 0, 'TEST', 0, 0, 0, 0, 0, 0, 'opened', 0, 0, 0)",
             (deal.hash, buyer.peer, seller.peer, buyer.peer),
         )
 
