@@ -164,10 +164,7 @@ class SmallNode(Node):
     def _assurance(self) -> Assurance:
         return Trusting(self.state, clock=self.clock)
 
-    async def _warm_catalog(self) -> None:
-        return
-
-    async def _measure(self) -> None:
+    async def _prepare(self) -> None:
         return
 
 

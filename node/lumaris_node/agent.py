@@ -21,6 +21,7 @@ from lumaris_node.capability.advert import AdvertPublisher, Offer
 from lumaris_node.capability.capacity import for_sale
 from lumaris_node.capability.gpu import count_gpus, find_devices
 from lumaris_node.capability.meter import Gpus
+from lumaris_node.capability.upkeep import OfferUpkeep
 from lumaris_node.challenges import Belonging, Challenges
 from lumaris_node.config import NodeConfig, direct_address
 from lumaris_node.coordinator_link import CoordinatorLink
@@ -69,8 +70,6 @@ from lumaris_protocol.protocols import (
 log = logging.getLogger(__name__)
 
 _EXPIRE_S = 1.0
-_IMAGES_S = 30.0
-_REACH_S = 2.0
 # The last words of sessions and the removal of their sandboxes, then claims: together less than
 # `down` waits.
 _DRAIN_S, _SETTLE_S = 12.0, 8.0
@@ -127,14 +126,11 @@ class Node:
                     self._witness,
                     self._sessions.end_revoked,
                 )
-                nursery.start_soon(self._watch_tiers)
-                nursery.start_soon(self._watch_images)
-                nursery.start_soon(self._watch_reach)
+                nursery.start_soon(self._upkeep.run)
                 nursery.start_soon(self._owner.run)
                 nursery.start_soon(self._adverts.run)
                 nursery.start_soon(self._tenders.run)
-                nursery.start_soon(warm_catalog, self._tiers, lambda: self._sessions.hosts)
-                nursery.start_soon(self._measure)
+                nursery.start_soon(self._prepare)
                 nursery.start_soon(self._witness.keep, self._link)
                 await self._serve(stack)
                 await nursery.start(self._serve_api)
@@ -233,6 +229,9 @@ class Node:
             network=info.network,
             free=lambda: quotes.free,
             clock=self.clock,
+        )
+        self._upkeep = OfferUpkeep(
+            self._adverts, overlay=overlay, tiers=tiers, images=self._images, speeds=self._shared
         )
         self._desk = Desk(
             quotes,
@@ -392,14 +391,11 @@ class Node:
             certificate=standing.certificate,
         )
 
-    async def _measure(self) -> None:
-        """Say how fast this machine is once it sells: nobody waits for that."""
-        await self._tiers.settled()
-        measure = partial(benchmark.benchmarks, self._shared, self._quotes.total.cpu_millis)
-        speeds = await trio.to_thread.run_sync(measure, abandon_on_cancel=True)
-        if speeds != self._adverts.offer.benchmarks:
-            self._adverts.offer.benchmarks = speeds
-            self._adverts.changed(always=True)
+    async def _prepare(self) -> None:
+        """What nobody waits for: the catalog is compiled, and this machine's speed measured."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(warm_catalog, self._tiers, lambda: self._sessions.hosts)
+            nursery.start_soon(self._upkeep.measure)
 
     @property
     def _shared(self) -> Path:
@@ -462,24 +458,7 @@ class Node:
                 log.warning("store not pruned error=%r", error)
 
     async def _keep_certified(self) -> None:
-        await self._enrolment.keep(self._look_around, self._certified)
-
-    async def _watch_reach(self) -> None:
-        """A relay's address, or a new one of ours, is worth nothing until buyers know it."""
-        while True:
-            await trio.sleep(_REACH_S)
-            try:
-                await self._look_around()
-            except LumarisError as error:
-                log.debug("reach not known code=%s", error.code)
-
-    async def _look_around(self) -> tuple[str, ...]:
-        """Where we can be reached now; buyers are told of a change at once."""
-        found = await self._addresses()
-        if found != self._adverts.offer.addresses:
-            self._adverts.offer.addresses = found
-            self._adverts.changed(always=True)
-        return found
+        await self._enrolment.keep(self._upkeep.look_around, self._certified)
 
     async def _certified(self, standing: Standing) -> None:
         """The coordinator has spoken again: show its word, and find whom it knows."""
@@ -498,23 +477,6 @@ class Node:
 
     async def _shard_map(self) -> bytes:
         return await self._link.call(coordinator_api.shards())
-
-    async def _watch_tiers(self) -> None:
-        """A tier whose engine went away leaves the advert, and comes back with it."""
-        await self._tiers.watch(self._tiers_changed)
-
-    def _tiers_changed(self) -> None:
-        self._adverts.offer.runtimes = self._tiers.runtimes
-        self._adverts.changed(always=True)
-
-    async def _watch_images(self) -> None:
-        """Buyers prefer a seller that holds their image, so they are told what is here."""
-        while True:
-            await trio.sleep(_IMAGES_S)
-            cached = await self._images.cached(self._tiers.executors.values())
-            if cached != self._adverts.offer.cached:
-                self._adverts.offer.cached = cached
-                self._adverts.changed(always=True)
 
     async def _shut_down(self) -> None:
         """Withdraw the offer, end sessions with their money kept, settle what can be settled."""

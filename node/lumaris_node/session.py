@@ -146,7 +146,13 @@ class SessionHost:
 
     async def _run_tasks(self) -> None:
         if self.resources.gpus:  # not before: what never ran has no end that gives them back
-            self.surroundings.gpus = self._gpus.take(self.session, self.resources.gpus)
+            try:
+                self.surroundings.gpus = self._gpus.take(self.session, self.resources.gpus)
+            except LumarisError as error:  # offered, and gone since; another seller may have them
+                log.warning("no GPUs session=%s", self.session)
+                self.end(error.code)
+                await self._stream.refuse(error)
+                return
         await trio.to_thread.run_sync(self.workspace.open)
         async with trio.open_nursery() as nursery:
             self._wiping = nursery

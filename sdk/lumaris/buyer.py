@@ -13,18 +13,17 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
-import msgspec
 import trio
 from msgspec import structs
 
-from lumaris import artifacts, coordinator, images, live, membership, processes
+from lumaris import artifacts, coordinator, images, live, membership
 from lumaris.certified import Certified
 from lumaris.coordinator import CoordinatorLink
 from lumaris.disputes import DisputeDesk
 from lumaris.images import Image
 from lumaris.job_logs import JobLogs
+from lumaris.job_records import JobRecords
 from lumaris.jobs import JobRequest, JobResult, JobUpdate, LogLine, Observer, Source, ignore
 from lumaris.log_watch import LogWatch
 from lumaris.market import BuyerTerms, Market, SellerError
@@ -81,15 +80,10 @@ RETRYABLE = frozenset(
         "idle",
     )
 )
-_JOB_WRITE_S = 0.2
 # How soon a job is cancelled that another program wants cancelled.
 _CANCEL_LOOK_S = 0.25
 # How long to wait for the market to change before asking again.
 RETRY_S = 0.5
-
-
-# What the records say of a job without an end.
-_LIVE_STATES = {"accepted": "ordered", "preparing": "preparing", "paused": "paused"}
 
 
 class Buyer:
@@ -134,8 +128,7 @@ class Buyer:
         self._nursery = nursery
         self._running: dict[str, tuple[Session, int]] = {}  # with the order's number
         self._cancelled: set[str] = set()
-        self._rows: dict[str, dict[str, Any]] = {}
-        self._logs = JobLogs(profile.jobs)
+        self.records = JobRecords(store, JobLogs(profile.jobs))
 
     @property
     def standing(self) -> Standing:
@@ -307,8 +300,8 @@ class Buyer:
         folder = self.profile.jobs / job / "out"
         if attempt > 1:  # nothing of a failed attempt is taken for a result
             await trio.to_thread.run_sync(shutil.rmtree, folder, True)
-            await self._logs.forget(job)
-        self._note(job, session, request, attempt)
+            await self.records.forget_log(job)
+        self.records.begin(job, session, request, attempt)
         observe(JobUpdate(job, "ordered", session.seller))
         feeding = trio.CancelScope()
         starts = trio.Event()
@@ -317,12 +310,12 @@ class Buyer:
 
         def watch(event: JobUpdate | LogLine) -> None:
             if isinstance(event, LogLine):
-                self._logs.add(replace(event, job=job))  # an attempt has an id of its own
+                self.records.add_log(job, event)
             observe(event)
 
         def note(n: int, state: str, usage: Usage) -> None:
             self._running[job] = session, n
-            self._note_progress(job, n, state, usage)
+            self.records.progress(job, n, state, usage)
             if state == "running":
                 starts.set()
 
@@ -341,15 +334,14 @@ class Buyer:
                 note=note,
             )
         except (trio.Cancelled, LumarisError) as error:
-            reason = error.code if isinstance(error, LumarisError) else "cancelled"
-            ended_at = int(time.time())
-            self._rows[job] |= {"state": "failed", "reason": reason, "ended_at": ended_at}
+            self.records.fail(job, error.code if isinstance(error, LumarisError) else "cancelled")
             raise
         finally:
             feeding.cancel()
             self._running.pop(job, None)
         result = replace(result, job=job, attempts=attempt)
-        await self._note_result(result)
+        self._cancelled.discard(job)
+        await self.records.finish(result)
         return result
 
     def cancel(self, job: str, *, grace_s: int = 0) -> None:
@@ -381,61 +373,9 @@ class Buyer:
                 # The guest may well end before its input does.
                 log.info("standard input ended early job=%s code=%s", job, error.code)
 
-    def _note_progress(self, job: str, n: int, state: str, usage: Usage) -> None:
-        row = self._rows.get(job)
-        if row is not None and "ended_at" not in row:
-            row |= {"n": n, "state": _LIVE_STATES.get(state, "running")} | _usage_of(usage)
-
-    def _note(self, job: str, session: Session, request: JobRequest, attempt: int) -> None:
-        created = self._rows.get(job, {}).get("created_at", int(time.time()))
-        self._rows[job] = {
-            "job": job,
-            "session": session.session,
-            "seller": session.seller,
-            "image": request.image,
-            "command": msgspec.json.encode(request.command).decode(),
-            "state": "running",
-            "attempts": attempt,
-            "owner": processes.this_process(),
-            "created_at": created,
-        }
-
-    async def _note_result(self, result: JobResult) -> None:
-        self._cancelled.discard(result.job)
-        # Before the row says that there is no more.
-        await self._logs.finish(result.job, result.stdout, result.stderr)
-        row = self._rows.setdefault(result.job, {"job": result.job})
-        row |= {
-            "state": "succeeded" if result.ok else "failed",
-            "reason": result.reason,
-            "detail": result.detail,
-            "exit_status": result.exit_status,
-            "cost_nanos": result.cost_nanos,
-            "wall_ms": result.wall_ms,
-            "cpu_ms": result.cpu_ms,
-            "fuel": result.fuel,
-            "memory_peak_bytes": result.memory_peak_bytes,
-            "attempts": result.attempts,
-            "ended_at": int(time.time()),
-        }
-
-    async def write_rows(self) -> None:
-        """Write job rows and logs behind, in batches, for as long as the client lives."""
-        while True:
-            await trio.sleep(_JOB_WRITE_S)
-            await self.flush_rows()
-
     async def shard_map(self) -> bytes:
         """How the coordinator divides the market. Raises LumarisError."""
         return await self._link.call(coordinator_api.shards())
-
-    async def flush_rows(self) -> None:
-        """Write the job rows that changed, and the logs that grew."""
-        await self._logs.flush()
-        rows = list(self._rows.values())
-        self._rows = {job: row for job, row in self._rows.items() if "ended_at" not in row}
-        if rows:
-            await self.store.put_jobs(rows)
 
 
 OpenOverlay = Callable[[OverlayConfig], AbstractAsyncContextManager[Overlay]]
@@ -470,7 +410,7 @@ async def open_buyer(
             buyer = Buyer(profile, key, store, link, certified, overlay, nursery)
             nursery.start_soon(buyer.market.follow)
             nursery.start_soon(buyer.pool.run, nursery)
-            nursery.start_soon(buyer.write_rows)
+            nursery.start_soon(buyer.records.run)
             nursery.start_soon(buyer.watch_cancels)
             nursery.start_soon(_greet, overlay, standing.bootstrap)
             nursery.start_soon(certified.keep)
@@ -483,7 +423,7 @@ async def open_buyer(
             finally:
                 with trio.CancelScope(shield=True):
                     await buyer.pool.close_all()
-                    await buyer.flush_rows()
+                    await buyer.records.flush()
                 nursery.cancel_scope.cancel()
     finally:
         with trio.CancelScope(shield=True):
@@ -497,15 +437,6 @@ async def _greet(overlay: Overlay, addresses: tuple[str, ...]) -> None:
         await overlay.connect(addresses)
     except LumarisError as error:
         log.info("no peer answered code=%s", error.code)
-
-
-def _usage_of(usage: Usage) -> dict[str, int]:
-    return {
-        "wall_ms": usage.wall_ms,
-        "cpu_ms": usage.cpu_ms,
-        "fuel": usage.fuel,
-        "memory_peak_bytes": usage.memory_peak_bytes,
-    }
 
 
 def new_job() -> str:

@@ -10,9 +10,10 @@ import trio
 from msgspec import structs
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from lumaris.buyer import Buyer
 from lumaris_node.capability.meter import Gpus
 from lumaris_node.desk import Desk
-from lumaris_protocol.errors import RefusedError
+from lumaris_protocol.errors import LumarisError, RefusedError
 from lumaris_protocol.limits import GIB, MIB
 from lumaris_protocol.machines.buyer import BuyerSession
 from lumaris_protocol.messages.advert import Gpu, Resources
@@ -25,6 +26,17 @@ from tests.node.test_hostile import Attack, sent
 GPU = Gpu(model=H100, vram_bytes=80 * GIB, count=2)
 
 
+def ask_for_gpus(buyer: Buyer) -> None:
+    """From here on every session of the buyer is one with both GPUs."""
+    needs_of = buyer.pool.needs
+
+    def needs(*arguments: Any) -> Any:
+        found = needs_of(*arguments)
+        return structs.replace(found, resources=structs.replace(found.resources, gpus=(GPU,)))
+
+    buyer.pool.needs = needs  # type: ignore[method-assign, assignment]
+
+
 @pytest.mark.slow
 @pytest.mark.planet
 async def test_a_refused_opening_holds_no_gpus(market: Market):
@@ -32,19 +44,28 @@ async def test_a_refused_opening_holds_no_gpus(market: Market):
     seller = await market.seller(total=total)
     seller.node._sessions._gpus = gpus = Gpus(DEVICES[:2])
     async with market.buyer() as buyer:
-        needs_of = buyer.pool.needs
-
-        def needs(*arguments: Any) -> Any:
-            found = needs_of(*arguments)
-            return structs.replace(found, resources=structs.replace(found.resources, gpus=(GPU,)))
-
-        buyer.pool.needs = needs  # type: ignore[method-assign, assignment]
+        ask_for_gpus(buyer)
         attack = Attack(market, seller, buyer)
         machine, _ = await attack.agreed()
         again = BuyerSession(machine.contract, machine._chain._key, network=m.NETWORK, now=0)
         assert await attack.say(SESSION, sent(again.open(b""))) not in ("", "reset")
         assert not gpus._leases
-        buyer.pool.needs = needs_of  # type: ignore[method-assign]
+    market.clock.ahead_s += 60
+    seller.node._desk.expire()
+
+
+@pytest.mark.slow
+@pytest.mark.planet
+async def test_a_lease_of_gpus_that_are_gone_costs_nothing(market: Market):
+    total = Resources(cpu_millis=2000, memory_bytes=256 * MIB, disk_bytes=256 * MIB, gpus=(GPU,))
+    seller = await market.seller(total=total)
+    seller.node._sessions._gpus = gpus = Gpus(DEVICES[:1])  # the other has left its bus
+    async with market.buyer() as buyer:
+        ask_for_gpus(buyer)
+        with pytest.raises(LumarisError, match="no_capacity"):
+            await buyer.run(market.request("sum"))
+        assert not gpus._leases
+        await market.assert_at_rest(buyer, cost_nanos=0)
     market.clock.ahead_s += 60
     seller.node._desk.expire()
 

@@ -331,8 +331,8 @@ async def test_jobs_are_written_behind_and_orphans_are_named(market: Market, mon
             nursery.cancel_scope.cancel()
         [row] = await buyer.store.jobs(10)
         assert (row["state"], row["reason"]) == ("failed", "buyer_lost")
-        await buyer.flush_rows()
+        await buyer.records.flush()
         assert (buyer.profile.jobs / row["job"] / "stdout").read_bytes(), "what came is kept"
-        await buyer.flush_rows()
+        await buyer.records.flush()
         [row] = await buyer.store.jobs(10)
         assert (row["state"], row["reason"]) == ("failed", "cancelled")

@@ -34,7 +34,7 @@ async def _sold(buyer: Buyer, request: JobRequest) -> JobResult:
     result = await buyer.run(request)
     assert result.ok, result
     await buyer.pool.close_all()
-    await buyer.flush_rows()
+    await buyer.records.flush()
     return result
 
 

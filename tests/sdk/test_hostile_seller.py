@@ -110,7 +110,7 @@ def instead_of_delivery(make: Callable[[SellerSession, int], bytes]) -> Patch:
 
 def ending(reason: str) -> Callable[[SellerSession, int], bytes]:
     def make(session: SellerSession, n: int) -> bytes:
-        named = {"n": n, "order_hash": session._papers[n][0]}
+        named = {"n": n, "order_hash": session._reports.order_hash(n)}
         return session._chain.sign(JobEvent, **named, state="failed", reason=reason, at=0).data
 
     return make

@@ -8,7 +8,7 @@ order runs only under a grant, and work stops while the unpaid amount is at the 
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, Final
+from typing import Final
 
 from lumaris_protocol import agreements, ends, merkle, pricing
 from lumaris_protocol.agreements import Contract
@@ -29,11 +29,11 @@ from lumaris_protocol.keys import KeyPair
 from lumaris_protocol.limits import (
     IDLE_S_MAX,
     INPUT_BYTES_MAX,
-    KEEPALIVE_S,
     ORDERS_QUEUED_MAX,
     PAY_WAIT_S,
 )
 from lumaris_protocol.machines.chain import ReceiveChain, SendChain, session_kinds
+from lumaris_protocol.machines.reports import Reports
 from lumaris_protocol.machines.tab import Tab
 from lumaris_protocol.machines.table import Machine, Row, Table, late
 from lumaris_protocol.machines.words import Kept, Words
@@ -43,7 +43,6 @@ from lumaris_protocol.messages.execution import (
     Cancel,
     Delivery,
     File,
-    JobEvent,
     LogChunk,
     Meter,
     SessionOpen,
@@ -107,8 +106,7 @@ class SellerSession:
         self._last_n = 0
         self._live: dict[int, WorkOrder] = {}
         self._cancelled: set[int] = set()  # of these, by the buyer's own word
-        # Of orders that something may still be said of: the hash, and what showing it takes.
-        self._papers: dict[int, tuple[str, int]] = {}
+        self._reports = Reports(self._chain)
         self._delivered: dict[int, tuple[int, Kept]] = {}  # waiting for the buyer's word
         self._words = Words()
         self._orders = self._cancels = self._closes = 0
@@ -120,8 +118,7 @@ class SellerSession:
         self._gate_open = True
         self._unpaid, self._unpaid_at = False, 0.0
         self._metered_at = 0.0
-        self._states: dict[int, WorkState] = {}  # the last said of each live order
-        self._said_at = self._busy_at = 0.0
+        self._busy_at = 0.0
         self._written_off_nanos = 0
         self._our_close = b""
         self._our_total: int | None = None
@@ -214,10 +211,10 @@ class SellerSession:
         if order.n != self._last_n + 1:
             raise ViolationError("out_of_sequence", f"Order {self._last_n + 1} is missing.")
         self._last_n = order.n
-        self._papers[order.n] = signed.hash, len(signed.data)
+        self._reports.open(order.n, signed.hash, len(signed.data))
         reason = self._why_not(order, now)
         if reason:
-            return self._last_event(order.n, "error", now=now, reason=reason)
+            return self._reports.end(order.n, "error", reason, now=now)
         self._keys_seen.append(order.idempotency_key)
         self._live[order.n] = order
         return [RunOrder(order)]
@@ -263,7 +260,7 @@ class SellerSession:
         else:
             self._strike(message.n)
         self._metered.pop(message.n, None)
-        self._papers.pop(message.n, None)
+        self._reports.forget(message.n)
         return [*self._gate(now), *self._bad_debt()]
 
     def _on_voucher(
@@ -293,18 +290,18 @@ class SellerSession:
 
     def preparing(self, n: int, missing: tuple[str, ...], *, now: float) -> list[Effect]:
         """The order needs these input hashes from the buyer."""
-        return self._event(n, "preparing", now=now, missing=missing)
+        return self._reports.say(n, "preparing", now=now, missing=missing)
 
     def progress(self, n: int, what: str, *, done: int, total: int, now: float) -> list[Effect]:
         """Preparing goes on: `done` of `total` of what is fetched or compiled."""
-        return self._event(n, "preparing", now=now, detail=what, done=done, total=total)
+        return self._reports.say(n, "preparing", now=now, detail=what, done=done, total=total)
 
     def running(self, n: int, *, now: float) -> list[Effect]:
         """The sandbox runs: the bill begins with the start fee."""
         # The interval counts from the start, so a short order that fails is free.
         self._metered_at = now
         self.tab.accrue(n, pricing.order_nanos(self.terms, 0))
-        return [*self._event(n, "running", now=now), *self._gate(now)]
+        return [*self._reports.say(n, "running", now=now), *self._gate(now)]
 
     def log(self, n: int, stream: str, offset: int, data: bytes) -> list[Effect]:
         """Output of the guest; at most LOG_CHUNK_BYTES_MAX at a time."""
@@ -342,17 +339,16 @@ class SellerSession:
 
         More or longer file names than a delivery can carry make it `killed_output` instead.
         """
-        if n not in self._papers:
+        if not self._reports.speaks_of(n):
             return []  # its end was said with that of the session
         amount = pricing.order_nanos(self.terms, usage.wall_ms)
         if self.over_limit(n, usage):
             return self.failed(n, "killed", "budget_exceeded", now=now, usage=usage)
-        name, size = self._papers[n]
         try:
             delivery = self._chain.sign(
                 Delivery,
                 n=n,
-                order_hash=name,
+                order_hash=self._reports.order_hash(n),
                 exit_status=0,
                 outputs=outputs,
                 output_root=merkle.files_root(outputs),
@@ -366,10 +362,9 @@ class SellerSession:
             return self.failed(n, "killed", "killed_output", now=now, usage=usage)
         self.tab.accrue(n, amount)
         del self._live[n]
-        self._states.pop(n, None)
         self._used.pop(n, None)
         self._delivered[n] = amount, self._words.kept
-        self._papers[n] = name, size + len(delivery.data)
+        self._reports.deliver(n, len(delivery.data))
         return [Send(delivery.data), *self._gate(now)]
 
     def failed(
@@ -395,14 +390,9 @@ class SellerSession:
         self._strike(n, kept=kept)
         self._cancelled.discard(n)
         self._busy_at = now
-        event = self._last_event(
-            n,
-            state,
-            now=now,
-            reason=reason,
-            usage=usage or Usage(),
-            exit_status=exit_status,
-            detail=detail,
+        self._used.pop(n, None)
+        event = self._reports.end(
+            n, state, reason, now=now, usage=usage, exit_status=exit_status, detail=detail
         )
         return [*event, *self._gate(now), *self._bad_debt(by_us=not kept)]
 
@@ -414,7 +404,7 @@ class SellerSession:
 
     def state(self, n: int, state: WorkState, *, now: float) -> list[Effect]:
         """Tell the buyer a state that changes no money (paused, collecting)."""
-        return self._event(n, state, now=now)
+        return self._reports.say(n, state, now=now)
 
     def tick(self, *, now: float) -> list[Effect]:
         """Time passed: unpaid, idle and finished sessions end; busy ones give a sign of life."""
@@ -429,10 +419,7 @@ class SellerSession:
             return self.end("lease_ended")
         if now - self._busy_at > IDLE_S_MAX:
             return self.end("idle")
-        if self._live and now - self._said_at >= KEEPALIVE_S:
-            n = min(self._live)
-            return self._event(n, self._states.get(n, "accepted"), now=now)
-        return []
+        return self._reports.keep_alive(min(self._live), now=now) if self._live else []
 
     def end(self, reason: str, *, told: str = "") -> list[Effect]:
         """End the session from this side; live orders are stopped and told why: `told`, or what
@@ -447,12 +434,13 @@ class SellerSession:
         close = Send(self._close(reason, self.tab.due_nanos))
         # Said here and now: nobody may be left to say it when the order has stopped.
         state: WorkState = "error" if told == "platform_error" else "killed"
-        running = [(n, self._used[n]) for n in self._live if n in self._used]
         said = [
             effect
-            for n, usage in running
-            for effect in self._last_event(n, state, now=self._now, reason=told, usage=usage)
+            for n, usage in self._used.items()
+            if n in self._live
+            for effect in self._reports.end(n, state, told, now=self._now, usage=usage)
         ]
+        self._used.clear()
         return [*stops, close, *said, SessionOver(reason)]
 
     def over_limit(self, n: int, usage: Usage) -> bool:
@@ -479,7 +467,7 @@ class SellerSession:
     def _strike(self, n: int, *, kept: bool = True) -> None:
         amount, metered = self.tab.amount_nanos(n), self._metered.pop(n, 0)
         paid = self.tab.strike(n, metered_nanos=metered if kept else 0)
-        self._words.keep(paid, size_bytes=self._papers.get(n, ("", 0))[1])
+        self._words.keep(paid, size_bytes=self._reports.size_bytes(n))
         self._written_off_nanos += max(0, amount - paid)
 
     def _bad_debt(self, *, by_us: bool = False) -> list[Effect]:
@@ -498,7 +486,7 @@ class SellerSession:
     def _unanswered(self) -> Kept:
         """Of delivered orders without the buyer's word: what was paid for them while they ran."""
         paid = {n: min(self.tab.paid_nanos(n), self._metered.get(n, 0)) for n in self._delivered}
-        sizes = [self._papers[n][1] for n, nanos in paid.items() if nanos]
+        sizes = [self._reports.size_bytes(n) for n, nanos in paid.items() if nanos]
         return Kept(sum(paid.values()), len(sizes), sum(sizes))
 
     @property
@@ -514,47 +502,6 @@ class SellerSession:
             reason=reason,
         ).data
         return self._our_close
-
-    def _last_event(self, n: int, state: WorkState, *, now: float, **fields: Any) -> list[Effect]:
-        """The end of an order; nothing more is said of it."""
-        effects = self._event(n, state, now=now, **fields)
-        self._papers.pop(n, None)
-        self._states.pop(n, None)
-        self._used.pop(n, None)
-        return effects
-
-    def _event(
-        self,
-        n: int,
-        state: WorkState,
-        *,
-        now: float,
-        reason: str = "",
-        detail: str = "",
-        exit_status: int | None = None,
-        missing: tuple[str, ...] = (),
-        usage: Usage | None = None,
-        done: int = 0,
-        total: int = 0,
-    ) -> list[Effect]:
-        if n not in self._papers:
-            return []  # its end was said before
-        self._states[n], self._said_at = state, now
-        event = self._chain.sign(
-            JobEvent,
-            n=n,
-            order_hash=self._papers[n][0],
-            state=state,
-            reason=reason,
-            detail=detail,
-            exit_status=exit_status,
-            missing=missing,
-            usage=usage or Usage(),
-            done=done,
-            total=total,
-            at=int(now),
-        )
-        return [Send(event.data)]
 
     def _gate(self, now: float) -> list[Effect]:
         unpaid = self.tab.unpaid_nanos >= self.terms.exposure_nanos

@@ -138,7 +138,7 @@ async def counter(market: Market) -> AsyncIterator[Counter]:
     async with market.buyer() as buyer:
         sold = await buyer.run(market.request(m.HELLO))
         await buyer.pool.close_all()
-        await buyer.flush_rows()
+        await buyer.records.flush()
         yield Counter(market, buyer, sold)
 
 
@@ -293,7 +293,7 @@ async def test_a_seller_without_a_bond_has_nothing_to_lose(market: Market):
     async with market.buyer() as buyer:
         sold = await buyer.run(market.request(m.HELLO))
         await buyer.pool.close_all()
-        await buyer.flush_rows()
+        await buyer.records.flush()
         counter = Counter(market, buyer, sold)
         plan = await counter.fails(
             "declined", "dispute", "open", sold.job, "--claim", "wrong_result"
@@ -384,7 +384,7 @@ async def test_checking(market: Market, monkeypatch: pytest.MonkeyPatch):
         with lying():
             sold = await buyer.run(market.request(m.HELLO))
             await buyer.pool.close_all()
-        await buyer.flush_rows()
+        await buyer.records.flush()
         counter = Counter(market, buyer, sold)
         client = CheckClient(counter)
         monkeypatch.setattr("lumaris.cli.work.open_client", lambda _: client)
