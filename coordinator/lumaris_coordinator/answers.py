@@ -364,6 +364,7 @@ class Dispute(Answer):
     opened_at: int
     evidence_until: int
     check_until: int | None
+    waits: bool
     ended_at: int | None
 
 

@@ -67,6 +67,7 @@ class Disputes:
         self._link, self._store, self._key, self._network = link, store, key, network
         self._token, self._clock = token, clock
         self._wake = trio.Event()
+        self._looking = trio.Lock()
         self._after = 0  # every dispute up to this number is over
         self._answered: set[str] = set()
         self._refused: dict[str, str] = {}
@@ -109,6 +110,10 @@ class Disputes:
 
         Raises LumarisError when the coordinator does not say.
         """
+        async with self._looking:  # two at once would answer one dispute with the same number
+            await self._look()
+
+    async def _look(self) -> None:
         found, after, over = list[Dispute](), self._after, True
         for _ in range(_PAGES_MAX):
             page = await self._link.call(coordinator_api.disputes(self._token(), after=after))

@@ -226,7 +226,10 @@ class _Consistency(msgspec.Struct, frozen=True):
 
 
 class Dispute(msgspec.Struct, frozen=True):
-    """A dispute as its parties see it; times are the coordinator's seconds."""
+    """A dispute as its parties see it; times are the coordinator's seconds.
+
+    `waits`: it is decided, and earlier disputes hold what of the bond its ruling should collect.
+    """
 
     dispute: str
     number: int
@@ -244,6 +247,7 @@ class Dispute(msgspec.Struct, frozen=True):
     opened_at: int
     evidence_until: int
     check_until: int | None
+    waits: bool
     ended_at: int | None
 
 

@@ -25,6 +25,8 @@ async def test_a_dispute_against_the_node_is_answered(market: Market):
     async with market.buyer() as buyer:
         result = await buyer.run(market.request(m.HELLO))
         await buyer.pool.close_all()
+        await seller.assert_idle()  # what was said is on its disk
+        await seller.assert_settled()
         desk = buyer.disputes
         draft = await desk.draft(result.session, "not_delivered", amount_nanos=result.cost_nanos)
         opened = await desk.open(draft)
@@ -58,6 +60,8 @@ async def test_an_answer_outlives_an_outage_and_a_restart(market: Market):
     async with market.buyer() as buyer:
         result = await buyer.run(market.request(m.HELLO))
         await buyer.pool.close_all()
+        await seller.assert_idle()  # what was said is on its disk
+        await seller.assert_settled()
         desk = buyer.disputes
         opened = await desk.open(
             await desk.draft(result.session, "not_delivered", amount_nanos=result.cost_nanos)

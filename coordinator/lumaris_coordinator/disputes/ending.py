@@ -32,7 +32,8 @@ def rule(
     ended: Ended,
     now: int,
 ) -> Dispute:
-    """End a dispute as its evidence says."""
+    """End a dispute as its evidence says; it stays open, and waits, while earlier disputes hold
+    what it should collect of the respondent's bond."""
     escrow = current(context, connection, dispute.agreement_hash, now=now)
     case = case_of(connection, dispute, papers, escrow, ended=ended)
     decision = rulings.rule(case)
@@ -40,17 +41,24 @@ def rule(
     if decision.bond_returned and missing:
         # What came to the bond since, or was held by another dispute then, answers too.
         dispute = _hold_more(connection, dispute, missing, now=now)
+        if dispute.waits_for:
+            return dispute
         case = case_of(connection, dispute, papers, escrow, ended=ended)
         decision = rulings.rule(case)
     return _end(context, connection, dispute, papers, case, decision, now=now)
 
 
 def _hold_more(connection: Connection, dispute: Dispute, nanos: int, *, now: int) -> Dispute:
-    free = bonds.free(connection, dispute.respondent, dispute.currency)
-    more = min(nanos, free)
+    respondent, currency = dispute.respondent, dispute.currency
+    free = bonds.free(connection, respondent, currency)
+    lacking, held, most = store.ahead(connection, respondent, currency, number=dispute.number)
+    more = min(nanos, max(0, free - lacking))
+    if more < nanos and most is not None and (held or free):
+        # Else an accomplice's dispute would keep the bond over this one's end.
+        return store.wait_for(connection, dispute, most)
     if not more:
         return dispute
-    source = bonds.account_of_bond(dispute.respondent, dispute.currency)
+    source = bonds.account_of_bond(respondent, currency)
     bonds.take(connection, source=source, ref=dispute.id, amount=more, now=now)
     return store.add_stake(connection, dispute, more)
 
@@ -180,6 +188,7 @@ def _pay(
     ruling: bytes | None,
 ) -> None:
     """Thaw the escrow, and give out all that the dispute holds: nothing may stay in it."""
+    store.wake(connection, dispute.id, now=now)
     if dispute.frozen:
         award(
             context,

@@ -198,7 +198,9 @@ def _drafted(
     stake = rulings.stake_max(message, agreement, refundable=left, price=price)
     evidence_until = now + context.settings.dispute_evidence_s
     other = agreement.seller if message.opener == agreement.buyer else agreement.buyer
-    free = bonds.free(connection, other, escrow.currency)
+    # Who came earlier is served first, also with what comes to the bond later.
+    lacking, _, _ = store.ahead(connection, other, escrow.currency)
+    free = max(0, bonds.free(connection, other, escrow.currency) - lacking)
     return Dispute(
         id=message.dispute,
         number=0,
@@ -213,6 +215,7 @@ def _drafted(
         amount=message.amount_nanos,
         bond=rulings.opener_bond(message.amount_nanos),
         stake=min(free, stake),
+        wanted=stake,
         refund_max=rulings.refund_max(message, refundable=left, price=price),
         vouchered=voucher_top(opening.papers.dossier.main),
         frozen=int(message.claim in FREEZES),
@@ -227,6 +230,7 @@ def _drafted(
         withdrawal=None,
         ruling=None,
         refunded=0,
+        waits_for=None,
         ended_at=None,
     )
 

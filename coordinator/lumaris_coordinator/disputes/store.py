@@ -21,8 +21,10 @@ class Dispute:
     """One row. `number` counts disputes; amounts are nanos; documents are kept as signed.
 
     `opened` is the hash of the opening, which stands in the log; `due_at` is when time is next
-    asked what follows, `refund_max` what of the payment it holds a stake for, `vouchered` the
-    highest voucher that was shown, and `refunded` what the ruling gave back to the buyer.
+    asked what follows, `stake` what it holds of the respondent's bond and `wanted` the most that it
+    can take of it, `refund_max` what of the payment it holds a stake for, `vouchered` the highest
+    voucher that was shown, `refunded` what the ruling gave back to the buyer, and `waits_for` the
+    earlier dispute whose stake this one's ruling needs.
     """
 
     id: str
@@ -38,6 +40,7 @@ class Dispute:
     amount: int
     bond: int
     stake: int
+    wanted: int
     refund_max: int
     vouchered: int
     frozen: int
@@ -52,6 +55,7 @@ class Dispute:
     withdrawal: bytes | None
     ruling: bytes | None
     refunded: int
+    waits_for: str | None
     ended_at: int | None
 
     @property
@@ -177,6 +181,41 @@ def due(connection: Connection, *, now: int, limit: int) -> list[str]:
 def set_due(connection: Connection, dispute: str, at: int) -> None:
     """Ask again what follows after some time. What was looked at goes behind what was not."""
     connection.execute("UPDATE dispute SET due_at = ? WHERE id = ?", (at, dispute))
+
+
+def ahead(
+    connection: Connection, peer: str, currency: str, *, number: int | None = None
+) -> tuple[int, int, str | None]:
+    """What open disputes against a peer take of its bond before the one of this number, or before
+    a new one: the nanos that they still lack, those that they hold, and the one that holds most."""
+    before = "" if number is None else " AND number < ?"
+    scope = (
+        f" FROM dispute WHERE {_IS_OPEN} AND currency = ? AND opener <> ?"
+        f" AND (buyer = ? OR seller = ?){before}"
+    )
+    values = (currency, peer, peer, peer, *(() if number is None else (number,)))
+    row = first(
+        connection,
+        "SELECT CAST(coalesce(sum(CASE WHEN wanted > stake THEN wanted - stake ELSE 0 END), 0)"
+        f" AS BIGINT), CAST(coalesce(sum(stake), 0) AS BIGINT){scope}",
+        values,
+    )
+    assert row is not None
+    most = first(connection, f"SELECT id{scope} ORDER BY stake DESC, number LIMIT 1", values)
+    return int(row[0]), int(row[1]), str(most[0]) if most else None
+
+
+def wait_for(connection: Connection, dispute: Dispute, other: str) -> Dispute:
+    """The ruling waits for the end of another dispute."""
+    connection.execute("UPDATE dispute SET waits_for = ? WHERE id = ?", (other, dispute.id))
+    return replace(dispute, waits_for=other)
+
+
+def wake(connection: Connection, ended: str, *, now: int) -> None:
+    """Look again at what waited for a dispute that has ended."""
+    connection.execute(
+        "UPDATE dispute SET waits_for = NULL, due_at = ? WHERE waits_for = ?", (now - 1, ended)
+    )
 
 
 def add_stake(connection: Connection, dispute: Dispute, nanos: int) -> Dispute:

@@ -24,6 +24,7 @@ MIGRATIONS: Final = (
                 amount INTEGER NOT NULL CHECK (amount >= 0),
                 bond INTEGER NOT NULL CHECK (bond >= 0),
                 stake INTEGER NOT NULL CHECK (stake >= 0),
+                wanted INTEGER NOT NULL DEFAULT 0 CHECK (wanted >= 0),
                 refund_max INTEGER NOT NULL CHECK (refund_max >= 0),
                 vouchered INTEGER NOT NULL CHECK (vouchered >= 0),
                 frozen INTEGER NOT NULL CHECK (frozen IN (0, 1)),
@@ -38,6 +39,7 @@ MIGRATIONS: Final = (
                 withdrawal BLOB,
                 ruling BLOB,
                 refunded INTEGER NOT NULL DEFAULT 0 CHECK (refunded >= 0),
+                waits_for TEXT,
                 ended_at INTEGER
             )""",
             "CREATE INDEX dispute_by_agreement ON dispute (agreement_hash, opener)",
@@ -47,6 +49,7 @@ MIGRATIONS: Final = (
             WHERE state IN ('opened', 'evidence', 'checking')""",
             """CREATE INDEX dispute_open_by_opener ON dispute (opener)
             WHERE state IN ('opened', 'evidence', 'checking')""",
+            "CREATE INDEX dispute_waiting ON dispute (waits_for) WHERE waits_for IS NOT NULL",
             # The opening is kept in the log, once.
             """CREATE TABLE dispute_bundle (
                 dispute TEXT NOT NULL REFERENCES dispute (id),

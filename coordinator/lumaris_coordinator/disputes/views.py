@@ -79,6 +79,7 @@ def summary(dispute: Dispute) -> dict[str, Any]:
         "opened_at": dispute.opened_at,
         "evidence_until": dispute.evidence_until,
         "check_until": dispute.check_until,
+        "waits": dispute.open and dispute.waits_for is not None,
         "ended_at": dispute.ended_at,
     }
 

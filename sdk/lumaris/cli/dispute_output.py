@@ -46,6 +46,8 @@ def next_step(found: Dispute, us: str) -> str:
     """Who must do what, until when."""
     if found.state not in OPEN:
         return "nothing: it is over"
+    if found.waits:
+        return "the coordinator: rule once earlier disputes have ended, which hold the bond"
     until = date_of(found.evidence_until)
     if found.claim == "wrong_result" and found.check_until is not None:
         by = date_of(found.check_until)

@@ -51,6 +51,7 @@ _SUMMARY = {
     "opened_at": "int",
     "evidence_until": "int",
     "check_until": None,
+    "waits": "bool",
     "ended_at": None,
 }
 _DETAIL = {
