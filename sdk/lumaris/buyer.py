@@ -243,7 +243,12 @@ class Buyer:
     def disputes(self) -> DisputeDesk:
         """What this buyer can do about disputes."""
         return DisputeDesk(
-            self._link, self.key, self.standing, self.profile.state, self.profile.database
+            self._link,
+            self.key,
+            self.standing,
+            self.profile.state,
+            self.profile.database,
+            flush=self.records.flush,
         )
 
     # --- inside ---

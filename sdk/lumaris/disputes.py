@@ -101,11 +101,13 @@ class DisputeDesk:
         database: Path,
         *,
         renew: Callable[[], Awaitable[Standing]] | None = None,
+        flush: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """`renew` registers again when the coordinator does not take our token."""
+        """`renew` registers again when the coordinator does not take our token; `flush` writes what
+        this program has not written yet of its jobs."""
         self.key, self.standing = key, standing
         self._link, self._folder, self._database = link, folder, database
-        self._renew = renew
+        self._renew, self._flush = renew, flush
 
     @property
     def network(self) -> str:
@@ -129,6 +131,8 @@ class DisputeDesk:
         `not_found` or `evidence_insufficient` for what is not here, `not_disputable` for what
         cannot be claimed.
         """
+        if self._flush is not None:
+            await self._flush()
         papers, ordered = await trio.to_thread.run_sync(self._papers, name)
         if papers.grant is None:
             raise LumarisError("not_disputable", "No money was held for this session.")

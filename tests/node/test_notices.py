@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import trio
 
 from lumaris_coordinator.store.port import Connection, first
 from lumaris_protocol.errors import LumarisError
@@ -53,10 +54,11 @@ async def test_a_revoked_seller_leaves_the_buyers_view(market: Market):
 async def test_a_node_asks_for_what_gossip_did_not_bring(market: Market):
     async with market.buyer():
         (peer,) = market.hosts
-        notice = await revoke(market, peer, whole=False)
+        assert await revoke(market, peer, whole=False)
         seller = await market.seller()
         await eventually(lambda: len(seller.node._notices.revoked) == 1, "the node has asked")
         async with market.hosts[peer].notices() as notices:
-            said = await notices.receive()
-        assert (said.kind, said.seq) == (Revocations.TYPE, 1)
-        assert notice
+            with trio.fail_after(m.WAIT_S):
+                while (said := await notices.receive()).kind != Revocations.TYPE:
+                    pass  # the list of keys goes around as well
+        assert said.seq == 1

@@ -31,6 +31,7 @@ from libp2p.pubsub.validators import signature_validator
 from libp2p.security.noise.patterns import PatternXX
 from libp2p.stream_muxer.exceptions import MuxedStreamError
 from libp2p.stream_muxer.yamux import yamux
+from libp2p.transport.tcp.tcp import TCP
 from libp2p.utils.varint import encode_varint_prefixed
 from multiaddr import Multiaddr
 
@@ -422,3 +423,18 @@ async def test_b26_the_handshake_carries_the_certificate(pair):
     assert not stock.make_handshake_payload().has_early_data()
     assert one.admission.admitted(two.peer_id)
     assert two.admission.admitted(one.peer_id)
+
+
+async def test_b27_a_host_that_stops_still_has_addresses():
+    """Gossip asks for them in a task of its own, whose error would take the host down."""
+    (closed,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    await closed.aclose()
+    nobody: Any = None
+    listener: Any = TCP().create_listener(nobody)
+    listener.listeners.append(closed)
+    ours: Any = idle_host()
+    ours.get_network().listeners["/ip4/127.0.0.1/tcp/0"] = listener
+    with pytest.raises(OSError, match="file descriptor"):
+        BasicHost.get_transport_addrs(ours)
+    assert ours.get_transport_addrs() == []
+    assert ours.get_addrs() == []

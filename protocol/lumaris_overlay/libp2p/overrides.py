@@ -13,6 +13,7 @@ import socket
 import struct
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import trio
@@ -342,6 +343,15 @@ class GuardedHost(BasicHost):
         if isinstance(swarm, ReleasingSwarm):
             swarm.admitted = admitted
         self.for_strangers = Multiselect()
+
+    def get_transport_addrs(self) -> list[Multiaddr]:
+        """Where we listen. Stock, whoever asks while we stop gets an error: a gossip task does, and
+        takes the host down with it."""
+        found: list[Multiaddr] = []
+        for listener in self.get_network().listeners.values():
+            with suppress(OSError):
+                found += listener.get_addrs()
+        return found
 
     def get_addrs(self) -> list[Multiaddr]:
         """What we tell others, with our peer id. Stock, a circuit loses all behind its relay's."""
