@@ -361,10 +361,10 @@ class Dispute(Answer):
     amount_nanos: int
     bond_nanos: int
     stake_nanos: int
+    owed_nanos: int
     opened_at: int
     evidence_until: int
     check_until: int | None
-    waits: bool
     ended_at: int | None
 
 

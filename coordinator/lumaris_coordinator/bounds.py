@@ -339,6 +339,8 @@ DISPUTES_PER_PARTY_MAX: Final = 16
 # not go on comes after what waits longer.
 DISPUTES_PER_ROUND_MAX: Final = 256
 DISPUTE_RETRY_S: Final = 600
+# Of what is owed from one bond so much is paid in one operation; releases wait for the rest.
+LIENS_PER_ROUND_MAX: Final = 64
 # A document of a dispute is up to a hundred signatures to verify: in so many threads, and of one
 # peer so many a second. A party shows nine and takes one back.
 DISPUTE_THREADS_MAX: Final = 2

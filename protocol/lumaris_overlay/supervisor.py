@@ -202,24 +202,30 @@ class OverlayProcess:
                 start_new_session=True,  # a Ctrl-C at the terminal is for the owner, who ends us
             )
         self._process = process
-        assert process.stdout is not None
-        line = b""
         try:
             with trio.fail_after(_READY_S):
-                while b"\n" not in line and len(line) < _LINE_BYTES_MAX:
-                    data = await process.stdout.receive_some(_LINE_BYTES_MAX)
-                    if not data:
-                        break
-                    line += data
-        except trio.TooSlowError:
-            await self.end()
-            raise LumarisError(
-                "overlay_failed", f"It was not ready in {_READY_S:.0f} s; see {self._config.log}."
-            ) from None
-        if not line.startswith(b"ready "):
-            await self.end()
-            raise _why(self._config.log, at)
+                line = await _first_line(process)
+            if not line.startswith(b"ready "):
+                raise _why(self._config.log, at)
+        except BaseException as error:  # also when we are cancelled: nobody else knows of it
+            with trio.CancelScope(shield=True):
+                await self.end()
+            if isinstance(error, trio.TooSlowError):
+                text = f"It was not ready in {_READY_S:.0f} s; see {self._config.log}."
+                raise LumarisError("overlay_failed", text) from None
+            raise
         self._serving = True
+
+
+async def _first_line(process: trio.Process) -> bytes:
+    assert process.stdout is not None
+    line = b""
+    while b"\n" not in line and len(line) < _LINE_BYTES_MAX:
+        data = await process.stdout.receive_some(_LINE_BYTES_MAX)
+        if not data:
+            break
+        line += data
+    return line
 
 
 @asynccontextmanager

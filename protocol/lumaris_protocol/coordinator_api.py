@@ -228,7 +228,8 @@ class _Consistency(msgspec.Struct, frozen=True):
 class Dispute(msgspec.Struct, frozen=True):
     """A dispute as its parties see it; times are the coordinator's seconds.
 
-    `waits`: it is decided, and earlier disputes hold what of the bond its ruling should collect.
+    `owed_nanos` is what its ruling could not collect because other disputes held the bond then; it
+    is collected when that comes back.
     """
 
     dispute: str
@@ -244,10 +245,10 @@ class Dispute(msgspec.Struct, frozen=True):
     amount_nanos: int
     bond_nanos: int
     stake_nanos: int
+    owed_nanos: int
     opened_at: int
     evidence_until: int
     check_until: int | None
-    waits: bool
     ended_at: int | None
 
 

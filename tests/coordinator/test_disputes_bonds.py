@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tests.coordinator.builders import Market
+from lumaris_coordinator.store.port import all_rows
+from lumaris_protocol.limits import DISPUTE_BOND_NANOS_MIN
+from tests.coordinator.builders import Market, bond_request
 from tests.coordinator.court import (
     BOND,
     FUNDS,
@@ -11,7 +13,6 @@ from tests.coordinator.court import (
     Court,
     bond_of,
     court_of,
-    held_by,
     lock_bond,
 )
 from tests.coordinator.test_disputes_hostile import another, withdrawn
@@ -35,42 +36,50 @@ async def proven(court: Court) -> str:
     return dispute
 
 
-async def test_a_ruling_waits_for_the_bond(market: Market) -> None:
-    """A seller's accomplice could else hold the bond until the victim's ruling has come short."""
+async def test_what_others_hold_is_collected_when_it_comes_back(market: Market) -> None:
+    """A seller's accomplice could else hold the bond over the ruling of its victim."""
     court = await court_of(market)
     await court.claimed()
     puppet, first = await parked(court)
     dispute = await proven(court)
-    found = await court.show(dispute)
-    assert (found["state"], found["stake_nanos"], found["waits"]) == ("evidence", 0, True)
-    assert not (await puppet.show(first, puppet.buyer))["waits"]
-    late = await another(court, await market.party("late", FUNDS))
-    await late.claimed(10_000_000)
-    await withdrawn(puppet, first, puppet.buyer)
-    second = await late.opened(late.buyer, "not_delivered", amount=BOND)  # before anybody is woken
-    assert (await late.show(second, late.buyer))["stake_nanos"] == 11_000_000
-    assert await bond_of(market, court.seller) == BOND - 11_000_000
-    await court.passes(1)
     ruling = await court.settles(dispute)
-    assert (ruling["collected_nanos"], ruling["slash_nanos"]) == (OWED, OWED)
-    assert not (await court.show(dispute))["waits"]
-    assert await bond_of(market, court.seller) == BOND - 11_000_000 - OWED
+    assert (ruling["collected_nanos"], ruling["slash_nanos"]) == (0, OWED)
+    assert (await court.show(dispute))["owed_nanos"] == OWED
+    more = await court.open(court.buyer, "not_delivered", amount=1)
+    assert more.is_error, "what is owed is not asked for twice"
+    before = await court.money()
+    await withdrawn(puppet, first, puppet.buyer)
+    buyer, seller, bond = await court.money()
+    half = (OWED - PAID) // 2
+    assert (buyer - before[0], bond) == (PAID + half, BOND - OWED)
+    assert seller - before[1] == DISPUTE_BOND_NANOS_MIN // 2  # for its withdrawal
+    assert (await court.show(dispute))["owed_nanos"] == 0
+    await court.settles(dispute)
+    rows = await market.coordinator.store.read(
+        lambda connection: all_rows(
+            connection,
+            "SELECT party FROM event JOIN event_party ON event = event.id"
+            " WHERE ref = ? AND kind = 'dispute.collected'",
+            (dispute,),
+        )
+    )
+    assert {row[0] for row in rows} == {court.buyer.peer, court.seller.peer}
 
 
 async def test_who_comes_later_gets_what_is_left(market: Market) -> None:
     court = await court_of(market)
     await court.claimed()
     puppet, first = await parked(court)
-    dispute = await proven(court)
+    dispute = await court.opened(court.buyer, "not_delivered")
     late = await another(court, await market.party("late", FUNDS))
     await late.claimed(FUNDS // 2)
     await withdrawn(puppet, first, puppet.buyer)
     second = await late.opened(late.buyer, "not_delivered", amount=FUNDS // 2)
     assert (await late.show(second, late.buyer))["stake_nanos"] == BOND - OWED
-    await court.passes(1)
+    await court.passes(72 * HOUR + 1)
     assert (await court.settles(dispute))["collected_nanos"] == OWED
+    assert (await late.settles(second))["collected_nanos"] == BOND - OWED
     assert await bond_of(market, court.seller) == 0
-    assert await held_by(market, second) == BOND - OWED + FUNDS // 2 * 12 // 100
 
 
 async def test_what_comes_to_the_bond_is_for_whom_came_first(market: Market) -> None:
@@ -82,15 +91,30 @@ async def test_what_comes_to_the_bond_is_for_whom_came_first(market: Market) -> 
     await late.claimed(10_000_000)
     second = await late.opened(late.buyer, "not_delivered", amount=10_000_000)
     assert (await late.show(second, late.buyer))["stake_nanos"] == 1_000_000 - OWED
+    for party in (late.seller, late.buyer):
+        await late.add(second, party, done=True)
+    assert (await late.settles(second))["collected_nanos"] == 1_000_000 - OWED
+    assert (await late.show(second))["owed_nanos"] == 0, "the bond was never more"
     await court.passes(72 * HOUR + 1)
     assert (await court.settles(dispute))["collected_nanos"] == OWED
-    await late.passes(1)
-    assert (await late.settles(second))["collected_nanos"] == 1_000_000 - OWED
     assert await bond_of(market, court.seller) == 0
 
 
-async def test_nobody_waits_for_a_bond_that_is_gone(market: Market) -> None:
-    """The earlier dispute takes it all: the later one ends with what there is, which is nothing."""
+async def test_a_release_comes_after_what_is_owed(market: Market) -> None:
+    court = await court_of(market)
+    await court.claimed()
+    puppet, first = await parked(court)
+    dispute = await proven(court)
+    await withdrawn(puppet, first, puppet.buyer)
+    assert (await court.show(dispute))["owed_nanos"] == 0
+    release = bond_request(court.seller, market.peer, "release", BOND // 2, now=market.now)
+    assert (await market.client.post("/v1/bonds", content=release)).status_code == 200
+    await court.passes(market.coordinator.settings.bond_release_s + 1)
+    assert await bond_of(market, court.seller) == BOND - OWED - BOND // 2
+
+
+async def test_a_bond_that_is_gone_stays_owed(market: Market) -> None:
+    """The accomplice takes it all by a ruling: the next money of this bond is the victim's."""
     court = await court_of(market)
     await court.claimed()
     puppet, first = await parked(court)
@@ -98,32 +122,25 @@ async def test_nobody_waits_for_a_bond_that_is_gone(market: Market) -> None:
     for party in (puppet.seller, puppet.buyer):
         await puppet.add(first, party, done=True)
     assert (await puppet.settles(first))["collected_nanos"] == BOND
-    await court.passes(1)
-    ruling = await court.settles(dispute)
-    assert (ruling["rule"], ruling["collected_nanos"]) == ("not_delivered", 0)
-
-
-async def test_a_ruling_that_waits_can_be_taken_back(market: Market) -> None:
-    court = await court_of(market)
-    await court.claimed()
-    puppet, first = await parked(court)
-    dispute = await proven(court)
-    assert (await withdrawn(court, dispute, court.buyer)).json()["state"] == "withdrawn"
-    await withdrawn(puppet, first, puppet.buyer)
-    await court.passes(1)
-    assert await bond_of(market, court.seller) == BOND
+    assert (await puppet.show(first))["owed_nanos"] == 0, "no other dispute held what it missed"
+    assert (await court.show(dispute))["owed_nanos"] == OWED
+    buyer, *_ = await court.money()
+    await lock_bond(market, court.seller, 1_000_000)
+    assert await bond_of(market, court.seller) == 1_000_000 - OWED
+    assert (await court.money())[0] == buyer + PAID + (OWED - PAID) // 2
     assert (await market.audit())["balanced"]
 
 
-async def test_a_claim_that_is_not_proven_does_not_wait(market: Market) -> None:
+async def test_what_two_rulings_are_owed_is_no_more_than_was_there(market: Market) -> None:
     court = await court_of(market)
-    await court.claimed()
-    await parked(court)
-    dispute = await court.opened(court.buyer, "not_delivered")
-    work = court.work
-    await court.add(dispute, court.seller, work.order(), work.delivery(wall_ms=PAID * 1_000))
-    for party in (court.seller, court.buyer):
-        await court.add(dispute, party, done=True)
-    found = await court.show(dispute)
-    assert not found["waits"]
-    assert found["state"] == "settled" or found["ruling"] is None, found
+    puppet, first = await parked(court)
+    for name, owed in (("one", BOND), ("two", 0)):
+        victim = await another(court, await market.party(name, FUNDS))
+        await victim.claimed(BOND)
+        dispute = await victim.opened(victim.buyer, "not_delivered", amount=BOND)
+        for party in (victim.seller, victim.buyer):
+            await victim.add(dispute, party, done=True)
+        assert (await victim.show(dispute, victim.buyer))["owed_nanos"] == owed
+    await withdrawn(puppet, first, puppet.buyer)
+    assert await bond_of(market, court.seller) == 0
+    assert (await market.audit())["balanced"]

@@ -97,6 +97,19 @@ async def test_a_restart_that_the_system_refuses_is_tried_again(tmp_path, monkey
     assert refused == 2
 
 
+async def test_a_start_that_is_cancelled_leaves_no_process(tmp_path):
+    """As when a program ends while its overlay process is started again."""
+    config = config_for(tmp_path, "one")
+    started = OverlayProcess(config)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(started._start)
+        await until(lambda: started.pid is not None)
+        (pid,) = pids_of(config)
+        nursery.cancel_scope.cancel()
+    assert started.pid is None
+    assert not alive(pid)
+
+
 async def test_a_process_that_fills_its_memory_ends_and_is_started_again(tmp_path):
     plain = config_for(tmp_path, "one")
     config = FillingConfig(

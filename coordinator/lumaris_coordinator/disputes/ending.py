@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lumaris_coordinator.disputes import store
+from msgspec import structs
+
+from lumaris_coordinator.disputes import liens, store
 from lumaris_coordinator.disputes.cases import Papers, case_of
 from lumaris_coordinator.disputes.store import Dispute
 from lumaris_coordinator.escrow.disputed import award, current
@@ -32,30 +35,35 @@ def rule(
     ended: Ended,
     now: int,
 ) -> Dispute:
-    """End a dispute as its evidence says; it stays open, and waits, while earlier disputes hold
-    what it should collect of the respondent's bond."""
+    """End a dispute as its evidence says."""
     escrow = current(context, connection, dispute.agreement_hash, now=now)
     case = case_of(connection, dispute, papers, escrow, ended=ended)
     decision = rulings.rule(case)
-    missing = decision.slash_nanos - decision.collected_nanos
-    if decision.bond_returned and missing:
+    missing = _missing(decision)
+    if missing:
         # What came to the bond since, or was held by another dispute then, answers too.
         dispute = _hold_more(connection, dispute, missing, now=now)
-        if dispute.waits_for:
-            return dispute
         case = case_of(connection, dispute, papers, escrow, ended=ended)
         decision = rulings.rule(case)
-    return _end(context, connection, dispute, papers, case, decision, now=now)
+    owed = min(_missing(decision), store.may_come_back(connection, dispute))
+    return _end(context, connection, dispute, papers, case, decision, owed=owed, now=now)
+
+
+def _missing(decision: Decision) -> int:
+    """What the respondent owes and its stake does not cover."""
+    return decision.slash_nanos - decision.collected_nanos if decision.bond_returned else 0
+
+
+def _owed_refund(case: Case, decision: Decision, owed: int) -> int:
+    """The refund in what is owed; it comes first, as at the ruling."""
+    facts = structs.replace(case.facts, stake_nanos=decision.slash_nanos)
+    full = rulings.rule(replace(case, facts=facts))
+    return min(owed, full.refund_nanos - decision.refund_nanos)
 
 
 def _hold_more(connection: Connection, dispute: Dispute, nanos: int, *, now: int) -> Dispute:
     respondent, currency = dispute.respondent, dispute.currency
-    free = bonds.free(connection, respondent, currency)
-    lacking, held, most = store.ahead(connection, respondent, currency, number=dispute.number)
-    more = min(nanos, max(0, free - lacking))
-    if more < nanos and most is not None and (held or free):
-        # Else an accomplice's dispute would keep the bond over this one's end.
-        return store.wait_for(connection, dispute, most)
+    more = min(nanos, liens.left(connection, respondent, currency, number=dispute.number))
     if not more:
         return dispute
     source = bonds.account_of_bond(respondent, currency)
@@ -121,8 +129,10 @@ def _end(
     case: Case,
     decision: Decision,
     *,
+    owed: int = 0,
     now: int,
 ) -> Dispute:
+    owed_refund = _owed_refund(case, decision, owed) if owed else 0
     signed = _sign(context, dispute, papers, case, decision, now=now)
     fact = "agree" if decision.rule == "split" else "decide"
     after = store.advance(
@@ -132,7 +142,10 @@ def _end(
         evidence=signed.hash,
         now=now,
         ruling=signed.data,
-        refunded=decision.refund_nanos,
+        # What is owed cannot be asked for once more.
+        refunded=decision.refund_nanos + owed_refund,
+        owed=owed,
+        owed_refund=owed_refund,
     )
     append_document(connection, signed.data)
     _pay(context, connection, after, case, decision, now=now, ruling=signed.data)
@@ -188,7 +201,6 @@ def _pay(
     ruling: bytes | None,
 ) -> None:
     """Thaw the escrow, and give out all that the dispute holds: nothing may stay in it."""
-    store.wake(connection, dispute.id, now=now)
     if dispute.frozen:
         award(
             context,
@@ -216,6 +228,7 @@ def _pay(
     for account, amount in parts:
         if amount:
             bonds.give(connection, ref=dispute.id, to=account, amount=amount, now=now)
+    liens.serve(connection, respondent, dispute.currency, now=now)
 
 
 def _wallet_of(connection: Connection, dispute: Dispute, peer: str) -> str:

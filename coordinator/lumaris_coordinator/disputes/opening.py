@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lumaris_coordinator.bounds import DISPUTES_OPEN_PER_PEER_MAX, DISPUTES_PER_PARTY_MAX
-from lumaris_coordinator.disputes import store
+from lumaris_coordinator.disputes import liens, store
 from lumaris_coordinator.disputes.cases import Papers, case_of, check_others, claimed_of
 from lumaris_coordinator.disputes.checkers import make_list
 from lumaris_coordinator.disputes.store import Bundle, Dispute
@@ -198,9 +198,6 @@ def _drafted(
     stake = rulings.stake_max(message, agreement, refundable=left, price=price)
     evidence_until = now + context.settings.dispute_evidence_s
     other = agreement.seller if message.opener == agreement.buyer else agreement.buyer
-    # Who came earlier is served first, also with what comes to the bond later.
-    lacking, _, _ = store.ahead(connection, other, escrow.currency)
-    free = max(0, bonds.free(connection, other, escrow.currency) - lacking)
     return Dispute(
         id=message.dispute,
         number=0,
@@ -214,7 +211,7 @@ def _drafted(
         currency=escrow.currency,
         amount=message.amount_nanos,
         bond=rulings.opener_bond(message.amount_nanos),
-        stake=min(free, stake),
+        stake=min(liens.left(connection, other, escrow.currency), stake),
         wanted=stake,
         refund_max=rulings.refund_max(message, refundable=left, price=price),
         vouchered=voucher_top(opening.papers.dossier.main),
@@ -230,7 +227,8 @@ def _drafted(
         withdrawal=None,
         ruling=None,
         refunded=0,
-        waits_for=None,
+        owed=0,
+        owed_refund=0,
         ended_at=None,
     )
 

@@ -50,7 +50,6 @@ from lumaris_protocol.messages.dispute import (
     DisputeOpen,
     DisputeSplit,
     DisputeWithdraw,
-    Ended,
 )
 from lumaris_protocol.rulings.work import voucher_top
 
@@ -307,11 +306,10 @@ class Disputes:
         context = self._context
         escrow = current(context, connection, dispute.agreement_hash, now=now)
         case = case_of(connection, dispute, papers, escrow, ended="evidence")
-        rule = partial(self._rule, connection, dispute, papers, escrow, now=now)
         if rulings.proven(case):
-            return rule(ended="evidence")
+            return ending.rule(context, connection, dispute, papers, ended="evidence", now=now)
         if papers.done == {dispute.buyer, dispute.seller} and not rulings.check_due(case):
-            return rule(ended="done")
+            return ending.rule(context, connection, dispute, papers, ended="done", now=now)
         checked = dispute.claim == "wrong_result"
         if checked and (dispute.check_until is None or now > dispute.check_until):
             after = checkers.go_on(context, connection, dispute, papers, now=now)
@@ -320,7 +318,7 @@ class Disputes:
                 store.set_due(connection, dispute.id, after.check_until or now)
                 return after
         if now > dispute.deadline:
-            return rule(ended="deadline")
+            return ending.rule(context, connection, dispute, papers, ended="deadline", now=now)
         due_at = dispute.deadline
         if checked:
             due_at = min(due_at, now + DISPUTE_RETRY_S)
@@ -328,23 +326,6 @@ class Disputes:
             due_at = self._unfreeze(connection, dispute, escrow, now)
         store.set_due(connection, dispute.id, due_at)
         return dispute
-
-    def _rule(
-        self,
-        connection: Connection,
-        dispute: Dispute,
-        papers: Papers,
-        escrow: Escrow,
-        *,
-        ended: Ended,
-        now: int,
-    ) -> Dispute:
-        after = ending.rule(self._context, connection, dispute, papers, ended=ended, now=now)
-        if after.open:  # the end of an earlier dispute wakes it
-            if after.frozen:
-                self._unfreeze(connection, after, escrow, now)
-            store.set_due(connection, after.id, now + DISPUTE_RETRY_S)
-        return after
 
     def _unfreeze(self, connection: Connection, dispute: Dispute, escrow: Escrow, now: int) -> int:
         """Give back what nobody asks for once the window has ended; when to look again."""

@@ -13,6 +13,9 @@ from lumaris_protocol.machines.table import Machine
 from lumaris_protocol.messages.dispute import Candidate
 
 _EVENTS_SHOWN_MAX: Final = 64  # a dispute has at most 16 bundles, 3 draws and 3 ends
+_NUMBER_MAX: Final = 2**62
+# A peer's bond in a currency answers in these: with parameters 1 and 2.
+_AGAINST: Final = "currency = ?1 AND opener <> ?2 AND (buyer = ?2 OR seller = ?2)"
 _IS_OPEN: Final = "state IN ('opened', 'evidence', 'checking')"
 
 
@@ -23,8 +26,9 @@ class Dispute:
     `opened` is the hash of the opening, which stands in the log; `due_at` is when time is next
     asked what follows, `stake` what it holds of the respondent's bond and `wanted` the most that it
     can take of it, `refund_max` what of the payment it holds a stake for, `vouchered` the highest
-    voucher that was shown, `refunded` what the ruling gave back to the buyer, and `waits_for` the
-    earlier dispute whose stake this one's ruling needs.
+    voucher that was shown, and `refunded` what the ruling gave back to the buyer. `owed` is what
+    the ruling could not collect because other disputes held it, `owed_refund` the buyer's refund
+    in it.
     """
 
     id: str
@@ -55,7 +59,8 @@ class Dispute:
     withdrawal: bytes | None
     ruling: bytes | None
     refunded: int
-    waits_for: str | None
+    owed: int
+    owed_refund: int
     ended_at: int | None
 
     @property
@@ -183,38 +188,56 @@ def set_due(connection: Connection, dispute: str, at: int) -> None:
     connection.execute("UPDATE dispute SET due_at = ? WHERE id = ?", (at, dispute))
 
 
-def ahead(
-    connection: Connection, peer: str, currency: str, *, number: int | None = None
-) -> tuple[int, int, str | None]:
-    """What open disputes against a peer take of its bond before the one of this number, or before
-    a new one: the nanos that they still lack, those that they hold, and the one that holds most."""
-    before = "" if number is None else " AND number < ?"
-    scope = (
-        f" FROM dispute WHERE {_IS_OPEN} AND currency = ? AND opener <> ?"
-        f" AND (buyer = ? OR seller = ?){before}"
-    )
-    values = (currency, peer, peer, peer, *(() if number is None else (number,)))
-    row = first(
+def awaited(connection: Connection, peer: str, currency: str, *, before: int | None) -> int:
+    """Nanos of a peer's bond that disputes may still take: open ones that hold less than they can
+    take, and ended ones that are owed; those with a number below `before`, or all."""
+    number = _NUMBER_MAX if before is None else before
+    lacking = first(
         connection,
         "SELECT CAST(coalesce(sum(CASE WHEN wanted > stake THEN wanted - stake ELSE 0 END), 0)"
-        f" AS BIGINT), CAST(coalesce(sum(stake), 0) AS BIGINT){scope}",
-        values,
+        f" AS BIGINT) FROM dispute WHERE {_IS_OPEN} AND {_AGAINST} AND number < ?3",
+        (currency, peer, number),
     )
-    assert row is not None
-    most = first(connection, f"SELECT id{scope} ORDER BY stake DESC, number LIMIT 1", values)
-    return int(row[0]), int(row[1]), str(most[0]) if most else None
+    owed = _owed(connection, peer, currency, before=number)
+    return owed + (int(lacking[0]) if lacking else 0)
 
 
-def wait_for(connection: Connection, dispute: Dispute, other: str) -> Dispute:
-    """The ruling waits for the end of another dispute."""
-    connection.execute("UPDATE dispute SET waits_for = ? WHERE id = ?", (other, dispute.id))
-    return replace(dispute, waits_for=other)
+def _owed(connection: Connection, peer: str, currency: str, *, before: int) -> int:
+    row = first(
+        connection,
+        "SELECT CAST(coalesce(sum(owed), 0) AS BIGINT) FROM dispute"
+        f" WHERE owed > 0 AND {_AGAINST} AND number < ?3",
+        (currency, peer, before),
+    )
+    return int(row[0]) if row else 0
 
 
-def wake(connection: Connection, ended: str, *, now: int) -> None:
-    """Look again at what waited for a dispute that has ended."""
+def may_come_back(connection: Connection, dispute: Dispute) -> int:
+    """Nanos of the respondent's bond that other open disputes hold, and no ruling is owed yet."""
+    held = first(
+        connection,
+        "SELECT CAST(coalesce(sum(stake), 0) AS BIGINT) FROM dispute"
+        f" WHERE {_IS_OPEN} AND {_AGAINST} AND number <> ?3",
+        (dispute.currency, dispute.respondent, dispute.number),
+    )
+    owed = _owed(connection, dispute.respondent, dispute.currency, before=_NUMBER_MAX)
+    return max(0, (int(held[0]) if held else 0) - owed)
+
+
+def owed_by(connection: Connection, peer: str, currency: str, *, limit: int) -> list[Dispute]:
+    """Ended disputes that a peer's bond still owes, the earliest first."""
+    rows = all_rows(
+        connection,
+        f"{_SELECT} WHERE owed > 0 AND {_AGAINST} ORDER BY number LIMIT ?3",
+        (currency, peer, limit),
+    )
+    return [Dispute(*row) for row in rows]
+
+
+def set_owed(connection: Connection, dispute: str, owed: int, refund: int) -> None:
+    """What is still owed from the respondent's bond, and the refund in it."""
     connection.execute(
-        "UPDATE dispute SET waits_for = NULL, due_at = ? WHERE waits_for = ?", (now - 1, ended)
+        "UPDATE dispute SET owed = ?, owed_refund = ? WHERE id = ?", (owed, refund, dispute)
     )
 
 

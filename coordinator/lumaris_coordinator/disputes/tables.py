@@ -39,7 +39,8 @@ MIGRATIONS: Final = (
                 withdrawal BLOB,
                 ruling BLOB,
                 refunded INTEGER NOT NULL DEFAULT 0 CHECK (refunded >= 0),
-                waits_for TEXT,
+                owed INTEGER NOT NULL DEFAULT 0 CHECK (owed >= owed_refund),
+                owed_refund INTEGER NOT NULL DEFAULT 0 CHECK (owed_refund >= 0),
                 ended_at INTEGER
             )""",
             "CREATE INDEX dispute_by_agreement ON dispute (agreement_hash, opener)",
@@ -49,7 +50,11 @@ MIGRATIONS: Final = (
             WHERE state IN ('opened', 'evidence', 'checking')""",
             """CREATE INDEX dispute_open_by_opener ON dispute (opener)
             WHERE state IN ('opened', 'evidence', 'checking')""",
-            "CREATE INDEX dispute_waiting ON dispute (waits_for) WHERE waits_for IS NOT NULL",
+            """CREATE INDEX dispute_open_by_buyer ON dispute (buyer)
+            WHERE state IN ('opened', 'evidence', 'checking')""",
+            """CREATE INDEX dispute_open_by_seller ON dispute (seller)
+            WHERE state IN ('opened', 'evidence', 'checking')""",
+            "CREATE INDEX dispute_owed ON dispute (number) WHERE owed > 0",
             # The opening is kept in the log, once.
             """CREATE TABLE dispute_bundle (
                 dispute TEXT NOT NULL REFERENCES dispute (id),

@@ -76,10 +76,10 @@ def summary(dispute: Dispute) -> dict[str, Any]:
         "amount_nanos": dispute.amount,
         "bond_nanos": dispute.bond,
         "stake_nanos": dispute.stake,
+        "owed_nanos": dispute.owed,
         "opened_at": dispute.opened_at,
         "evidence_until": dispute.evidence_until,
         "check_until": dispute.check_until,
-        "waits": dispute.open and dispute.waits_for is not None,
         "ended_at": dispute.ended_at,
     }
 

@@ -31,6 +31,7 @@ KINDS: Final = frozenset(
         "dispute.evidence",
         "dispute.checking",
         "dispute.ruled",
+        "dispute.collected",
         "dispute.withdrawn",
         "payout.requested",
         "payout.paid",

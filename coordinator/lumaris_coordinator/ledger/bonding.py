@@ -15,6 +15,7 @@ from lumaris_coordinator.bounds import (
     BOND_REQUEST_KEPT_S,
     BOND_REQUEST_LIFETIME_S,
 )
+from lumaris_coordinator.disputes import liens, store
 from lumaris_coordinator.events.outbox import emit
 from lumaris_coordinator.identity.store import account_of, member
 from lumaris_coordinator.ledger import bonds
@@ -110,6 +111,7 @@ class Bonds:
         )
         legs = [Leg(source, target, message.amount_nanos)]
         move(connection, kind="bond_lock", ref=message.peer, legs=legs, now=now)
+        liens.serve(connection, message.peer, currency, now=now)
         _tell(connection, "bond.locked", message.peer, currency, message.amount_nanos, now)
 
     def _ask_back(self, connection: Connection, message: BondRequest, now: int) -> None:
@@ -174,9 +176,13 @@ def _release(connection: Connection, *, number: int, now: int) -> int:
     if row is None:
         return 0
     peer, currency, asked = str(row[1]), str(row[2]), int(row[3])
+    liens.serve(connection, peer, currency, now=now)
+    free = bonds.free(connection, peer, currency)
+    if free and store.owed_by(connection, peer, currency, limit=1):
+        return 0  # what is owed comes first, in the next rounds
     owner = account_of(connection, peer)
     assert owner is not None
-    amount = min(asked, bonds.free(connection, peer, currency))
+    amount = min(asked, free)
     legs = [
         Leg(bonds.account_of_bond(peer, currency), open_wallet(connection, owner, currency), amount)
     ]

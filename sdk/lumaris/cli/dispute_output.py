@@ -44,10 +44,10 @@ _NANOS: Final = (
 
 def next_step(found: Dispute, us: str) -> str:
     """Who must do what, until when."""
+    if found.owed_nanos:
+        return "nothing: the rest is collected when other disputes give the bond back"
     if found.state not in OPEN:
         return "nothing: it is over"
-    if found.waits:
-        return "the coordinator: rule once earlier disputes have ended, which hold the bond"
     until = date_of(found.evidence_until)
     if found.claim == "wrong_result" and found.check_until is not None:
         by = date_of(found.check_until)
@@ -123,6 +123,7 @@ def print_detail(found: DisputeDetail, us: str) -> None:
         ("evidence until", date_of(found.evidence_until)),
         ("check until", date_of(found.check_until)),
         ("ended", date_of(found.ended_at)),
+        ("still owed", credits_of(found.owed_nanos) if found.owed_nanos else ""),
         *((f"checker {round_}", peer) for round_, peer in enumerate(found.checkers, 1)),
         *(
             (f"evidence {one.n}", f"{peer_of(one.by)}{', done' if one.done else ''} {one.hash}")

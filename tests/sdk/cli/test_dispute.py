@@ -48,10 +48,10 @@ _SUMMARY = {
     "amount_nanos": "int",
     "bond_nanos": "int",
     "stake_nanos": "int",
+    "owed_nanos": "int",
     "opened_at": "int",
     "evidence_until": "int",
     "check_until": None,
-    "waits": "bool",
     "ended_at": None,
 }
 _DETAIL = {

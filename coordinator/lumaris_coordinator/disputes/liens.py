@@ -1,0 +1,67 @@
+"""Several disputes over one bond: whoever came first is served first, also after its ruling.
+
+A ruling collects what there is. What it misses because another dispute holds it then is owed: it is
+taken from the bond when it comes back, before later disputes and releases. Runs inside an operation
+of the writer.
+"""
+
+from __future__ import annotations
+
+from lumaris_coordinator.bounds import LIENS_PER_ROUND_MAX
+from lumaris_coordinator.disputes import store
+from lumaris_coordinator.disputes.store import Dispute
+from lumaris_coordinator.events.outbox import emit
+from lumaris_coordinator.identity.store import account_of
+from lumaris_coordinator.ledger import bonds
+from lumaris_coordinator.ledger.store import FEES, open_wallet, wallet
+from lumaris_coordinator.store.port import Connection
+
+
+def left(connection: Connection, peer: str, currency: str, *, number: int | None = None) -> int:
+    """Nanos of a peer's bond for the dispute of this number, or for a new one: what lies there
+    without what earlier disputes may still take."""
+    earlier = store.awaited(connection, peer, currency, before=number)
+    return max(0, bonds.free(connection, peer, currency) - earlier)
+
+
+def serve(connection: Connection, peer: str, currency: str, *, now: int) -> None:
+    """Pay what is owed from what has come to a bond, the earliest first, up to a bound."""
+    for dispute in store.owed_by(connection, peer, currency, limit=LIENS_PER_ROUND_MAX):
+        there = left(connection, peer, currency, number=dispute.number)
+        if there:
+            _collect(connection, dispute, min(dispute.owed, there), now=now)
+
+
+def _collect(connection: Connection, dispute: Dispute, amount: int, *, now: int) -> None:
+    """The refund first; of the rest half to the opener, as at a ruling."""
+    refund = min(amount, dispute.owed_refund)
+    victim = (amount - refund) // 2
+    bond = bonds.account_of_bond(dispute.respondent, dispute.currency)
+    bonds.take(connection, source=bond, ref=dispute.id, amount=amount, now=now)
+    for account, part in (
+        (_wallet_of(connection, dispute, dispute.buyer), refund),
+        (_wallet_of(connection, dispute, dispute.opener), victim),
+        (wallet(FEES, dispute.currency), amount - refund - victim),
+    ):
+        if part:
+            bonds.give(connection, ref=dispute.id, to=account, amount=part, now=now)
+    store.set_owed(connection, dispute.id, dispute.owed - amount, dispute.owed_refund - refund)
+    emit(
+        connection,
+        "dispute.collected",
+        ref=dispute.id,
+        parties=(dispute.buyer, dispute.seller),
+        body={
+            "agreement_hash": dispute.agreement_hash,
+            "collected_nanos": amount,
+            "refund_nanos": refund,
+            "owed_nanos": dispute.owed - amount,
+        },
+        now=now,
+    )
+
+
+def _wallet_of(connection: Connection, dispute: Dispute, peer: str) -> str:
+    owner = account_of(connection, peer)
+    assert owner is not None
+    return open_wallet(connection, owner, dispute.currency)
