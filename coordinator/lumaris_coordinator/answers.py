@@ -215,10 +215,12 @@ class Release(Answer):
 
 
 class Bond(Answer):
-    """A bond in one currency, and the band that certificates tell of it."""
+    """A bond in one currency, what rulings are still owed from it, and the band that certificates
+    tell of it."""
 
     currency: str
     locked_nanos: int
+    owed_nanos: int
     band: int
     releases: list[Release]
 

@@ -7,6 +7,7 @@ from typing import Final
 from lumaris_protocol.limits import (
     DISPUTE_DOCUMENT_BYTES_MAX,
     ENVELOPE_BYTES_MAX,
+    REFUNDED_ORDERS_MAX,
     SETTLE_WINDOW_S_MAX,
 )
 from lumaris_protocol.money import NANOS_PER_CREDIT
@@ -334,7 +335,7 @@ DISPUTE_S_MAX: Final = 30 * 24 * 3600
 # An opener's share of what is looked at in every round; each holds a bond of its own besides.
 DISPUTES_OPEN_PER_PEER_MAX: Final = 16
 # What a party ever opens about one agreement: each opening is kept for ever.
-DISPUTES_PER_PARTY_MAX: Final = 16
+DISPUTES_PER_PARTY_MAX: Final = REFUNDED_ORDERS_MAX
 # Each is opened and verified again, some milliseconds; the rest follows next round, and what could
 # not go on comes after what waits longer.
 DISPUTES_PER_ROUND_MAX: Final = 256

@@ -197,10 +197,11 @@ class BondRelease(msgspec.Struct, frozen=True):
 
 
 class Bond(msgspec.Struct, frozen=True):
-    """A peer's bond in a currency."""
+    """A peer's bond in a currency. What is locked next pays first what rulings are owed."""
 
     currency: str
     locked_nanos: int
+    owed_nanos: int
     band: int
     releases: list[BondRelease]
     peer: str = ""
@@ -228,8 +229,8 @@ class _Consistency(msgspec.Struct, frozen=True):
 class Dispute(msgspec.Struct, frozen=True):
     """A dispute as its parties see it; times are the coordinator's seconds.
 
-    `owed_nanos` is what its ruling could not collect because other disputes held the bond then; it
-    is collected when that comes back.
+    `owed_nanos` is what its ruling could not collect because of other disputes over the same bond;
+    it is collected from what comes to the bond.
     """
 
     dispute: str

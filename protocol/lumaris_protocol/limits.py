@@ -104,6 +104,8 @@ EVIDENCE_DOCUMENTS_MAX = 64
 EVIDENCE_BUNDLES_MAX = 8
 # A silent checker is replaced this often; with the default times a check then takes three days.
 CHECKERS_MAX = 3
+# A buyer opens no more disputes about one agreement, so no more of its orders are refunded.
+REFUNDED_ORDERS_MAX = 16
 # 256 candidates are 25 kB: one envelope. The sellers with the largest bonds are taken.
 CHECKER_CANDIDATES_MAX = 256
 # Sessions with drawn checkers that one side shows: each checker, and tries that came to nothing.

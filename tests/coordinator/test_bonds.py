@@ -53,6 +53,7 @@ async def test_a_bond_is_locked_and_comes_back_once_after_the_wait(market: Marke
     assert bond == {
         "currency": "TEST",
         "locked_nanos": 30 * MIN,
+        "owed_nanos": 0,
         "band": 0,
         "releases": [{"amount_nanos": 20 * MIN, "due": market.now + WEEK}],
     }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from lumaris_coordinator.disputes import liens
 from lumaris_coordinator.store.port import all_rows
 from lumaris_protocol.limits import DISPUTE_BOND_NANOS_MIN
 from tests.coordinator.builders import Market, bond_request
@@ -10,11 +13,13 @@ from tests.coordinator.court import (
     FUNDS,
     HOUR,
     PAID,
+    PRICE,
     Court,
     bond_of,
     court_of,
     lock_bond,
 )
+from tests.coordinator.test_disputes_checks import by_peer, disputed, result_court, run_elsewhere
 from tests.coordinator.test_disputes_hostile import another, withdrawn
 
 STORES = ("sqlite", "postgres")
@@ -45,8 +50,6 @@ async def test_what_others_hold_is_collected_when_it_comes_back(market: Market) 
     ruling = await court.settles(dispute)
     assert (ruling["collected_nanos"], ruling["slash_nanos"]) == (0, OWED)
     assert (await court.show(dispute))["owed_nanos"] == OWED
-    more = await court.open(court.buyer, "not_delivered", amount=1)
-    assert more.is_error, "what is owed is not asked for twice"
     before = await court.money()
     await withdrawn(puppet, first, puppet.buyer)
     buyer, seller, bond = await court.money()
@@ -94,23 +97,77 @@ async def test_what_comes_to_the_bond_is_for_whom_came_first(market: Market) -> 
     for party in (late.seller, late.buyer):
         await late.add(second, party, done=True)
     assert (await late.settles(second))["collected_nanos"] == 1_000_000 - OWED
-    assert (await late.show(second))["owed_nanos"] == 0, "the bond was never more"
+    assert (await late.show(second))["owed_nanos"] == OWED, "which the earlier one may not need"
     await court.passes(72 * HOUR + 1)
     assert (await court.settles(dispute))["collected_nanos"] == OWED
     assert await bond_of(market, court.seller) == 0
 
 
-async def test_a_release_comes_after_what_is_owed(market: Market) -> None:
+async def test_money_reserved_for_an_accomplice_is_not_lost_to_the_victim(market: Market) -> None:
+    """Two accomplices: one gives the bond back, the other could still take it and then does not."""
     court = await court_of(market)
     await court.claimed()
     puppet, first = await parked(court)
-    dispute = await proven(court)
+    other = await another(court, await market.party("other", FUNDS))
+    await other.claimed(BOND)
+    second = await other.opened(other.buyer, "not_delivered", amount=BOND)
     await withdrawn(puppet, first, puppet.buyer)
+    dispute = await proven(court)
+    assert (await court.settles(dispute))["collected_nanos"] == 0
+    assert (await court.show(dispute))["owed_nanos"] == OWED
+    await withdrawn(other, second, other.buyer)
     assert (await court.show(dispute))["owed_nanos"] == 0
-    release = bond_request(court.seller, market.peer, "release", BOND // 2, now=market.now)
+    assert await bond_of(market, court.seller) == BOND - OWED
+
+
+async def test_a_release_comes_after_what_is_owed(
+    market: Market, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    court = await court_of(market)
+    await court.claimed()
+    release = bond_request(court.seller, market.peer, "release", BOND, now=market.now)
     assert (await market.client.post("/v1/bonds", content=release)).status_code == 200
-    await court.passes(market.coordinator.settings.bond_release_s + 1)
-    assert await bond_of(market, court.seller) == BOND - OWED - BOND // 2
+    await court.passes(market.coordinator.settings.bond_release_s - HOUR)
+    puppet, first = await parked(court)
+    dispute = await proven(court)
+    await court.passes(2 * HOUR)
+    with monkeypatch.context() as none_served:
+        none_served.setattr(liens, "LIENS_PER_ROUND_MAX", 0)
+        await withdrawn(puppet, first, puppet.buyer)
+        await court.passes(1)
+        assert await bond_of(market, court.seller) == BOND
+    headers = market.bearer(court.seller)
+    (bond,) = (await market.client.get("/v1/bonds/me", headers=headers)).json()["bonds"]
+    assert (bond["locked_nanos"], bond["owed_nanos"]) == (BOND, OWED)
+    seller = await market.free(court.seller)
+    await court.passes(1)
+    assert (await court.show(dispute))["owed_nanos"] == 0
+    assert await bond_of(market, court.seller) == 0
+    assert await market.free(court.seller) == seller + BOND - OWED
+
+
+async def test_one_payment_is_given_back_once(market: Market) -> None:
+    """What one ruling is owed, the next one on the same agreement collects: it is owed no more."""
+    bond, penalty = 1_000_000, PRICE // 10
+    court = await result_court(market, checkers=1, bond=bond)
+    puppet = await another(court, await market.party("puppet", FUNDS))
+    await puppet.claimed(908_172)
+    parked = await puppet.opened(puppet.buyer, "not_delivered", amount=908_172)
+    wrong = await disputed(court)
+    assert (await court.show(wrong))["stake_nanos"] == PRICE + 1
+    nothing = await court.opened(court.buyer, "not_delivered", amount=PRICE)
+    for party in (court.seller, court.buyer):
+        await court.add(nothing, party, done=True)
+    assert (await court.settles(nothing))["collected_nanos"] == 0
+    assert (await court.show(nothing))["owed_nanos"] == PRICE + penalty
+    await court.passes(1)
+    (peer,) = (await court.show(wrong))["checkers"]
+    await court.add(wrong, court.buyer, *run_elsewhere(court, by_peer(court, peer), "b"))
+    assert (await court.settles(wrong))["refund_nanos"] == PRICE
+    assert (await court.show(nothing))["owed_nanos"] == penalty
+    await withdrawn(puppet, parked, puppet.buyer)
+    assert await bond_of(market, court.seller) == bond - 2 * PRICE - penalty
+    assert (await market.audit())["balanced"]
 
 
 async def test_a_bond_that_is_gone_stays_owed(market: Market) -> None:

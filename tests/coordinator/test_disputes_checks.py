@@ -393,3 +393,26 @@ async def test_a_dispute_takes_no_more_from_a_bond_than_can_be_lost(market: Mark
     before = await bond_of(market, court.seller)
     await court.opened(court.buyer, "not_delivered", amount=PRICE)
     assert await bond_of(market, court.seller) == before - PRICE - PRICE // 10
+
+
+async def test_two_wrong_results_of_one_session_are_both_refunded(market: Market) -> None:
+    """What the first order was worth is not held against the refund of the second."""
+    court = await court_of(market)
+    await court.claimed(2 * PRICE)
+    work = court.work
+    for number in range(2):
+        checker = await market.party(f"checker {number}", 5_000_000)
+        await lock_bond(market, checker, 1_000_000)
+    shown = {n: (work.order(n), work.delivery(n, output="a")) for n in (1, 2)}
+    for n, other in ((1, 2), (2, 1)):
+        name = await court.opened(
+            court.buyer, "wrong_result", order=n, evidence=shown[n], amount=PRICE
+        )
+        await court.add(name, court.seller, *shown[other])
+        await court.passes(1)
+        (peer,) = (await court.show(name))["checkers"]
+        await court.add(name, court.buyer, *run_elsewhere(court, by_peer(court, peer), "b"))
+        ruling = await court.settles(name)
+        assert (ruling["rule"], ruling["refund_nanos"]) == ("result_differs", PRICE)
+    answer = await court.open(court.buyer, "not_delivered", amount=PRICE)
+    assert code(answer) == "not_disputable"  # all of it was given back

@@ -476,7 +476,7 @@ async def test_9_a_device_that_is_not_there_earns_nothing(world: whole.Market) -
         buyer.pool.needs = needs  # type: ignore[method-assign, assignment]
         with pytest.raises(LumarisError) as caught:
             await buyer.run(world.request(whole.HELLO))
-        assert caught.value.code == "platform_error"
+        assert caught.value.code == "no_capacity"
         world.clock.ahead_s += 60
         await world.assert_at_rest(buyer, cost_nanos=honest.cost_nanos)
 

@@ -284,6 +284,7 @@ def _disputes() -> list[tuple[Message, KeyPair]]:
     facts = Facts(
         paid_nanos=500,
         claimed_nanos=500,
+        refunded_orders=(4, 9),
         remainder_nanos=0,
         bond_nanos=1_000_000,
         stake_nanos=550,

@@ -84,6 +84,7 @@ def case_of(
         paid_nanos=escrow.paid,
         claimed_nanos=claimed_of(connection, escrow),
         refunded_nanos=store.refunded(connection, escrow.agreement_hash),
+        refunded_orders=store.refunded_orders(connection, escrow.agreement_hash),
         remainder_nanos=escrow.remainder if dispute.frozen else 0,
         bond_nanos=dispute.bond,
         stake_nanos=dispute.stake,

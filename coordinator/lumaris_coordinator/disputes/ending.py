@@ -41,11 +41,11 @@ def rule(
     decision = rulings.rule(case)
     missing = _missing(decision)
     if missing:
-        # What came to the bond since, or was held by another dispute then, answers too.
+        # What came to the bond since answers too, as far as no earlier dispute may take it.
         dispute = _hold_more(connection, dispute, missing, now=now)
         case = case_of(connection, dispute, papers, escrow, ended=ended)
         decision = rulings.rule(case)
-    owed = min(_missing(decision), store.may_come_back(connection, dispute))
+    owed = min(_missing(decision), liens.later(connection, dispute))
     return _end(context, connection, dispute, papers, case, decision, owed=owed, now=now)
 
 
@@ -142,12 +142,14 @@ def _end(
         evidence=signed.hash,
         now=now,
         ruling=signed.data,
-        # What is owed cannot be asked for once more.
-        refunded=decision.refund_nanos + owed_refund,
+        fault="" if decision.rule == "split" else decision.fault,
+        refunded=decision.refund_nanos,
         owed=owed,
         owed_refund=owed_refund,
     )
     append_document(connection, signed.data)
+    # What is given back now is not owed for any other reason.
+    liens.cut(connection, dispute.agreement_hash, case.refundable - decision.refund_nanos)
     _pay(context, connection, after, case, decision, now=now, ruling=signed.data)
     after = store.advance(connection, after, "pay", evidence=signed.hash, now=now, ended_at=now)
     _tell(connection, after, signed.message, now=now)

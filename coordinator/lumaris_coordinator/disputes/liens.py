@@ -1,8 +1,8 @@
 """Several disputes over one bond: whoever came first is served first, also after its ruling.
 
-A ruling collects what there is. What it misses because another dispute holds it then is owed: it is
-taken from the bond when it comes back, before later disputes and releases. Runs inside an operation
-of the writer.
+A ruling collects what there is. What it misses because of other disputes over that bond is owed: it
+is taken from the bond when it comes back, before later disputes and releases. Runs inside an
+operation of the writer.
 """
 
 from __future__ import annotations
@@ -22,6 +22,23 @@ def left(connection: Connection, peer: str, currency: str, *, number: int | None
     without what earlier disputes may still take."""
     earlier = store.awaited(connection, peer, currency, before=number)
     return max(0, bonds.free(connection, peer, currency) - earlier)
+
+
+def later(connection: Connection, dispute: Dispute) -> int:
+    """Nanos that a ruling without enough may still get: what other open disputes hold of the
+    respondent's bond or may still take, and no ruling is owed yet."""
+    peer, currency = dispute.respondent, dispute.currency
+    there = bonds.free(connection, peer, currency) + store.held_by_others(connection, dispute)
+    return max(0, there - store.owed_in_all(connection, peer, currency))
+
+
+def cut(connection: Connection, agreement_hash: str, refundable: int) -> None:
+    """Owe no more refunds on an agreement than can still be given back, the earliest first."""
+    for dispute in store.owed_about(connection, agreement_hash):
+        refund = min(dispute.owed_refund, refundable)
+        owed = dispute.owed - (dispute.owed_refund - refund)
+        store.set_owed(connection, dispute.id, owed=owed, refund=refund, paid=0)
+        refundable -= refund
 
 
 def serve(connection: Connection, peer: str, currency: str, *, now: int) -> None:
@@ -45,7 +62,13 @@ def _collect(connection: Connection, dispute: Dispute, amount: int, *, now: int)
     ):
         if part:
             bonds.give(connection, ref=dispute.id, to=account, amount=part, now=now)
-    store.set_owed(connection, dispute.id, dispute.owed - amount, dispute.owed_refund - refund)
+    store.set_owed(
+        connection,
+        dispute.id,
+        owed=dispute.owed - amount,
+        refund=dispute.owed_refund - refund,
+        paid=refund,
+    )
     emit(
         connection,
         "dispute.collected",

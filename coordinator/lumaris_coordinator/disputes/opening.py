@@ -226,6 +226,7 @@ def _drafted(
         split_by_seller=None,
         withdrawal=None,
         ruling=None,
+        fault="",
         refunded=0,
         owed=0,
         owed_refund=0,

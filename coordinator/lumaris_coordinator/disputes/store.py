@@ -7,7 +7,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
 from lumaris_coordinator.store.port import Connection, all_rows, first
-from lumaris_protocol.limits import CHECKER_CANDIDATES_MAX, CHECKER_WEIGHT_NANOS_MAX
+from lumaris_protocol.limits import (
+    CHECKER_CANDIDATES_MAX,
+    CHECKER_WEIGHT_NANOS_MAX,
+    REFUNDED_ORDERS_MAX,
+)
 from lumaris_protocol.machines.dispute import DISPUTE, OPEN
 from lumaris_protocol.machines.table import Machine
 from lumaris_protocol.messages.dispute import Candidate
@@ -25,10 +29,10 @@ class Dispute:
 
     `opened` is the hash of the opening, which stands in the log; `due_at` is when time is next
     asked what follows, `stake` what it holds of the respondent's bond and `wanted` the most that it
-    can take of it, `refund_max` what of the payment it holds a stake for, `vouchered` the highest
-    voucher that was shown, and `refunded` what the ruling gave back to the buyer. `owed` is what
-    the ruling could not collect because other disputes held it, `owed_refund` the buyer's refund
-    in it.
+    could take of it then, `refund_max` what of the payment it holds a stake for, `vouchered` the
+    highest voucher that was shown, and `fault` whom the ruling names. `refunded` was given back to
+    the buyer; `owed` is what the ruling could not collect because of other disputes, `owed_refund`
+    the buyer's refund in it.
     """
 
     id: str
@@ -58,6 +62,7 @@ class Dispute:
     split_by_seller: bytes | None
     withdrawal: bytes | None
     ruling: bytes | None
+    fault: str
     refunded: int
     owed: int
     owed_refund: int
@@ -198,30 +203,33 @@ def awaited(connection: Connection, peer: str, currency: str, *, before: int | N
         f" AS BIGINT) FROM dispute WHERE {_IS_OPEN} AND {_AGAINST} AND number < ?3",
         (currency, peer, number),
     )
-    owed = _owed(connection, peer, currency, before=number)
+    owed = owed_in_all(connection, peer, currency, before=number)
     return owed + (int(lacking[0]) if lacking else 0)
 
 
-def _owed(connection: Connection, peer: str, currency: str, *, before: int) -> int:
+def owed_in_all(
+    connection: Connection, peer: str, currency: str, *, before: int | None = None
+) -> int:
+    """Nanos that ended disputes are owed from a peer's bond; those with a number below `before`,
+    or all."""
     row = first(
         connection,
         "SELECT CAST(coalesce(sum(owed), 0) AS BIGINT) FROM dispute"
         f" WHERE owed > 0 AND {_AGAINST} AND number < ?3",
-        (currency, peer, before),
+        (currency, peer, _NUMBER_MAX if before is None else before),
     )
     return int(row[0]) if row else 0
 
 
-def may_come_back(connection: Connection, dispute: Dispute) -> int:
-    """Nanos of the respondent's bond that other open disputes hold, and no ruling is owed yet."""
-    held = first(
+def held_by_others(connection: Connection, dispute: Dispute) -> int:
+    """Nanos of the respondent's bond that other open disputes hold."""
+    row = first(
         connection,
         "SELECT CAST(coalesce(sum(stake), 0) AS BIGINT) FROM dispute"
         f" WHERE {_IS_OPEN} AND {_AGAINST} AND number <> ?3",
         (dispute.currency, dispute.respondent, dispute.number),
     )
-    owed = _owed(connection, dispute.respondent, dispute.currency, before=_NUMBER_MAX)
-    return max(0, (int(held[0]) if held else 0) - owed)
+    return int(row[0]) if row else 0
 
 
 def owed_by(connection: Connection, peer: str, currency: str, *, limit: int) -> list[Dispute]:
@@ -234,10 +242,36 @@ def owed_by(connection: Connection, peer: str, currency: str, *, limit: int) -> 
     return [Dispute(*row) for row in rows]
 
 
-def set_owed(connection: Connection, dispute: str, owed: int, refund: int) -> None:
-    """What is still owed from the respondent's bond, and the refund in it."""
+def owed_about(connection: Connection, agreement_hash: str) -> list[Dispute]:
+    """Ended disputes of an agreement that a refund is owed for, the earliest first; at most as many
+    as its parties may open."""
+    rows = all_rows(
+        connection,
+        f"{_SELECT} WHERE agreement_hash = ? AND owed_refund > 0 ORDER BY number",
+        (agreement_hash,),
+    )
+    return [Dispute(*row) for row in rows]
+
+
+def bonds_owing(connection: Connection, *, limit: int) -> list[tuple[str, str]]:
+    """(peer, currency) of bonds with money that something is owed from."""
+    rows = all_rows(
+        connection,
+        "SELECT DISTINCT substr(account.owner, 6), dispute.currency FROM dispute"
+        " JOIN account ON account.owner = 'bond:' || CASE WHEN opener = buyer THEN seller"
+        " ELSE buyer END AND account.currency = dispute.currency"
+        " WHERE owed > 0 AND balance > 0 LIMIT ?",
+        (limit,),
+    )
+    return [(str(peer), str(currency)) for peer, currency in rows]
+
+
+def set_owed(connection: Connection, dispute: str, *, owed: int, refund: int, paid: int) -> None:
+    """What is still owed from the respondent's bond, and the refund in it; `paid` of the refund
+    was paid now."""
     connection.execute(
-        "UPDATE dispute SET owed = ?, owed_refund = ? WHERE id = ?", (owed, refund, dispute)
+        "UPDATE dispute SET owed = ?, owed_refund = ?, refunded = refunded + ? WHERE id = ?",
+        (owed, refund, paid, dispute),
     )
 
 
@@ -269,6 +303,17 @@ def refunded(connection: Connection, agreement_hash: str) -> int:
         (agreement_hash,),
     )
     return int(row[0]) if row else 0
+
+
+def refunded_orders(connection: Connection, agreement_hash: str) -> tuple[int, ...]:
+    """The orders of an agreement whose results were found wrong."""
+    rows = all_rows(
+        connection,
+        "SELECT DISTINCT order_n FROM dispute WHERE agreement_hash = ?"
+        " AND claim = 'wrong_result' AND fault = 'seller' ORDER BY order_n LIMIT ?",
+        (agreement_hash, REFUNDED_ORDERS_MAX),
+    )
+    return tuple(int(row[0]) for row in rows)
 
 
 def insert(connection: Connection, dispute: Dispute, *, evidence: str) -> Dispute:

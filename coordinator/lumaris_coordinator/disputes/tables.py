@@ -38,6 +38,7 @@ MIGRATIONS: Final = (
                 split_by_seller BLOB,
                 withdrawal BLOB,
                 ruling BLOB,
+                fault TEXT NOT NULL DEFAULT '',
                 refunded INTEGER NOT NULL DEFAULT 0 CHECK (refunded >= 0),
                 owed INTEGER NOT NULL DEFAULT 0 CHECK (owed >= owed_refund),
                 owed_refund INTEGER NOT NULL DEFAULT 0 CHECK (owed_refund >= 0),
@@ -54,7 +55,8 @@ MIGRATIONS: Final = (
             WHERE state IN ('opened', 'evidence', 'checking')""",
             """CREATE INDEX dispute_open_by_seller ON dispute (seller)
             WHERE state IN ('opened', 'evidence', 'checking')""",
-            "CREATE INDEX dispute_owed ON dispute (number) WHERE owed > 0",
+            "CREATE INDEX dispute_owed_by_buyer ON dispute (buyer) WHERE owed > 0",
+            "CREATE INDEX dispute_owed_by_seller ON dispute (seller) WHERE owed > 0",
             # The opening is kept in the log, once.
             """CREATE TABLE dispute_bundle (
                 dispute TEXT NOT NULL REFERENCES dispute (id),

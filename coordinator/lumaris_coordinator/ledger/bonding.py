@@ -145,9 +145,14 @@ class Bonds:
         )
 
     async def run_chores(self) -> int:
-        """Pay the releases that are due, up to a bound per round, and forget requests that could
-        not be repeated anyway; how many were paid."""
+        """Pay the releases that are due, up to a bound per round, what is owed before, and forget
+        requests that could not be repeated anyway; how many releases were paid."""
         context, now = self._context, self._context.now()
+        owing = await context.store.read(
+            partial(store.bonds_owing, limit=BOND_RELEASES_PER_ROUND_MAX)
+        )
+        for peer, currency in owing:
+            await context.store.submit(partial(liens.serve, peer=peer, currency=currency, now=now))
         names = await context.store.read(lambda connection: _due(connection, now))
         paid = 0
         for number in names:
@@ -198,6 +203,7 @@ def _bonds_of(connection: Connection, peer: str) -> list[dict[str, Any]]:
         {
             "currency": currency,
             "locked_nanos": bonds.free(connection, peer, currency),
+            "owed_nanos": store.owed_in_all(connection, peer, currency),
             "band": bonds.band(connection, peer, currency),
             "releases": [
                 {"amount_nanos": amount, "due": due}

@@ -60,6 +60,9 @@ _NEVER: Final = {
         " JOIN account ON account.owner = 'dispute:' || dispute.id"
         " WHERE ended_at IS NOT NULL AND balance <> 0"
     ),
+    "dispute {} is owed something without a ruling": (
+        "SELECT id FROM dispute WHERE owed > 0 AND state <> 'settled'"
+    ),
     "the opening of dispute {} is not in the log": (
         "SELECT id FROM dispute WHERE NOT EXISTS"
         " (SELECT 1 FROM logged WHERE logged.hash = dispute.opened)"

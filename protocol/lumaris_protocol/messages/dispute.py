@@ -25,6 +25,7 @@ from lumaris_protocol.messages.base import (
     Peer,
     Time,
 )
+from lumaris_protocol.messages.execution import OrderNumber
 
 DisputeClaim = Literal[
     "equivocation",
@@ -151,7 +152,8 @@ class Facts(Part, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     `paid_nanos` were paid to the seller before the ruling, `claimed_nanos` of them on its own
     documents (a claim, an award of a dispute that it opened), and `refunded_nanos` were given back
-    by earlier rulings on the agreement. `remainder_nanos` are frozen. `bond_nanos` is the opener's
+    by earlier rulings on the agreement; `refunded_orders` are the orders whose results those found
+    wrong, which are worth nothing since. `remainder_nanos` are frozen. `bond_nanos` is the opener's
     bond and `stake_nanos` the respondent's part, both held by the dispute. `ends_at` is the
     agreement's end as amended. `checkers` were drawn, in this order.
     """
@@ -159,6 +161,9 @@ class Facts(Part, frozen=True, forbid_unknown_fields=True, kw_only=True):
     paid_nanos: Amount
     claimed_nanos: Amount
     refunded_nanos: Amount = 0
+    refunded_orders: Annotated[
+        tuple[OrderNumber, ...], Meta(max_length=limits.REFUNDED_ORDERS_MAX)
+    ] = ()
     remainder_nanos: Amount
     bond_nanos: Amount
     stake_nanos: Amount

@@ -233,11 +233,14 @@ def _unpaid_delivery(case: Case) -> Finding:
 def _overpaid(case: Case, *, without: int = 0, again: bool = False) -> int:
     """What was paid, and not given back yet, beyond the worth of the shown work.
 
-    The order `without` counts as worth nothing. With `again` it is not asked what was given back.
+    The order `without` counts as worth nothing, like those whose results were found wrong before.
+    With `again` it is not asked what was given back.
     """
     facts = case.facts
     kept = facts.paid_nanos - (0 if again else facts.refunded_nanos)
-    return max(0, kept - work.against_refund(case.session, ends_at=facts.ends_at, without=without))
+    left_out = frozenset((without, *facts.refunded_orders))
+    worth = work.against_refund(case.session, ends_at=facts.ends_at, without=left_out)
+    return max(0, kept - worth)
 
 
 def _vouchered(case: Case) -> int:

@@ -18,7 +18,7 @@ session says so of all of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -80,14 +80,13 @@ def ordered_twice(session: Session) -> bool:
     )
 
 
-def worth(session: Session, *, ends_at: int | None = None, without: int = 0) -> Worth:
+def worth(session: Session, *, ends_at: int | None = None, without: Collection[int] = ()) -> Worth:
     """What all shown orders of a session are worth: one by one, or from the buyer's own word of
     what it owed, whichever says more.
 
-    `ends_at` is the agreement's end as amended. The order `without` is left out.
+    `ends_at` is the agreement's end as amended. The orders `without` are left out.
     """
-    parts = _parts(session, ends_at)
-    parts.pop(without, None)
+    parts = {n: part for n, part in _parts(session, ends_at).items() if n not in without}
     words = [
         signed.message
         for signed in session.documents
@@ -98,14 +97,15 @@ def worth(session: Session, *, ends_at: int | None = None, without: int = 0) -> 
         last = max(words, key=lambda word: (word.total_nanos, word.n))
         covered = {word.n for word in words if word.seq <= last.seq}
         later = _sum(part for n, part in parts.items() if n > last.n and n not in covered)
-        owed = last.total_nanos
-        if without <= last.n or without in covered:
-            owed = max(0, owed - _price_of(session, without))
+        left_out = [n for n in without if n <= last.n or n in covered]
+        owed = max(0, last.total_nanos - _price_of(session, left_out))
         sums.append(replace(later, delivered=later.delivered + owed))
     return max(sums, key=lambda found: found.total)
 
 
-def against_refund(session: Session, *, ends_at: int | None = None, without: int = 0) -> int:
+def against_refund(
+    session: Session, *, ends_at: int | None = None, without: Collection[int] = ()
+) -> int:
     """What the seller may keep: the worth of the shown work, or the total with which the buyer
     itself closed the session. Parameters as of `worth`."""
     kept = worth(session, ends_at=ends_at, without=without).total
@@ -194,10 +194,10 @@ def _ordered(session: Session) -> dict[int, _Ordered]:
     return found
 
 
-def _price_of(session: Session, n: int) -> int:
-    """What order `n` may have added to the buyer's totals: in part it is paid while it runs."""
-    result = result_of(session, n)
-    return result.price_nanos if result is not None else 0
+def _price_of(session: Session, numbers: Iterable[int]) -> int:
+    """What these orders may have added to the buyer's totals: in part one is paid while it runs."""
+    results = (result_of(session, n) for n in numbers)
+    return sum(result.price_nanos for result in results if result is not None)
 
 
 def _parts(session: Session, ends_at: int | None) -> dict[int, Worth]:

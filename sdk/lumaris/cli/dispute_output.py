@@ -45,7 +45,7 @@ _NANOS: Final = (
 def next_step(found: Dispute, us: str) -> str:
     """Who must do what, until when."""
     if found.owed_nanos:
-        return "nothing: the rest is collected when other disputes give the bond back"
+        return "the coordinator: collect the rest once the bond has it"
     if found.state not in OPEN:
         return "nothing: it is over"
     until = date_of(found.evidence_until)
