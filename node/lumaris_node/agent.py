@@ -46,6 +46,7 @@ from lumaris_overlay.bulk.gate import BulkGate
 from lumaris_overlay.bulk.rate import make_rate
 from lumaris_overlay.coordinator_tls import FILE_NAME, CoordinatorTls
 from lumaris_overlay.links import open_links
+from lumaris_overlay.notice_upkeep import pass_on_keys
 from lumaris_overlay.ports import Overlay
 from lumaris_overlay.private_files import load_or_create_key, make_private_folder
 from lumaris_overlay.registry import policy_of
@@ -462,11 +463,8 @@ class Node:
 
     async def _certified(self, standing: Standing) -> None:
         """The coordinator has spoken again: show its word, and find whom it knows."""
-        if standing.key_list:  # first, for it may name the key that signed the certificate
-            try:
-                await self._overlay.publish_notice(standing.key_list)
-            except LumarisError as error:
-                log.warning("key list not passed on code=%s", error.code)
+        # First, for it may name the key that signed the certificate.
+        await pass_on_keys(self._overlay, standing.key_list)
         self._adverts.offer.certificate = standing.certificate
         self._adverts.changed(always=True)
         try:

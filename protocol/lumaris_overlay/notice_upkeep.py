@@ -83,10 +83,19 @@ async def keep_keys(
             keys.learn(await fetch())
         except LumarisError as error:
             log.info("key list not known code=%s", error.code)
-        if keys.data != told:
-            try:
-                await overlay.publish_notice(keys.data)
-                told = keys.data
-            except LumarisError as error:
-                log.warning("key list not passed on code=%s", error.code)
+        data = keys.data
+        if data != told and await pass_on_keys(overlay, data):
+            told = data
         await trio.sleep(REVOCATIONS_CHECK_S)
+
+
+async def pass_on_keys(overlay: Overlay, data: bytes) -> bool:
+    """Publish a coordinator's key list; whether the overlay took it. Nothing for b""."""
+    if not data:
+        return True
+    try:
+        await overlay.publish_notice(data)
+    except LumarisError as error:
+        log.warning("key list not passed on code=%s", error.code)
+        return False
+    return True

@@ -203,18 +203,17 @@ class OverlayProcess:
             )
         self._process = process
         try:
-            with trio.fail_after(_READY_S):
-                line = await _first_line(process)
-            if not line.startswith(b"ready "):
-                raise _why(self._config.log, at)
-        except BaseException as error:  # also when we are cancelled: nobody else knows of it
-            with trio.CancelScope(shield=True):
-                await self.end()
-            if isinstance(error, trio.TooSlowError):
-                text = f"It was not ready in {_READY_S:.0f} s; see {self._config.log}."
-                raise LumarisError("overlay_failed", text) from None
-            raise
-        self._serving = True
+            with trio.move_on_after(_READY_S) as waited:
+                self._serving = (await _first_line(process)).startswith(b"ready ")
+        finally:
+            if not self._serving:  # also when we are cancelled: nobody else knows of it
+                with trio.CancelScope(shield=True):
+                    await self.end()
+        if waited.cancelled_caught:
+            text = f"It was not ready in {_READY_S:.0f} s; see {self._config.log}."
+            raise LumarisError("overlay_failed", text)
+        if not self._serving:
+            raise _why(self._config.log, at)
 
 
 async def _first_line(process: trio.Process) -> bytes:

@@ -15,6 +15,7 @@ import trio
 
 from lumaris.coordinator import CoordinatorLink
 from lumaris.profile import Profile
+from lumaris_overlay.notice_upkeep import pass_on_keys
 from lumaris_overlay.ports import Overlay
 from lumaris_overlay.private_files import write_private_file
 from lumaris_overlay.supervisor import OverlayConfig
@@ -99,11 +100,7 @@ async def show(overlay: Overlay, standing: Standing) -> None:
 
     Raises LumarisError `not_certified`.
     """
-    if standing.key_list:
-        try:
-            await overlay.publish_notice(standing.key_list)
-        except LumarisError as error:
-            log.warning("key list not passed on code=%s", error.code)
+    await pass_on_keys(overlay, standing.key_list)
     await overlay.present(standing.certificate)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -323,13 +324,9 @@ async def test_a_coordinator_set_up_anew_is_met_for_the_first_time(world: World)
     assert enrolment.trusted.roots == {named("root2").peer_id}
 
 
-async def test_a_renewal_takes_the_new_key_up(world: World, autojump_clock: MockClock) -> None:
-    world.link.coordinator, world.link.key_list = named("one").peer_id, listed("root", 1, "one")
-    enrolment = world.start()
-    await enrolment.join()
-    await enrolment.announce(HERE)
-    world.link.coordinator = named("two").peer_id
-    world.link.key_list = listed("root", 2, "one", "two")
+@asynccontextmanager
+async def kept(enrolment: Enrolment) -> AsyncIterator[list[Standing]]:
+    """A node that stays where it is, for as long as the context lasts; its new standings."""
     renewed: list[Standing] = []
 
     async def here() -> tuple[str, ...]:
@@ -340,8 +337,19 @@ async def test_a_renewal_takes_the_new_key_up(world: World, autojump_clock: Mock
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(enrolment.keep, here, changed)
-        await trio.sleep(LIFE_S * 0.6)
+        yield renewed
         nursery.cancel_scope.cancel()
+
+
+async def test_a_renewal_takes_the_new_key_up(world: World, autojump_clock: MockClock) -> None:
+    world.link.coordinator, world.link.key_list = named("one").peer_id, listed("root", 1, "one")
+    enrolment = world.start()
+    await enrolment.join()
+    await enrolment.announce(HERE)
+    world.link.coordinator = named("two").peer_id
+    world.link.key_list = listed("root", 2, "one", "two")
+    async with kept(enrolment) as renewed:
+        await trio.sleep(LIFE_S * 0.6)
     assert renewed[-1].info.coordinator == named("two").peer_id
     assert named("two").peer_id in enrolment.trusted
 
@@ -369,16 +377,7 @@ async def test_a_running_node_registers_again_when_it_hears_of_a_revocation(
     enrolment = world.start()
     await enrolment.join()
     await enrolment.announce(HERE)
-    renewed: list[Standing] = []
-
-    async def here() -> tuple[str, ...]:
-        return HERE
-
-    async def changed(standing: Standing) -> None:
-        renewed.append(standing)
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(enrolment.keep, here, changed)
+    async with kept(enrolment) as renewed:
         await trio.sleep(600)
         world.link.coordinator = named("two").peer_id
         world.link.key_list = listed("root", 2, "one", "two", revoked="one")
@@ -387,4 +386,3 @@ async def test_a_running_node_registers_again_when_it_hears_of_a_revocation(
         assert [standing.token for standing in renewed] == ["token 3"]
         await trio.sleep(600)  # once is enough
         assert len(renewed) == 1
-        nursery.cancel_scope.cancel()

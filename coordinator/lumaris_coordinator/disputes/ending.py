@@ -12,9 +12,8 @@ from lumaris_coordinator.disputes.cases import Papers, case_of
 from lumaris_coordinator.disputes.store import Dispute
 from lumaris_coordinator.escrow.disputed import award, current
 from lumaris_coordinator.events.outbox import emit
-from lumaris_coordinator.identity.store import account_of
 from lumaris_coordinator.ledger import bonds
-from lumaris_coordinator.ledger.store import FEES, open_wallet, wallet
+from lumaris_coordinator.ledger.store import FEES, wallet
 from lumaris_coordinator.receipts.service import append_document
 from lumaris_coordinator.store.port import Connection
 from lumaris_protocol import codec, dispute_file, rulings
@@ -142,7 +141,7 @@ def _end(
         evidence=signed.hash,
         now=now,
         ruling=signed.data,
-        fault="" if decision.rule == "split" else decision.fault,
+        fault=decision.fault,
         refunded=decision.refund_nanos,
         owed=owed,
         owed_refund=owed_refund,
@@ -214,29 +213,21 @@ def _pay(
         )
     opener, respondent = dispute.opener, dispute.respondent
     if decision.rule == "split" and decision.refund_nanos:  # the seller signed to pay it
-        seller = _wallet_of(connection, dispute, dispute.seller)
+        seller = bonds.wallet_of(connection, dispute.seller, dispute.currency)
         bonds.take(connection, source=seller, ref=dispute.id, amount=decision.refund_nanos, now=now)
     back_to_bond = bonds.account_of_bond(respondent, dispute.currency)
     lost = 0 if decision.bond_returned else decision.collected_nanos
     taken = decision.collected_nanos - lost
     victim = opener if decision.bond_returned else respondent
     parts = (
-        (_wallet_of(connection, dispute, opener), dispute.bond - lost),
+        (bonds.wallet_of(connection, opener, dispute.currency), dispute.bond - lost),
         (back_to_bond, dispute.stake - taken),
-        (_wallet_of(connection, dispute, dispute.buyer), decision.refund_nanos),
-        (_wallet_of(connection, dispute, victim), decision.victim_nanos),
+        (bonds.wallet_of(connection, dispute.buyer, dispute.currency), decision.refund_nanos),
+        (bonds.wallet_of(connection, victim, dispute.currency), decision.victim_nanos),
         (wallet(FEES, dispute.currency), decision.fees_nanos),
     )
-    for account, amount in parts:
-        if amount:
-            bonds.give(connection, ref=dispute.id, to=account, amount=amount, now=now)
+    bonds.give_out(connection, ref=dispute.id, parts=parts, now=now)
     liens.serve(connection, respondent, dispute.currency, now=now)
-
-
-def _wallet_of(connection: Connection, dispute: Dispute, peer: str) -> str:
-    owner = account_of(connection, peer)
-    assert owner is not None
-    return open_wallet(connection, owner, dispute.currency)
 
 
 def _tell(connection: Connection, dispute: Dispute, ruling: Ruling, *, now: int) -> None:

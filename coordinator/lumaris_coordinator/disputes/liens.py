@@ -11,9 +11,8 @@ from lumaris_coordinator.bounds import LIENS_PER_ROUND_MAX
 from lumaris_coordinator.disputes import store
 from lumaris_coordinator.disputes.store import Dispute
 from lumaris_coordinator.events.outbox import emit
-from lumaris_coordinator.identity.store import account_of
 from lumaris_coordinator.ledger import bonds
-from lumaris_coordinator.ledger.store import FEES, open_wallet, wallet
+from lumaris_coordinator.ledger.store import FEES, wallet
 from lumaris_coordinator.store.port import Connection
 
 
@@ -55,13 +54,12 @@ def _collect(connection: Connection, dispute: Dispute, amount: int, *, now: int)
     victim = (amount - refund) // 2
     bond = bonds.account_of_bond(dispute.respondent, dispute.currency)
     bonds.take(connection, source=bond, ref=dispute.id, amount=amount, now=now)
-    for account, part in (
-        (_wallet_of(connection, dispute, dispute.buyer), refund),
-        (_wallet_of(connection, dispute, dispute.opener), victim),
+    parts = (
+        (bonds.wallet_of(connection, dispute.buyer, dispute.currency), refund),
+        (bonds.wallet_of(connection, dispute.opener, dispute.currency), victim),
         (wallet(FEES, dispute.currency), amount - refund - victim),
-    ):
-        if part:
-            bonds.give(connection, ref=dispute.id, to=account, amount=part, now=now)
+    )
+    bonds.give_out(connection, ref=dispute.id, parts=parts, now=now)
     store.set_owed(
         connection,
         dispute.id,
@@ -82,9 +80,3 @@ def _collect(connection: Connection, dispute: Dispute, amount: int, *, now: int)
         },
         now=now,
     )
-
-
-def _wallet_of(connection: Connection, dispute: Dispute, peer: str) -> str:
-    owner = account_of(connection, peer)
-    assert owner is not None
-    return open_wallet(connection, owner, dispute.currency)

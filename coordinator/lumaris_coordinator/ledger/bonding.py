@@ -17,7 +17,7 @@ from lumaris_coordinator.bounds import (
 )
 from lumaris_coordinator.disputes import liens, store
 from lumaris_coordinator.events.outbox import emit
-from lumaris_coordinator.identity.store import account_of, member
+from lumaris_coordinator.identity.store import member
 from lumaris_coordinator.ledger import bonds
 from lumaris_coordinator.ledger.store import Leg, currencies_of, move, open_account, open_wallet
 from lumaris_coordinator.store.port import Connection, all_rows, first
@@ -181,16 +181,12 @@ def _release(connection: Connection, *, number: int, now: int) -> int:
     if row is None:
         return 0
     peer, currency, asked = str(row[1]), str(row[2]), int(row[3])
-    liens.serve(connection, peer, currency, now=now)
     free = bonds.free(connection, peer, currency)
     if free and store.owed_by(connection, peer, currency, limit=1):
         return 0  # what is owed comes first, in the next rounds
-    owner = account_of(connection, peer)
-    assert owner is not None
     amount = min(asked, free)
-    legs = [
-        Leg(bonds.account_of_bond(peer, currency), open_wallet(connection, owner, currency), amount)
-    ]
+    target = bonds.wallet_of(connection, peer, currency)
+    legs = [Leg(bonds.account_of_bond(peer, currency), target, amount)]
     if amount:
         move(connection, kind="bond_release", ref=peer, legs=legs, now=now)
     connection.execute("UPDATE bond_release SET paid = ? WHERE id = ?", (amount, number))

@@ -6,7 +6,18 @@ bond or from a wallet, lies in the account of `dispute:<id>` until the dispute g
 
 from __future__ import annotations
 
-from lumaris_coordinator.ledger.store import Leg, balance, currency_of, move, open_account, wallet
+from collections.abc import Iterable
+
+from lumaris_coordinator.identity.store import account_of
+from lumaris_coordinator.ledger.store import (
+    Leg,
+    balance,
+    currency_of,
+    move,
+    open_account,
+    open_wallet,
+    wallet,
+)
 from lumaris_coordinator.store.port import Connection, first
 from lumaris_protocol.money import bond_band
 
@@ -44,6 +55,22 @@ def give(connection: Connection, *, ref: str, to: str, amount: int, now: int) ->
     """
     source = account_of_dispute(ref, currency_of(to))
     move(connection, kind="dispute_give", ref=ref, legs=[Leg(source, to, amount)], now=now)
+
+
+def give_out(
+    connection: Connection, *, ref: str, parts: Iterable[tuple[str, int]], now: int
+) -> None:
+    """`give` to each of these accounts its nanos; parts of nothing are left out."""
+    for to, amount in parts:
+        if amount:
+            give(connection, ref=ref, to=to, amount=amount, now=now)
+
+
+def wallet_of(connection: Connection, peer: str, currency: str) -> str:
+    """The wallet of a registered peer's owner, made when there is none yet."""
+    owner = account_of(connection, peer)
+    assert owner is not None
+    return open_wallet(connection, owner, currency)
 
 
 def band(connection: Connection, peer: str, currency: str) -> int:
