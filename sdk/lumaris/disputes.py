@@ -451,15 +451,11 @@ async def open_desk(profile: Profile) -> AsyncIterator[DisputeDesk]:
     key = load_or_create_key(profile.key_file)
     link = open_link(profile)
     cache = folder / CACHE_NAME
-    join = partial(membership.join, link, key, cache, url=profile.coordinator)
-
-    async def renew() -> Standing:
-        # A coordinator that was set up anew at the old address does not know our token.
-        cache.unlink(missing_ok=True)
-        return await join()
-
     try:
-        yield DisputeDesk(link, key, await join(), folder, profile.database, renew=renew)
+        standing = await membership.join(link, key, cache, url=profile.coordinator)
+        # A coordinator that was set up anew at the old address does not know our token.
+        renew = partial(membership.rejoin, link, key, cache, standing)
+        yield DisputeDesk(link, key, standing, folder, profile.database, renew=renew)
     finally:
         await link.aclose()
 
